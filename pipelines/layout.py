@@ -1,0 +1,96 @@
+"""
+The only place that spells a path of the repository: (stage, key) -> files.
+
+    results/   small records, in git, reviewed in pull requests
+    work/      large files and everything that a machine can make again, in DVC's cache only
+
+`dvc.yaml` spells the same paths; `tests/test_dvc_yaml.py` holds the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# What the record of a stage is called, where it is not the stage's own word.
+_RECORD_WORDS = {"choose": "choice"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths below the root of one checkout. All are relative if `root` is."""
+
+    root: Path = Path()
+
+    @property
+    def params(self) -> Path:
+        """The declaration."""
+        return self.root / "params.yaml"
+
+    @property
+    def machine(self) -> Path:
+        """What this machine is: the hardware that a benchmark depends on."""
+        return self.root / "work/machine.json"
+
+    @property
+    def toolchain(self) -> Path:
+        """What the tools are: commit, flags, digests."""
+        return self.root / "work/toolchain.json"
+
+    def slice(self, stage: str, key: str) -> Path:
+        """The resolved parameters of one stage and key, which DVC tracks."""
+        return self.root / "work/params" / stage / f"{key}.json"
+
+    def log(self, stage: str, key: str) -> Path:
+        """Whole output of every program that the stage started."""
+        return self.root / "work/logs" / f"{stage}-{key}.log"
+
+    def source(self, model: str) -> Path:
+        """Directory with the verified files of the pinned upstream revision."""
+        return self.root / "work" / model / "source"
+
+    def f16(self, model: str) -> Path:
+        """The converted model in 16 bits, from which every quant is made."""
+        return self.root / "work" / model / "f16.gguf"
+
+    def imatrix_dir(self, model: str) -> Path:
+        """Directory that holds imatrix.gguf, or nothing if the model declares no calibration."""
+        return self.root / "work" / model / "imatrix"
+
+    def imatrix(self, model: str) -> Path:
+        """The importance matrix."""
+        return self.imatrix_dir(model) / "imatrix.gguf"
+
+    def gguf(self, model: str, key: str) -> Path:
+        """A quantized model: <model>-<TYPE>.gguf, the Hub's naming habit."""
+        return self.root / "work" / model / "gguf" / f"{key}.gguf"
+
+    def scratch(self, model: str) -> Path:
+        """Large files that only save time and that anybody may delete at any moment."""
+        return self.root / "work/scratch" / model
+
+    def model_record(self, stage: str, model: str) -> Path:
+        """Record of a stage that runs once for each model."""
+        return self.root / "results" / model / f"{_RECORD_WORDS.get(stage, stage)}.json"
+
+    def quant_record(self, stage: str, model: str, type_: str) -> Path:
+        """Record of a stage that runs once for each quant."""
+        return self.root / "results" / model / stage / f"{type_}.json"
+
+    def frontier(self, model: str) -> Path:
+        """Size, speed and divergence of every measured quant, as rows that `dvc plots` draws."""
+        return self.root / "results" / model / "frontier.json"
+
+    def receipt(self, model: str) -> Path:
+        """What the tracking server has been told about a model."""
+        return self.root / "work/track" / f"{model}.json"
+
+    @property
+    def report_markdown(self) -> Path:
+        """The report for a terminal, a pull request, a job summary."""
+        return self.root / "results/report.md"
+
+    @property
+    def report_html(self) -> Path:
+        """The report as one self-contained page."""
+        return self.root / "results/report.html"

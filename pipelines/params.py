@@ -1,0 +1,436 @@
+"""
+The declaration as types: params.yaml on one side, the slice that each stage reads on the other.
+
+`Declaration` is the file as the operator writes it: closed, strict, frozen. A stage never sees it.
+It gets a `...Slice`: every value that can change its result, with defaults filled in and the owner
+decided (quant > model > top-level section > built-in). DVC tracks exactly that slice, so what a
+stage reads and what makes it run again cannot drift apart.
+
+`pipelines.declaration` reads the file and reports what is wrong with it, line by line.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+# A dot would break DVC's parameter paths, an upper-case letter Ollama's and the registries' names.
+MODEL_KEY = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+RELATIVE_PATH = r"^(?!/)(?!.*(?:^|/)\.\.(?:/|$))[A-Za-z0-9._/-]{1,200}$"
+
+# What llama-quantize of the pinned commit makes (tools/quantize/quantize.cpp, QUANT_OPTIONS), less
+# the names that only copy (COPY) and the aliases (Q3_K, Q4_K, Q5_K): one name for one recipe.
+QuantType = Literal[
+    "F32", "F16", "BF16",
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0",
+    "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "MXFP4_MOE",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS",
+    "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+    "IQ1_M", "IQ1_S", "TQ1_0", "TQ2_0",
+]  # fmt: skip
+# The converter and the benchmarks cannot do without these (src/llama-quant.cpp refuses them).
+NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "Q2_K_S"})
+
+# Types of single tensors, as a rule of `tensor_types` may name them.
+TensorType = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0",
+    "iq4_nl", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs", "iq2_xxs",
+    "iq1_m", "iq1_s", "tq1_0", "tq2_0", "mxfp4",
+]  # fmt: skip
+
+Objective = Literal["speed", "quality", "size"]
+Backend = Literal["auto", "cpu", "cuda", "vulkan", "metal"]
+KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+
+ModelKey = Annotated[str, StringConstraints(pattern=MODEL_KEY)]
+QuantKey = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][A-Za-z0-9_-]{0,79}$")]
+CorpusKey = ModelKey
+HostKey = ModelKey
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Revision = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+RelativePath = Annotated[str, StringConstraints(pattern=RELATIVE_PATH)]
+Source = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(?:path:(?!/)(?!.*(?:^|/)\.\.(?:/|$))[A-Za-z0-9._/-]{1,200}"
+        r"|hf:[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})$"
+    ),
+]
+Tokens = Annotated[int, Field(ge=1, le=10_000_000)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+
+
+class Closed(BaseModel):
+    """Every model here: unknown keys, NaN, and values of a neighbouring type are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# --- the file, as the operator writes it ------------------------------------------------------
+
+
+class Toolchain(Closed):
+    """One llama.cpp for converter, quantizer, benchmark and server."""
+
+    llama_cpp_python: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+\.\d+$")] = Field(
+        description="Version of the llama-cpp-python source distribution, which holds llama.cpp."
+    )
+    sha256: Sha256 = Field(description="sha256 of that source distribution.")
+    backend: Backend = Field("auto", description="`auto` takes CUDA or Metal if this host has it.")
+    recipe: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        1, description="Raise it to make everything after fetch again."
+    )
+
+
+class Corpus(Closed):
+    """A text file and the bytes it must have."""
+
+    path: RelativePath = Field(description="File below the repository.")
+    sha256: Sha256 = Field(description="sha256 of the file.")
+
+
+class Gates(Closed):
+    """Limits that a quant must keep to be chosen. All measured against the model's own f16."""
+
+    max_kld_mean_nats: Positive | None = Field(
+        None, description="Mean KL divergence from the f16 model, nats for each token."
+    )
+    max_kld_p999_nats: Positive | None = Field(
+        None, description="99.9th percentile of the KL divergence; needs 400 chunks or more."
+    )
+    min_same_top: Share | None = Field(
+        None, description="Share of tokens at which f16 and quant agree on the most likely one."
+    )
+    max_ppl_ratio: Positive | None = Field(
+        None, description="Perplexity of the quant over that of f16, on the same text."
+    )
+    min_decode_tok_s: Positive | None = Field(
+        None, description="Tokens generated in a second, at the deepest declared depth."
+    )
+    min_prefill_tok_s: Positive | None = Field(
+        None, description="Prompt tokens read in a second, at depth 0."
+    )
+    max_size_mib: Positive | None = Field(None, description="Size of the GGUF file in MiB.")
+
+
+class TensorRule(Closed):
+    """One `--tensor-type` rule of llama-quantize: the first whose pattern is found wins."""
+
+    match: Annotated[str, StringConstraints(min_length=1, max_length=200)] = Field(
+        description="Regular expression, in lower case, searched in the tensor's name."
+    )
+    type: TensorType = Field(description="Type that the matching tensors get.")
+
+
+class Model(Closed):
+    """One model of the fleet."""
+
+    source: Source = Field(description="`hf:owner/repo`, or `path:` of a directory here.")
+    revision: Revision = Field(
+        description="40-hex commit on the Hub; for `path:` the digest that `fleet digest` prints."
+    )
+    context_tokens: Tokens = Field(description="Context at which the model will be served.")
+    evaluation: CorpusKey = Field(
+        "evaluation", description="Corpus on which divergence from f16 is measured."
+    )
+    calibration: CorpusKey | None = Field(
+        None, description="Corpus for the importance matrix; required by quants with `imatrix`."
+    )
+    objective: Objective = Field(
+        "speed", description="What is made best among the quants that pass every gate."
+    )
+    gates: Gates = Field(default=Gates(), description="Overrides of the top-level `gates`.")
+
+
+class Quant(Closed):
+    """One GGUF of one model."""
+
+    model: ModelKey = Field(description="Key under `models`.")
+    type: QuantType = Field(description="Type as llama-quantize names it.")
+    imatrix: bool = Field(default=False, description="Use the model's importance matrix.")
+    tensor_types: tuple[TensorRule, ...] = Field(
+        (), description="Types of single tensors; a rule that matches nothing is an error.",
+        max_length=256,
+    )  # fmt: skip
+    output_tensor_type: TensorType | None = Field(None, description="Type of the output tensor.")
+    token_embedding_type: TensorType | None = Field(None, description="Type of the embeddings.")
+    pure: bool = Field(default=False, description="No mixtures: all tensors get `type`.")
+    leave_output_tensor: bool = Field(
+        default=False, description="Leave the output tensor as it is in f16."
+    )
+    max_fallbacks: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        0,
+        description="Tensors allowed to fall back to another type since their rows are not a "
+        "multiple of the block size.",
+    )
+
+
+class Calibrate(Closed):
+    """How an importance matrix is computed."""
+
+    context_tokens: Tokens = Field(512, description="Window in which the corpus is read.")
+    chunks: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="Windows to read; all of the corpus if absent."
+    )
+
+
+class Quality(Closed):
+    """How divergence from f16 is measured."""
+
+    context_tokens: Tokens = Field(512, description="Window; half of it is scored.")
+    chunks: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        100, description="Windows to score; fewer if the corpus is shorter is an error."
+    )
+
+
+class Benchmark(Closed):
+    """How a quant is measured."""
+
+    prompt_tokens: Tokens = Field(512, description="Length of the prompt of the prefill test.")
+    generate_tokens: Tokens = Field(128, description="Tokens generated in the decode test.")
+    depths: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000_000)], ...],
+                      Field(min_length=1, max_length=16)] = Field(
+        (0,), description="Tokens already in the context when a test starts."
+    )  # fmt: skip
+    repetitions: Annotated[int, Field(ge=3, le=1000)] = Field(
+        6, description="Repetitions of every test, those that are dropped included."
+    )
+    dropped_repetitions: Annotated[int, Field(ge=0, le=100)] = Field(
+        1, description="First repetitions that do not count: caches and clocks are still cold."
+    )
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="CPU threads; the physical cores this process may use if absent."
+    )
+    gpu_layers: Annotated[int, Field(ge=0, le=9999)] = Field(
+        99, description="Layers on the GPU; 99 means all."
+    )
+    flash_attention: bool = Field(default=True, description="Flash attention.")
+    kv_type: KvType = Field("f16", description="Type of the key-value cache.")
+    batch_tokens: Tokens = Field(2048, description="Logical batch (-b).")
+    ubatch_tokens: Tokens = Field(512, description="Physical batch (-ub).")
+    quality: Quality = Field(default=Quality(), description="Divergence from f16.")
+
+
+class Choose(Closed):
+    """When a difference is large enough to matter."""
+
+    min_speed_effect: Share = Field(
+        0.03, description="Relative difference in speed below which two quants are equally fast."
+    )
+    min_quality_effect: Share = Field(
+        0.10, description="Relative difference in mean divergence below which two are equal."
+    )
+    min_size_effect: Share = Field(
+        0.01, description="Relative difference in file size below which two are equal."
+    )
+
+
+class Track(Closed):
+    """Where runs are shown."""
+
+    tracking_uri: Annotated[str, StringConstraints(min_length=1, max_length=400)] = Field(
+        "sqlite:///work/mlflow.db", description="MLflow tracking URI."
+    )
+    experiment: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._ -]{1,100}$")] = Field(
+        "gguf-fleet", description="MLflow experiment."
+    )
+
+
+class Host(Closed):
+    """A machine that will serve."""
+
+    vram_mib: Annotated[int, Field(ge=1, le=100_000_000)] | None = Field(
+        None, description="Memory of its GPUs; absent on a host that serves from the CPU."
+    )
+    memory_mib: Annotated[int, Field(ge=1, le=100_000_000)] | None = Field(
+        None, description="Main memory that a model may take on a host without a GPU."
+    )
+    margin_mib: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        1024, description="Memory that has to stay free (llama.cpp's own default is 1,024 MiB)."
+    )
+
+
+class Declaration(Closed):
+    """params.yaml."""
+
+    toolchain: Toolchain = Field(description="The one pinned llama.cpp.")
+    corpora: dict[CorpusKey, Corpus] = Field(description="Texts for calibration and evaluation.")
+    models: dict[ModelKey, Model] = Field(description="The fleet, by name.")
+    quants: dict[QuantKey, Quant] = Field(description="The GGUFs to make, as <model>-<TYPE>.")
+    gates: Gates = Field(default=Gates(), description="Limits for every model.")
+    calibrate: Calibrate = Field(default=Calibrate(), description="The importance matrix.")
+    benchmark: Benchmark = Field(default=Benchmark(), description="The measurements.")
+    choose: Choose = Field(default=Choose(), description="The choice.")
+    track: Track = Field(default=Track(), description="MLflow.")
+    hosts: dict[HostKey, Host] = Field(description="Where models are served, by name.")
+
+
+# --- what one stage reads, resolved -----------------------------------------------------------
+
+
+class FetchSlice(Closed):
+    """Decides the bytes that fetch brings."""
+
+    model: str
+    source: str
+    revision: str
+
+
+class ConvertSlice(Closed):
+    """Decides, with the source and the toolchain, the f16 GGUF."""
+
+    model: str
+    recipe: int
+
+
+class CalibrateSlice(Closed):
+    """Decides the importance matrix; without a corpus there is none."""
+
+    model: str
+    recipe: int
+    corpus: Corpus | None
+    context_tokens: int
+    chunks: int | None
+
+
+class QuantizeSlice(Closed):
+    """Decides a quantized GGUF."""
+
+    key: str
+    model: str
+    recipe: int
+    type: QuantType
+    imatrix: bool
+    tensor_types: tuple[TensorRule, ...]
+    output_tensor_type: TensorType | None
+    token_embedding_type: TensorType | None
+    pure: bool
+    leave_output_tensor: bool
+    max_fallbacks: int
+
+
+class BenchmarkSlice(Closed):
+    """Decides what is measured of a quant."""
+
+    key: str
+    model: str
+    type: QuantType
+    recipe: int
+    context_tokens: int
+    corpus: Corpus
+    benchmark: Benchmark
+
+
+class ChooseSlice(Closed):
+    """Decides which measured quant is best."""
+
+    model: str
+    quants: dict[str, QuantType]
+    objective: Objective
+    gates: Gates
+    context_tokens: int
+    choose: Choose
+    hosts: dict[str, Host]
+
+
+class TrackSlice(Closed):
+    """Decides what MLflow is told."""
+
+    model: str
+    quants: dict[str, QuantType]
+    track: Track
+
+
+class ReportSlice(Closed):
+    """Decides what the report covers."""
+
+    models: dict[str, dict[str, QuantType]]
+
+
+# --- from the file to the slices --------------------------------------------------------------
+
+
+def fetch_slice(declared: Declaration, model: str) -> FetchSlice:
+    """Resolve what `fetch` of a model reads."""
+    spec = declared.models[model]
+    return FetchSlice(model=model, source=spec.source, revision=spec.revision)
+
+
+def convert_slice(declared: Declaration, model: str) -> ConvertSlice:
+    """Resolve what `convert` of a model reads."""
+    return ConvertSlice(model=model, recipe=declared.toolchain.recipe)
+
+
+def calibrate_slice(declared: Declaration, model: str) -> CalibrateSlice:
+    """Resolve what `calibrate` of a model reads."""
+    name = declared.models[model].calibration
+    return CalibrateSlice(
+        model=model,
+        recipe=declared.toolchain.recipe,
+        corpus=declared.corpora[name] if name else None,
+        context_tokens=declared.calibrate.context_tokens,
+        chunks=declared.calibrate.chunks,
+    )
+
+
+def quantize_slice(declared: Declaration, key: str) -> QuantizeSlice:
+    """Resolve what `quantize` of a quant reads."""
+    quant = declared.quants[key]
+    return QuantizeSlice(key=key, recipe=declared.toolchain.recipe, **dict(quant))
+
+
+def benchmark_slice(declared: Declaration, key: str) -> BenchmarkSlice:
+    """Resolve what `benchmark` of a quant reads."""
+    quant = declared.quants[key]
+    model = declared.models[quant.model]
+    return BenchmarkSlice(
+        key=key,
+        model=quant.model,
+        type=quant.type,
+        recipe=declared.toolchain.recipe,
+        context_tokens=model.context_tokens,
+        corpus=declared.corpora[model.evaluation],
+        benchmark=declared.benchmark,
+    )
+
+
+def quants_of(declared: Declaration, model: str) -> dict[str, QuantType]:
+    """Return {quant key: type} of a model, in the order of the file."""
+    return {key: quant.type for key, quant in declared.quants.items() if quant.model == model}
+
+
+def choose_slice(declared: Declaration, model: str) -> ChooseSlice:
+    """Resolve what `choose` of a model reads; a model's own gate beats the top-level one."""
+    spec = declared.models[model]
+    own = spec.gates.model_dump(exclude_none=True)
+    return ChooseSlice(
+        model=model,
+        quants=quants_of(declared, model),
+        objective=spec.objective,
+        gates=Gates(**(declared.gates.model_dump() | own)),
+        context_tokens=spec.context_tokens,
+        choose=declared.choose,
+        hosts=declared.hosts,
+    )
+
+
+def track_slice(declared: Declaration, model: str) -> TrackSlice:
+    """Resolve what `track` of a model reads."""
+    return TrackSlice(model=model, quants=quants_of(declared, model), track=declared.track)
+
+
+def report_slice(declared: Declaration) -> ReportSlice:
+    """Resolve what `report` reads."""
+    return ReportSlice(models={model: quants_of(declared, model) for model in declared.models})
+
+
+def is_safe_regex(pattern: str) -> bool:
+    """Tell whether llama-quantize (std::regex, ECMAScript, lower-cased) can read a pattern."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return pattern == pattern.lower()

@@ -1,0 +1,266 @@
+"""
+The only place that starts programs.
+
+A program gets an argv list, never a shell. Everything it prints goes, as it is, to a log file, and
+cleaned to whoever listens. It dies with us: by its process group when we are told to stop, by
+PR_SET_PDEATHSIG when we are killed (Linux). Interrupt, then terminate, then kill, within 3 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from shutil import which
+from typing import IO, TYPE_CHECKING
+
+from pipelines import console
+from pipelines.errors import MachineError, ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+TAIL_LINES = 12
+STOP_WITHIN_S = 3.0
+_PR_SET_PDEATHSIG = 1
+_LINE_ENDS = re.compile(rb"[\r\n]")
+# A tool that prints for ever must not fill our memory; the log on disk keeps everything.
+_CAPTURE_LIMIT_BYTES = 64 << 20
+_LINE_LIMIT_BYTES = 1 << 20
+
+_libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True) if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed:
+    """A program that has ended: what it printed and how long it took."""
+
+    argv: tuple[str, ...]
+    code: int
+    stdout: str
+    stderr: str
+    wall_s: float
+    max_rss_bytes: int
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends, however that happens."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def find(program: str) -> str:
+    """
+    Return the path of `program`.
+
+    Raises:
+        MachineError: It is not on PATH; the message says which PATH was searched.
+    """
+    path = which(program)
+    if path is None:
+        raise MachineError(
+            f"{program} is not installed: none of {os.environ.get('PATH', '')} has it."
+        )
+    return path
+
+
+def run(  # noqa: PLR0913 - each option is one independent fact about a child
+    argv: Sequence[str | Path],
+    *,
+    log: Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+    on_line: Callable[[str], None] | None = None,
+    ok_codes: Sequence[int] = (0,),
+) -> Completed:
+    """
+    Run a program to its end.
+
+    Args:
+        argv: Program and arguments; never passed through a shell.
+        log: File to which argv and all output are appended.
+        cwd: Working directory of the program.
+        env: Variables added to ours.
+        timeout_s: Wall seconds after which the program is stopped.
+        on_line: Called with each cleaned line of stdout and stderr as it appears; carriage
+            returns count as line ends, since progress bars use them.
+        ok_codes: Exit codes that mean success.
+
+    Returns:
+        Both streams as text (invalid UTF-8 replaced), wall time and peak resident memory of the
+        largest process among those that ended below it.
+
+    Raises:
+        ToolError: Another exit code, a signal, or the time-out; carries the last lines and the log.
+        MachineError: The program does not exist.
+    """
+    words = [str(word) for word in argv]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with log.open("ab") as log_file:
+        log_file.write(f"+ {shlex.join(words)}\n".encode())
+        log_file.flush()
+        child = _start(words, cwd, env)
+        readers = [
+            _Reader(stream, log_file, on_line) for stream in (child.stdout, child.stderr) if stream
+        ]
+        try:
+            timed_out = not _wait(child, readers, timeout_s)
+        except BaseException:
+            stop(child)
+            raise
+    stdout, stderr = (reader.text() for reader in readers)
+    done = Completed(
+        argv=tuple(words),
+        code=child.returncode,
+        stdout=stdout,
+        stderr=stderr,
+        wall_s=time.monotonic() - started,
+        max_rss_bytes=getattr(child, "max_rss_bytes", 0),
+    )
+    if timed_out or done.code not in ok_codes:
+        raise _failure(done, log, timeout_s if timed_out else None)
+    return done
+
+
+class _Child(subprocess.Popen[bytes]):
+    """Popen that also asks the kernel for the peak memory of the child it reaps."""
+
+    max_rss_bytes = 0
+
+    def reap(self) -> bool:
+        """Collect the child if it has ended, with its resource usage."""
+        if self.returncode is not None:
+            return True
+        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        if pid == 0:
+            return False
+        self.returncode = os.waitstatus_to_exitcode(status)
+        # Linux counts ru_maxrss in KiB, macOS in bytes (getrusage(2) of each).
+        self.max_rss_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return True
+
+
+def _start(words: list[str], cwd: Path | None, env: Mapping[str, str] | None) -> _Child:
+    try:
+        return _Child(
+            words,
+            cwd=cwd,
+            env={**os.environ, **env} if env else None,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            # Safe here: the hook only calls prctl, no lock and no allocation of Python's.
+            preexec_fn=die_with_parent if _libc is not None else None,  # noqa: PLW1509
+        )
+    except FileNotFoundError as error:
+        raise MachineError(f"{words[0]} cannot be started: {error.strerror}.") from error
+    except PermissionError as error:
+        raise MachineError(f"{words[0]} cannot be started: {error.strerror}.") from error
+
+
+class _Reader:
+    """Copies one stream of a child to the log, to memory and, line by line, to a listener."""
+
+    def __init__(
+        self, stream: IO[bytes], log_file: IO[bytes], on_line: Callable[[str], None] | None
+    ) -> None:
+        self._stream = stream
+        self._log_file = log_file
+        self._on_line = on_line
+        self._kept = bytearray()
+        self._rest = b""
+        self.thread = threading.Thread(target=self._copy, daemon=True)
+        self.thread.start()
+
+    def _copy(self) -> None:
+        while chunk := os.read(self._stream.fileno(), 1 << 16):
+            # A full disk must not leave the pipe unread: the child would hang instead of failing.
+            with contextlib.suppress(OSError):
+                self._log_file.write(chunk)
+                self._log_file.flush()
+            if len(self._kept) < _CAPTURE_LIMIT_BYTES:
+                self._kept += chunk
+            if self._on_line is not None:
+                self._split(chunk)
+        if self._on_line is not None and self._rest:
+            self._on_line(console.clean(self._rest.decode(errors="replace")))
+        self._stream.close()
+
+    def _split(self, chunk: bytes) -> None:
+        *lines, rest = _LINE_ENDS.split(self._rest + chunk)
+        self._rest = rest[-_LINE_LIMIT_BYTES:]
+        for line in lines:
+            if line.strip() and self._on_line is not None:
+                self._on_line(console.clean(line.decode(errors="replace")))
+
+    def text(self) -> str:
+        return self._kept.decode(errors="replace")
+
+
+def _wait(child: _Child, readers: list[_Reader], timeout_s: float | None) -> bool:
+    """Wait for the end; False means that the time-out struck and the child was stopped."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    pause_s = 0.001
+    while not child.reap():
+        if deadline is not None and time.monotonic() > deadline:
+            stop(child)
+            return False
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 0.05)
+    # What the child itself left running keeps the pipes open; it has no business to.
+    _signal_group(child.pid, signal.SIGKILL)
+    for reader in readers:
+        reader.thread.join(timeout=STOP_WITHIN_S)
+    return True
+
+
+def _signal_group(pgid: int, number: int) -> None:
+    try:
+        os.killpg(pgid, number)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def stop(child: _Child) -> None:
+    """End a child and its whole process group: interrupt, terminate, kill, within 3 s."""
+    for number, wait_s in ((signal.SIGINT, 1.0), (signal.SIGTERM, 1.0), (signal.SIGKILL, 1.0)):
+        _signal_group(child.pid, number)
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline:
+            if child.reap():
+                _signal_group(child.pid, signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+
+def _failure(done: Completed, log: Path, timeout_s: float | None) -> ToolError:
+    program = os.path.basename(done.argv[0])  # noqa: PTH119 - a word of argv, not a path of ours
+    if timeout_s is not None:
+        cause = f"was stopped after {timeout_s:.0f} s"
+    elif done.code == -signal.SIGKILL:
+        cause = "was killed by the kernel or by somebody: often there was too little memory"
+    elif done.code < 0:
+        cause = f"died of {signal.Signals(-done.code).name}"
+    else:
+        cause = f"ended with exit code {done.code}"
+    return ToolError(f"{program} {cause}.\n{tail(done)}".rstrip(), log=log)
+
+
+def tail(done: Completed) -> str:
+    """Return the last cleaned lines that a program printed, stderr first, indented."""
+    text = done.stderr if done.stderr.strip() else done.stdout
+    lines = [console.clean(line)[:300] for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])

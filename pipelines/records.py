@@ -1,0 +1,315 @@
+"""
+What each stage leaves behind: one immutable type for each record, with its schema version.
+
+A record of a stage whose result is decided by its inputs (fetch, convert, calibrate, quantize)
+holds nothing else: no time, no duration, no host. Equal inputs give equal bytes, in git too.
+Paths in a record are names below their directory, never absolute.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipelines import atomic
+from pipelines.errors import FleetError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """A part of a record: closed, frozen, finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Record(Part):
+    """What all records share."""
+
+    schema_version: Literal[1] = 1
+
+
+class FileDigest(Part):
+    """A file by name, size in bytes, and both digests."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    md5: str
+
+
+class FetchRecord(Record):
+    """The verified bytes of one upstream revision."""
+
+    stage: Literal["fetch"] = "fetch"
+    model: str
+    source: str
+    revision: str
+    architecture: str
+    license: str | None
+    parameters_count: int
+    dtypes: dict[str, int]
+    size_bytes: int
+    files: tuple[FileDigest, ...]
+
+
+class ConvertRecord(Record):
+    """The 16-bit GGUF made from them."""
+
+    stage: Literal["convert"] = "convert"
+    model: str
+    revision: str
+    architecture: str
+    llama_cpp_commit: str
+    recipe: int
+    tensors_count: int
+    tensor_types: dict[str, int]
+    context_train_tokens: int
+    gguf: FileDigest
+
+
+class CalibrateRecord(Record):
+    """The importance matrix, or the statement that none is declared."""
+
+    stage: Literal["calibrate"] = "calibrate"
+    model: str
+    f16_sha256: str
+    llama_cpp_commit: str
+    recipe: int
+    corpus: str | None
+    corpus_sha256: str | None
+    context_tokens: int
+    chunks_count: int
+    entries_count: int
+    imatrix: FileDigest | None
+
+
+class Fallback(Part):
+    """A tensor that could not get the type of its recipe."""
+
+    tensor: str
+    wanted: str
+    got: str
+
+
+class RuleHits(Part):
+    """A declared tensor rule and the number of tensors that it decided."""
+
+    match: str
+    type: str
+    tensors_count: int
+
+
+class QuantizeRecord(Record):
+    """One quantized GGUF and what is really in it."""
+
+    stage: Literal["quantize"] = "quantize"
+    key: str
+    model: str
+    type: str
+    f16_sha256: str
+    llama_cpp_commit: str
+    recipe: int
+    imatrix_sha256: str | None
+    imatrix_corpus_sha256: str | None
+    bits_per_weight: Finite
+    tensors_count: int
+    tensor_types: dict[str, int]
+    tensor_bytes: dict[str, int]
+    rules: tuple[RuleHits, ...]
+    fallbacks: tuple[Fallback, ...]
+    gguf: FileDigest
+
+
+class Speed(Part):
+    """Throughput of one test in tokens a second: median and its 95 % interval over `samples`."""
+
+    test: Literal["prefill", "decode"]
+    depth_tokens: int
+    tokens: int
+    median_tok_s: Finite
+    low_tok_s: Finite
+    high_tok_s: Finite
+    samples_tok_s: tuple[Finite, ...]
+    dropped_tok_s: tuple[Finite, ...]
+
+
+class QualityResult(Part):
+    """Divergence from the model's own f16 over the scored tokens of a corpus."""
+
+    corpus_sha256: str
+    context_tokens: int
+    chunks_count: int
+    scored_tokens: int
+    kld_mean_nats: Finite
+    kld_mean_error_nats: Finite
+    kld_p999_nats: Finite
+    kld_max_nats: Finite
+    same_top: Finite
+    same_top_error: Finite
+    ppl: Finite
+    ppl_f16: Finite
+    ppl_ratio: Finite
+    ppl_ratio_error: Finite
+
+
+class Memory(Part):
+    """Memory at the declared context, in MiB."""
+
+    context_tokens: int
+    estimate_mib: Finite
+    measured_mib: Finite
+    method: Literal["nvml", "rss"]
+    model_mib: Finite
+    context_mib: Finite
+    compute_mib: Finite
+
+
+class MachineId(Part):
+    """
+    Where a number was measured.
+
+    `hw_id` must be equal for two numbers to be compared; `env_id` should be. Both are digests of
+    the facts beside them, so that no serial number and no host name is published.
+    """
+
+    hw_id: str
+    env_id: str
+    backend: str
+    cpu: str
+    cores_count: int
+    memory_gib: int
+    gpus: tuple[str, ...]
+
+
+class Validity(Part):
+    """Whether the measurement itself can be trusted, and why not."""
+
+    verdict: Literal["VALID", "INVALID"]
+    reasons: tuple[str, ...]
+    notes: tuple[str, ...]
+    load_before: Finite
+    load_after: Finite
+    steal_share: Finite
+    gpu_info: str
+
+
+class BenchmarkRecord(Record):
+    """Everything measured of one quant on one machine."""
+
+    stage: Literal["benchmark"] = "benchmark"
+    key: str
+    model: str
+    type: str
+    gguf_sha256: str
+    f16_sha256: str
+    size_bytes: int
+    llama_cpp_commit: str
+    machine: MachineId
+    validity: Validity
+    threads: int
+    speed: tuple[Speed, ...]
+    quality: QualityResult
+    memory: Memory
+    measured_at: str
+    wall_s: Finite
+
+
+class Candidate(Part):
+    """The measured values of one quant that the choice looks at."""
+
+    key: str
+    type: str
+    gguf_sha256: str | None
+    size_mib: Finite | None
+    memory_mib: Finite | None
+    decode_tok_s: Finite | None
+    prefill_tok_s: Finite | None
+    kld_mean_nats: Finite | None
+    kld_p999_nats: Finite | None
+    same_top: Finite | None
+    ppl_ratio: Finite | None
+    bits_per_weight: Finite | None
+    verdict: Literal["CHOSEN", "PASS", "REJECT", "INVALID"]
+    on_frontier: bool
+    sentence: str
+
+
+class HostChoice(Part):
+    """The best quant for one host, and one sentence for each other one."""
+
+    host: str
+    winner: str | None
+    runner_up: str | None
+    verdict: Literal["PROMOTE", "HOLD", "REJECT", "INVALID"]
+    sentence: str
+    binding: str
+    candidates: tuple[Candidate, ...]
+
+
+class ChoiceRecord(Record):
+    """What was chosen, by which rule, for each host."""
+
+    stage: Literal["choose"] = "choose"
+    model: str
+    objective: str
+    context_tokens: int
+    decode_depth_tokens: int | None
+    incumbent: str | None
+    hw_id: str | None
+    hosts: tuple[HostChoice, ...]
+
+
+class TrackedRun(Part):
+    """A run that MLflow holds, by the key under which it is found again."""
+
+    key: str
+    run_key: str
+    run_id: str
+
+
+class TrackReceipt(Record):
+    """What the tracking server has been told; `pending` means that it could not be reached."""
+
+    stage: Literal["track"] = "track"
+    model: str
+    status: Literal["tracked", "pending"]
+    reason: str
+    runs: tuple[TrackedRun, ...]
+
+
+R = TypeVar("R", bound=Record)
+
+
+class RecordError(FleetError):
+    """A record is missing, unreadable or of another schema."""
+
+
+def read(path: Path, kind: type[R]) -> R:
+    """
+    Read a record strictly.
+
+    Raises:
+        RecordError: It is missing, not JSON, or not of this type and version.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise RecordError(f"{path} does not exist.", hint="fleet repro") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecordError(
+            f"{path} is not a {kind.__name__} of this version: {where}: {first['msg']}.",
+            hint="Remove it and run `fleet repro`.",
+        ) from error
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a record atomically; an equal one on disk is left as it is."""
+    atomic.write_json(path, json.loads(record.model_dump_json()))
