@@ -1,0 +1,125 @@
+"""The corpora are what their manifest says, and none leaks into another."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+CORPORA = Path(__file__).resolve().parent.parent / "corpora"
+MIN_SHARED_PARAGRAPH_CHARS = 40
+
+
+def read_yaml(name: str) -> Any:  # noqa: ANN401 - parsed YAML
+    """Parse a YAML file of the corpora folder."""
+    return YAML(typ="safe").load((CORPORA / name).read_text(encoding="utf-8"))
+
+
+def manifest() -> dict[str, dict[str, str]]:
+    """Entries of corpora.yaml by path."""
+    return {entry["path"]: entry for entry in read_yaml("corpora.yaml")["files"]}
+
+
+def long_paragraphs(name: str) -> set[str]:
+    """Paragraphs of a text with blanks collapsed, without the short ones any text may repeat."""
+    text = (CORPORA / name).read_text(encoding="utf-8")
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    return {text for text in paragraphs if len(text) >= MIN_SHARED_PARAGRAPH_CHARS}
+
+
+@pytest.mark.parametrize("name", ["calibration.txt", "evaluation.txt", "prompts.yaml"])
+def test_every_corpus_file_has_the_bytes_its_manifest_states(name: str) -> None:
+    """A changed byte is a different corpus, so its digest is pinned."""
+    digest = hashlib.sha256((CORPORA / name).read_bytes()).hexdigest()
+
+    assert digest == manifest()[name]["sha256"]
+
+
+def test_the_manifest_names_every_corpus_file_with_licence_and_source() -> None:
+    """No file in the folder is of unknown origin."""
+    explained = {"README.md", "corpora.yaml", ".gitattributes"}
+    files = {path.name for path in CORPORA.iterdir() if path.is_file()} - explained
+
+    assert files == set(manifest())
+    for entry in manifest().values():
+        assert entry["license"]
+        assert entry["source"]
+
+
+def test_the_readme_states_the_digest_and_size_of_every_corpus_file() -> None:
+    """People and programs read the same manifest."""
+    readme = (CORPORA / "README.md").read_text(encoding="utf-8")
+
+    for name, entry in manifest().items():
+        (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
+        assert entry["sha256"] in row
+        assert f" {(CORPORA / name).stat().st_size:,} " in row
+
+
+def test_every_source_project_is_redistributed_with_its_licence_text() -> None:
+    """BSD and MIT ask that their notice travels with the text."""
+    sources = " ".join(entry["source"] for entry in manifest().values())
+    projects = set(re.findall(r"(\w+) \d+\.\d+", sources))
+
+    assert {path.stem for path in (CORPORA / "LICENSES").glob("*.txt")} == projects
+    for path in (CORPORA / "LICENSES").glob("*.txt"):
+        assert "Copyright" in path.read_text(encoding="utf-8")
+
+
+def test_calibration_and_evaluation_share_no_paragraph() -> None:
+    """An importance matrix never saw the text its quant is judged on."""
+    shared = long_paragraphs("calibration.txt") & long_paragraphs("evaluation.txt")
+
+    assert long_paragraphs("calibration.txt")
+    assert not shared
+
+
+@pytest.mark.parametrize("name", ["calibration.txt", "evaluation.txt"])
+def test_the_texts_hold_no_control_tokens_addresses_or_machine_paths(name: str) -> None:
+    """A tokenizer that parses special tokens reads the texts like one that does not."""
+    text = (CORPORA / name).read_text(encoding="utf-8")
+
+    assert not re.findall(r"<\|\w+\|>|</?s>|\[INST\]|https?://\S+|/(?:home|Users)/\S+", text)
+
+
+def test_prompts_are_conversations_that_end_with_the_user() -> None:
+    """Each conversation can be rendered with a generation prompt and sent to a server."""
+    prompts = read_yaml("prompts.yaml")
+    conversations = prompts["conversations"]
+
+    assert prompts["version"] == 1
+    assert len({conversation["id"] for conversation in conversations}) == len(conversations)
+    for conversation in conversations:
+        messages = conversation["messages"]
+        roles = [message["role"] for message in messages]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == [("user", "assistant")[index % 2] for index in range(len(turns))]
+        assert turns[-1] == "user"
+        assert all(isinstance(message["content"], str) for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [
+        ("an empty system text", r"^$"),
+        ("text outside Latin-1", r"[^\x00-\xff]"),
+        ("a character above the basic multilingual plane", r"[\U00010000-\U0010ffff]"),
+        ("code", r"def \w+\("),
+        ("control tokens typed by a user", r"<\|end\|>"),
+        ("blanks at both ends", r"(?s)^ .* $"),
+        ("a long text", r"(?s)^.{1000,}$"),
+    ],
+)
+def test_prompts_cover_what_chat_templates_get_wrong(kind: str, pattern: str) -> None:
+    """Every difficult kind of message is in the set at least once."""
+    contents = [
+        message["content"]
+        for conversation in read_yaml("prompts.yaml")["conversations"]
+        for message in conversation["messages"]
+    ]
+
+    assert any(re.search(pattern, content) for content in contents), f"no prompt with {kind}"
