@@ -126,9 +126,7 @@ class Progress:
         """Show that `done` of `total` is reached; cheap enough to be called for every chunk."""
         now = time.monotonic()
         sink = os.environ.get(PROGRESS_FILE_ENV)
-        pause = (
-            _SECONDS_BETWEEN_UPDATES if sink or is_terminal() else _SECONDS_BETWEEN_PLAIN_LINES
-        )
+        pause = _SECONDS_BETWEEN_UPDATES if sink or is_terminal() else _SECONDS_BETWEEN_PLAIN_LINES
         if now - self._last_shown < pause:
             return
         self._last_shown = now

@@ -66,7 +66,14 @@ Positive = Annotated[float, Field(gt=0, le=1e12)]
 class Closed(BaseModel):
     """Every model here: unknown keys, NaN, and values of a neighbouring type are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        # The Rust engine has no look-ahead, by which `..` is kept out of paths.
+        regex_engine="python-re",
+    )
 
 
 # --- the file, as the operator writes it ------------------------------------------------------

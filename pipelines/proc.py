@@ -38,7 +38,9 @@ _LINE_ENDS = re.compile(rb"[\r\n]")
 _CAPTURE_LIMIT_BYTES = 64 << 20
 _LINE_LIMIT_BYTES = 1 << 20
 
-_libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True) if sys.platform == "linux" else None
+_libc = (
+    ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True) if sys.platform == "linux" else None
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ def _start(words: list[str], cwd: Path | None, env: Mapping[str, str] | None) ->
             stderr=subprocess.PIPE,
             process_group=0,
             # Safe here: the hook only calls prctl, no lock and no allocation of Python's.
-            preexec_fn=die_with_parent if _libc is not None else None,  # noqa: PLW1509
+            preexec_fn=die_with_parent if _libc is not None else None,
         )
     except FileNotFoundError as error:
         raise MachineError(f"{words[0]} cannot be started: {error.strerror}.") from error
