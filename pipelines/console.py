@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from pipelines.errors import Problem
@@ -111,7 +111,7 @@ class Progress:
         self._last_shown = self._started if not is_terminal() else 0.0
         self._line_open = False
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         """Start."""
         self.update(0)
         return self

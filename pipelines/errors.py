@@ -2,14 +2,14 @@
 Every way in which a verb can fail, and the exit code of each.
 
     FleetError                    1   something we did not foresee is wrong
-    ├── ParamsError               2   the declaration (params.yaml, a corpus, the command line) is wrong
+    ├── ParamsError               2   the declaration is wrong: params.yaml, a corpus, the command line
     ├── UpstreamError             3   the source of a model is wrong: a person has to decide
-    │   └── RetryLaterError      75   the source is out of reach: nothing is wrong, try again later
-    ├── ToolError                 4   a program that we started failed or printed what we cannot trust
-    ├── GateError                 5   a verdict is not good enough for the caller's policy (`--strict`)
+    │   └── RetryLaterError      75   the source is out of reach now: try again later
+    ├── ToolError                 4   a program failed, or printed what cannot be trusted
+    ├── GateError                 5   a verdict is worse than the caller accepts (`--strict`)
     ├── DigestError               6   bytes are not the bytes that were declared
-    ├── MachineError              7   this machine lacks something: a compiler, disk, memory, a driver
-    └── StoreError                8   a registry or a tracking server refused or lost something
+    ├── MachineError              7   the machine lacks something: compiler, disk, memory, driver
+    └── StoreError                8   a registry or tracking server refused or lost something
 
 An error says what happened and carries its evidence; `hint` is the next thing to type. It is
 raised where the fact is known and turned into text in one place, `pipelines.__main__.main`.
@@ -103,7 +103,7 @@ class DigestError(FleetError):
 
 
 class MachineError(FleetError):
-    """This machine lacks something that the work needs."""
+    """The machine lacks something that the work needs."""
 
     exit_code = 7
 
