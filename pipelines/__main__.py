@@ -1,0 +1,347 @@
+"""
+`fleet VERB [KEY]`: parse, bind, run, exit code; nothing else.
+
+A person, a DVC stage and a GitHub action all type the same line. For a stage the binder resolves
+the key's slice of params.yaml, calls the stage's `run(slice, layout)` and writes the record that
+it returns. Modules are imported when their verb runs, so that `fleet --help` costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from pipelines import __version__, console
+from pipelines.errors import FleetError, ParamsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import FrameType
+
+    from pipelines.layout import Layout
+    from pipelines.params import Closed, Declaration
+    from pipelines.records import Record
+
+INTERRUPTED = 130
+# Set by `fleet repro` for everything below it: a stage must not outlive the run that wanted it.
+REPRO_ENV = "GGUF_FLEET_REPRO"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the graph, as the command line sees it."""
+
+    name: str
+    keyed_by: Literal["model", "quant", "fleet"]
+    help: str
+
+
+STAGES = (
+    Stage("fetch", "model", "bring the verified bytes of the pinned revision"),
+    Stage("convert", "model", "make the 16-bit GGUF"),
+    Stage("calibrate", "model", "compute the importance matrix, if one is declared"),
+    Stage("quantize", "quant", "make one quantized GGUF and prove what is in it"),
+    Stage("benchmark", "quant", "measure speed, divergence from f16 and memory"),
+    Stage("choose", "model", "pick the best quant for each host and say why not the others"),
+    Stage("track", "model", "tell MLflow about every measured quant"),
+    Stage("report", "fleet", "write the report for terminal, Markdown and HTML"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; the only place where an exception becomes text and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    if os.environ.get(REPRO_ENV):
+        from pipelines import proc  # noqa: PLC0415 - only below `fleet repro`
+
+        proc.die_with_parent()
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except FleetError as error:
+        _explain(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.error("stopped. Nothing unfinished has a final name; the same command goes on.")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our stdout (`| head`) has seen enough; that is no failure of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Treat a polite request to end like Ctrl-C, so that children are stopped and parts removed."""
+    raise KeyboardInterrupt
+
+
+def _explain(error: FleetError) -> None:
+    """Say what went wrong, where, where the whole output is, and what to do next."""
+    if isinstance(error, ParamsError) and error.problems:
+        for problem in error.problems:
+            console.error(problem.text, where=problem)
+    else:
+        console.error(error.message)
+    if error.log is not None:
+        console.info(f"  log:  {error.log}")
+    if error.hint:
+        console.info(f"  next: {error.hint}")
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fleet",
+        description="Keep a fleet of quantized GGUF models current, measured and reversible.",
+        epilog="Exit codes: 0 done, 2 declaration, 3 upstream, 4 tool, 5 gate, 6 digest, "
+        "7 machine, 8 store, 75 try later, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"gguf-fleet {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_operations(verbs)
+    for stage in STAGES:
+        _add_stage(verbs, stage)
+    return parser
+
+
+def _add(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    help_: str,
+    run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")
+    verb.set_defaults(run=run, verb=name)
+    return verb
+
+
+def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    repro = _add(verbs, "repro", "run every stage whose inputs changed", _repro)
+    repro.add_argument("targets", nargs="*", metavar="MODEL|QUANT", help="default: everything")
+    repro.add_argument("--force", action="store_true", help="run the stages even if unchanged")
+    repro.add_argument("--wait", action="store_true", help="wait for another run to end")
+
+    check = _add(verbs, "check", "say whether params.yaml can be built, line by line", _check)
+    check.add_argument("--json", action="store_true", help="print the problems as JSON")
+
+    tools = _add(verbs, "toolchain", "build the pinned llama.cpp, or show what is built", _tools)
+    tools.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    tools.add_argument("--verify", action="store_true", help="hash every tool again")
+
+    _add(verbs, "machine", "write what this machine and its tools are, for DVC", _machine)
+
+    digest = _add(verbs, "digest", "print the revision of a `path:` source", _digest)
+    digest.add_argument("directory", type=Path, help="directory with the model's files")
+
+    schema = _add(verbs, "schema", "print the JSON Schema of params.yaml", _schema)
+    schema.add_argument(
+        "--write", action="store_true", help="write params.schema.json and docs/params.md"
+    )
+    schema.add_argument("--check", action="store_true", help="exit 2 if those files are stale")
+
+
+def _add_stage(verbs: argparse._SubParsersAction[argparse.ArgumentParser], stage: Stage) -> None:
+    verb = _add(verbs, stage.name, stage.help, _stage)
+    verb.set_defaults(stage=stage)
+    verb.add_argument("--json", action="store_true", help="print the record as JSON")
+    if stage.name == "track":
+        verb.add_argument("key", nargs="?", metavar="MODEL", help="default with --rebuild: all")
+        verb.add_argument(
+            "--rebuild", action="store_true", help="tell a new or lost store everything again"
+        )
+    elif stage.keyed_by != "fleet":
+        verb.add_argument("key", metavar=stage.keyed_by.upper(), help="key in params.yaml")
+    if stage.name == "report":
+        verb.add_argument(
+            "--strict", action="store_true", help="exit 5 unless every model is PROMOTE"
+        )
+
+
+def _layout() -> Layout:
+    """
+    Paths of the checkout that we stand in.
+
+    Raises:
+        ParamsError: The working directory is not the root of a fleet.
+    """
+    from pipelines.layout import Layout  # noqa: PLC0415 - not for --help
+
+    if not Path("params.yaml").exists():
+        raise ParamsError(
+            f"there is no params.yaml in {Path.cwd()}.",
+            hint="Go to the root of your fleet, the folder with params.yaml and dvc.yaml.",
+        )
+    return Layout()
+
+
+# --- stages -----------------------------------------------------------------------------------
+
+
+def _stage(args: argparse.Namespace) -> int:
+    at = _layout()
+    declared = _load(at)
+    if args.stage.name == "track" and (args.rebuild or args.key is None):
+        return _track_all(at, declared, rebuild=args.rebuild)
+    key = "fleet" if args.stage.keyed_by == "fleet" else args.key
+    slice_ = _slice(at, declared, args.stage, key)
+    module = import_module(f"pipelines.{args.stage.name}")
+    if args.stage.name == "report":
+        return _report(at, slice_, strict=args.strict)
+    record: Record = module.run(slice_, at)
+    _write(at, args.stage, slice_, record)
+    if args.json:
+        console.out(record.model_dump_json(indent=2))
+    return 0
+
+
+def _load(at: Layout) -> Declaration:
+    from pipelines import declaration  # noqa: PLC0415 - not for --help
+
+    return declaration.load(at.params)
+
+
+def _slice(at: Layout, declared: Declaration, stage: Stage, key: str) -> Closed:
+    """
+    Resolve what a stage reads for one key.
+
+    Raises:
+        ParamsError: The key is not declared, or params.yaml was edited since DVC decided that this
+            stage has to run: the lock would then record values that were not used.
+    """
+    from pipelines import declaration  # noqa: PLC0415 - not for --help
+
+    slices = declaration.slices(declared)
+    if (stage.name, key) not in slices:
+        known = [name for verb, name in slices if verb == stage.name]
+        raise ParamsError(
+            f"{stage.keyed_by} {console.clean(key)!r} is not declared in {at.params}"
+            f"{_did_you_mean(key, known)}.",
+            hint=f"Declared: {', '.join(known)}.",
+        )
+    slice_ = slices[stage.name, key]
+    tracked = at.slice(stage.name, key)
+    if os.environ.get("DVC_STAGE") and tracked.exists():
+        then = type(slice_).model_validate_json(tracked.read_bytes())
+        if then != slice_:
+            raise ParamsError(
+                f"{at.params} was edited while DVC was running: {stage.name} {key} would use "
+                "values that DVC did not see.",
+                hint="Run the same command again.",
+            )
+    return slice_
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    from difflib import get_close_matches  # noqa: PLC0415 - only for a mistake
+
+    close = get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _write(at: Layout, stage: Stage, slice_: Closed, record: Record) -> None:
+    """Put a record where its readers look for it."""
+    from pipelines import records  # noqa: PLC0415 - not for --help
+
+    named = slice_.model_dump()
+    if stage.name == "track":
+        path = at.receipt(named["model"])
+    elif stage.keyed_by == "quant":
+        path = at.quant_record(stage.name, named["model"], named["type"])
+    else:
+        path = at.model_record(stage.name, named["model"])
+    records.write(path, record)
+
+
+def _track_all(at: Layout, declared: Declaration, *, rebuild: bool) -> int:
+    from pipelines import declaration, track  # noqa: PLC0415 - mlflow
+
+    for (stage, _), slice_ in declaration.slices(declared).items():
+        if stage == "track":
+            receipt = track.rebuild(slice_, at) if rebuild else track.run(slice_, at)
+            _write(at, next(s for s in STAGES if s.name == "track"), slice_, receipt)
+    return 0
+
+
+def _report(at: Layout, slice_: Closed, *, strict: bool) -> int:
+    from pipelines import report  # noqa: PLC0415 - jinja2
+
+    text = report.run(slice_, at)
+    console.out(text)
+    if strict:
+        report.require_promote(slice_, at)
+    return 0
+
+
+# --- operations -------------------------------------------------------------------------------
+
+
+def _repro(args: argparse.Namespace) -> int:
+    from pipelines import repro  # noqa: PLC0415 - rich
+
+    return repro.main(_layout(), args.targets, force=args.force, wait=args.wait)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from pipelines import declaration  # noqa: PLC0415 - pydantic
+
+    return declaration.check_main(_layout(), as_json=args.json)
+
+
+def _tools(args: argparse.Namespace) -> int:
+    from pipelines import toolchain  # noqa: PLC0415 - pydantic
+
+    at = _layout()
+    tools = toolchain.ensure(toolchain.spec_of(_load(at)))
+    if args.verify:
+        tools.verify()
+    console.out(tools.manifest_text() if args.json else toolchain.main_text(tools))
+    return 0
+
+
+def _machine(_args: argparse.Namespace) -> int:
+    from pipelines import declaration, machine, toolchain, track  # noqa: PLC0415 - pydantic
+
+    at = _layout()
+    declared = declaration.load(at.params)
+    tools = toolchain.ensure(toolchain.spec_of(declared))
+    declaration.write_slices(declared, at)
+    machine.write(at, tools)
+    track.withdraw_pending(at)
+    return 0
+
+
+def _digest(args: argparse.Namespace) -> int:
+    from pipelines import fetch  # noqa: PLC0415 - pydantic
+
+    console.out(fetch.content_digest(args.directory))
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from pipelines import schema  # noqa: PLC0415 - pydantic
+
+    if args.check:
+        stale = schema.in_sync(Path())
+        if stale:
+            raise ParamsError(
+                f"{', '.join(stale)} do not say what pipelines/params.py says.",
+                hint="fleet schema --write",
+            )
+    elif args.write:
+        schema.write(Path())
+    else:
+        console.out(schema.generate())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
