@@ -120,16 +120,14 @@ class Toolchain:
 
     def python_env(self) -> dict[str, str]:
         """
-        The environment in which `import llama_cpp` uses this prefix's libraries.
+        Variables with which `import llama_cpp` uses this prefix: hand them to `proc.run(env=...)`.
 
-        A full copy of this process's environment: hand it to `proc.run(env=...)`. The bindings
-        are found first on PYTHONPATH; numpy, jinja2, diskcache and typing_extensions, which they
-        import, come from the interpreter's own environment.
+        The bindings come first on PYTHONPATH. What they import themselves (numpy, jinja2,
+        diskcache, typing_extensions) comes from the interpreter's own environment.
         """
         inherited = os.environ.get("PYTHONPATH")
         search = [str(self.prefix / "python"), *([inherited] if inherited else [])]
         return {
-            **os.environ,
             "PYTHONPATH": os.pathsep.join(search),
             "LLAMA_CPP_LIB_PATH": str(self.prefix / "lib"),
         }
@@ -141,7 +139,7 @@ class Toolchain:
         Raises:
             DigestError: at least one file differs or is missing; the message names each.
         """
-        from pipelines.toolchain_build import describe_prefix
+        from pipelines.toolchain_build import describe_prefix  # noqa: PLC0415 - it imports us
 
         found = describe_prefix(self.prefix)
         wrong = [
@@ -181,8 +179,9 @@ def ensure(
     if found is not None:
         return found
 
-    from pipelines import toolchain_build
-    from pipelines.atomic import write_json
+    # Only now: the fast path needs neither, and toolchain_build imports this module.
+    from pipelines import toolchain_build  # noqa: PLC0415
+    from pipelines.atomic import write_json  # noqa: PLC0415
 
     toolchain = toolchain_build.build(spec, root, offline=offline)
     selection.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +231,7 @@ def detect_backend(declared: DeclaredBackend = "auto") -> tuple[Backend, str]:
     if sys.platform == "darwin":
         return "metal", "this is macOS"
 
-    from pipelines.toolchain_build import nvidia_cards
+    from pipelines.toolchain_build import nvidia_cards  # noqa: PLC0415 - it imports us
 
     cards = nvidia_cards()
     if cards:
@@ -253,8 +252,10 @@ def main_text(toolchain: Toolchain) -> str:
             f"llama.cpp  {toolchain.commit[:12]} (llama-cpp-python {manifest['llama_cpp_python']})",
             f"backend    {backend}, built with {manifest['compiler']}",
             f"prefix     {toolchain.prefix}",
-            f"size       {size_mib:.0f} MiB, {len(manifest['tools'])} programs, "
-            f"{len(manifest['libraries'])} libraries",
+            (
+                f"size       {size_mib:.0f} MiB, {len(manifest['tools'])} programs, "
+                f"{len(manifest['libraries'])} libraries"
+            ),
         ]
     )
 
