@@ -1,0 +1,50 @@
+# `make` alone prints what there is. Each target sets up what it needs and is quick when that is done.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-base toolchain repro test check bench lock clean
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+RUN := . .venv/bin/activate &&
+ARGS ?=
+
+help:  ## Print this
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+need-python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed. Install it, or say where it is: make PYTHON=/path/to/python3" >&2; exit 7; }
+
+setup: need-python  ## Set up .venv with everything (2-5 minutes the first time, then nothing)
+	@$(PYTHON) -m pipelines.bootstrap convert
+
+setup-base: need-python  ## Set up .venv without torch: enough to plan, publish and comment
+	@$(PYTHON) -m pipelines.bootstrap base
+
+toolchain: setup  ## Build the pinned llama.cpp (about 5 minutes on 2 cores the first time)
+	@$(RUN) python -m pipelines toolchain
+
+repro: setup  ## Run the chain on every declared model: convert, quantize, measure, choose, report
+	@$(RUN) exec python -m pipelines repro $(ARGS)
+
+test: toolchain  ## Run all tests (about 10 minutes on 2 cores); ARGS="-k choose" picks some
+	@$(RUN) python -m pytest $(ARGS)
+
+check: setup  ## Lint, types, workflow audit, schema and docs in sync (about 1 minute)
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+	@$(RUN) python -m pipelines schema --check
+	@$(RUN) python -m pipelines check
+	@if [ -d .github/workflows ] || [ -d actions ]; then $(RUN) zizmor --offline --quiet .; fi
+
+bench: toolchain  ## Measure what the fleet costs over bare llama.cpp -> results/overhead.json
+	@$(RUN) python -m bench.overhead $(ARGS)
+
+lock: setup  ## Resolve pyproject.toml into requirements.lock (hashes, no hosts)
+	@echo "torch ; python_version < '3'" > .venv/overrides.txt
+	@$(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
+		--overrides .venv/overrides.txt --no-emit-index-url --custom-compile-command "make lock" \
+		pyproject.toml -o requirements.lock
+
+clean:  ## Remove .venv and work/ (the records in results/ and the user's cache stay)
+	@rm -rf .venv work .mypy_cache .ruff_cache .pytest_cache
