@@ -81,6 +81,10 @@ class Layout:
         """Size, speed and divergence of every measured quant, as rows that `dvc plots` draws."""
         return self.root / "results" / model / "frontier.json"
 
+    def metrics(self, model: str) -> Path:
+        """The same numbers by quant, for `dvc metrics diff`."""
+        return self.root / "results" / model / "metrics.json"
+
     def receipt(self, model: str) -> Path:
         """What the tracking server has been told about a model."""
         return self.root / "work/track" / f"{model}.json"

@@ -241,9 +241,17 @@ class Candidate(Part):
 
 
 class HostChoice(Part):
-    """The best quant for one host, and one sentence for each other one."""
+    """
+    The best quant for one host, and one sentence for each other one.
+
+    Quants are named by their type. `incumbent` is the winner that the last commit holds;
+    `limit_mib` the memory of the host, of which `margin_mib` have to stay free.
+    """
 
     host: str
+    limit_mib: int | None
+    margin_mib: int
+    incumbent: str | None
     winner: str | None
     runner_up: str | None
     verdict: Literal["PROMOTE", "HOLD", "REJECT", "INVALID"]
@@ -260,8 +268,9 @@ class ChoiceRecord(Record):
     objective: str
     context_tokens: int
     decode_depth_tokens: int | None
-    incumbent: str | None
     hw_id: str | None
+    gates: dict[str, Finite]
+    notes: tuple[str, ...]
     hosts: tuple[HostChoice, ...]
 
 

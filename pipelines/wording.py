@@ -1,0 +1,71 @@
+"""
+Numbers as people read them: three significant digits, thousands separators, units beside them.
+
+Two numbers that decide something are never shown as equal when they are not: `apart` adds digits
+until a reader sees the difference that the code saw.
+"""
+
+from __future__ import annotations
+
+import math
+
+ABSENT = "–"
+_DIGITS = 3
+# Where a double has no more digits to tell two numbers apart.
+_MAX_DIGITS = 17
+_LARGEST_WRITTEN_OUT = 1e12
+_SMALLEST_WRITTEN_OUT = 1e-6
+
+
+def number(value: float | None, digits: int = _DIGITS) -> str:
+    """Write 1234.5 as `1,230`, 0.031234 as `0.0312`, an absent value as a dash."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    if value == 0:
+        return "0"
+    if not _SMALLEST_WRITTEN_OUT <= abs(value) < _LARGEST_WRITTEN_OUT:
+        return f"{value:.{digits - 1}e}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{decimals}f}"
+
+
+def apart(value: float, limit: float, digits: int = _DIGITS) -> tuple[str, str]:
+    """Write two numbers with as many digits as it takes to see which one is larger."""
+    while digits < _MAX_DIGITS and number(value, digits) == number(limit, digits):
+        digits += 1
+    return number(value, digits), short(limit) if float(short(limit)) == limit else number(
+        limit, digits
+    )
+
+
+def short(value: float) -> str:
+    """Write a declared number as it was declared: 0.06, 24576."""
+    return f"{value:.12g}"
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """Write a relative difference: 0.311 as `31 %`."""
+    return ABSENT if share is None else f"{number(share * 100, digits)} %"
+
+
+def mib(value: float) -> str:
+    """Write a limit in whole MiB: `24,576 MiB`."""
+    return f"{value:,.0f} MiB"
+
+
+def tokens(count: int) -> str:
+    """Write a number of tokens in full: `16,384`."""
+    return f"{count:,}"
+
+
+def listed(words: list[str]) -> str:
+    """Join words as a sentence does: `a, b and c`."""
+    if len(words) < 2:  # noqa: PLR2004 - nothing to join
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Write `1 quant`, `3 quants`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
