@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from shutil import which
 from typing import IO, TYPE_CHECKING
@@ -27,7 +28,7 @@ from pipelines import console
 from pipelines.errors import MachineError, ToolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 TAIL_LINES = 12
@@ -85,6 +86,7 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
     timeout_s: float | None = None,
     on_line: Callable[[str], None] | None = None,
     ok_codes: Sequence[int] = (0,),
+    one_stream: bool = False,
 ) -> Completed:
     """
     Run a program to its end.
@@ -98,6 +100,7 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
         on_line: Called with each cleaned line of stdout and stderr as it appears; carriage
             returns count as line ends, since progress bars use them.
         ok_codes: Exit codes that mean success.
+        one_stream: Let the program write stderr into stdout, so that the order of lines is kept.
 
     Returns:
         Both streams as text (invalid UTF-8 replaced), wall time and peak resident memory of the
@@ -110,10 +113,9 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
     words = [str(word) for word in argv]
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with log.open("ab") as log_file:
-        log_file.write(f"+ {shlex.join(words)}\n".encode())
-        log_file.flush()
-        child = _start(words, cwd, env)
+    with log.open("ab", buffering=0) as log_file:
+        _keep(log_file, f"+ {shlex.join(words)}\n".encode())
+        child = _start(words, cwd, env, one_stream=one_stream)
         readers = [
             _Reader(stream, log_file, on_line) for stream in (child.stdout, child.stderr) if stream
         ]
@@ -122,7 +124,7 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
         except BaseException:
             stop(child)
             raise
-    stdout, stderr = (reader.text() for reader in readers)
+    stdout, stderr = (*(reader.text() for reader in readers), "")[:2]
     done = Completed(
         argv=tuple(words),
         code=child.returncode,
@@ -134,6 +136,29 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
     if timed_out or done.code not in ok_codes:
         raise _failure(done, log, timeout_s if timed_out else None)
     return done
+
+
+@contextmanager
+def watched_by(argv: Sequence[str], *, word: bytes) -> Iterator[None]:
+    """
+    Run a watchdog beside the block: a program that reads its stdin, which only we hold open.
+
+    It gets `word` when the block is left, in whichever way; it gets nothing but the end of the
+    stream when we are killed. It has a session of its own, so that no signal meant for us ends it.
+    """
+    dog = subprocess.Popen(
+        list(argv),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        # A watchdog that died before us is no reason to fail: the next run repairs what is left.
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            dog.communicate(word, timeout=STOP_WITHIN_S)
 
 
 class _Child(subprocess.Popen[bytes]):
@@ -154,7 +179,9 @@ class _Child(subprocess.Popen[bytes]):
         return True
 
 
-def _start(words: list[str], cwd: Path | None, env: Mapping[str, str] | None) -> _Child:
+def _start(
+    words: list[str], cwd: Path | None, env: Mapping[str, str] | None, *, one_stream: bool = False
+) -> _Child:
     try:
         return _Child(
             words,
@@ -162,7 +189,7 @@ def _start(words: list[str], cwd: Path | None, env: Mapping[str, str] | None) ->
             env={**os.environ, **env} if env else None,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.STDOUT if one_stream else subprocess.PIPE,
             process_group=0,
             # Safe here: the hook only calls prctl, no lock and no allocation of Python's.
             preexec_fn=die_with_parent if _libc is not None else None,
@@ -171,6 +198,12 @@ def _start(words: list[str], cwd: Path | None, env: Mapping[str, str] | None) ->
         raise MachineError(f"{words[0]} cannot be started: {error.strerror}.") from error
     except PermissionError as error:
         raise MachineError(f"{words[0]} cannot be started: {error.strerror}.") from error
+
+
+def _keep(log_file: IO[bytes], chunk: bytes) -> None:
+    """Append to the log; a full disk must not leave a pipe unread, the child would hang."""
+    with contextlib.suppress(OSError):
+        log_file.write(chunk)
 
 
 class _Reader:
@@ -189,10 +222,7 @@ class _Reader:
 
     def _copy(self) -> None:
         while chunk := os.read(self._stream.fileno(), 1 << 16):
-            # A full disk must not leave the pipe unread: the child would hang instead of failing.
-            with contextlib.suppress(OSError):
-                self._log_file.write(chunk)
-                self._log_file.flush()
+            _keep(self._log_file, chunk)
             if len(self._kept) < _CAPTURE_LIMIT_BYTES:
                 self._kept += chunk
             if self._on_line is not None:
