@@ -85,6 +85,10 @@ class Layout:
         """The same numbers by quant, for `dvc metrics diff`."""
         return self.root / "results" / model / "metrics.json"
 
+    def metrics(self, model: str) -> Path:
+        """The headline numbers of every measured quant, for `dvc metrics diff`."""
+        return self.root / "results" / model / "metrics.json"
+
     def receipt(self, model: str) -> Path:
         """What the tracking server has been told about a model."""
         return self.root / "work/track" / f"{model}.json"

@@ -1,0 +1,80 @@
+"""What several test files share: the real toolchain, and a checkout to break."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipelines.toolchain import Toolchain
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Nothing here may reach a hub, whatever the environment of the machine says.
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in ("HF_TOKEN", "GITHUB_ACTIONS", "GGUF_FLEET_PROGRESS", "GGUF_FLEET_REPRO"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(scope="session")
+def tools() -> Toolchain:
+    """The pinned llama.cpp, built; `make test` builds it before the tests start."""
+    from pipelines import declaration, toolchain  # noqa: PLC0415 - only tests that need it
+
+    spec = toolchain.spec_of(declaration.load(ROOT / "params.yaml"))
+    return toolchain.ensure(spec)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in `tmp_path` as a user does, and return what it printed."""
+
+    def run(*argv: str, cwd: Path = tmp_path, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pipelines", *argv],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the template as a fork has it: a git repository with DVC, and no cache of ours."""
+    root = tmp_path / "fork"
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "work", "results")
+    for name in ("pipelines", "examples", "corpora", ".dvc", "tests/data"):
+        shutil.copytree(ROOT / name, root / name, ignore=_and_dvc_state(ignored))
+    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, root / name)
+    for argv in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "template"]):
+        subprocess.run(["git", *_AUTHOR, *argv], cwd=root, check=True)
+    return root
+
+
+_AUTHOR = ("-c", "user.name=Test", "-c", "user.email=test@example.invalid")
+
+
+def _and_dvc_state(ignored: Callable[[str, list[str]], set[str]]) -> Callable[..., set[str]]:
+    """Leave DVC's cache and its temporary files out of a copy as well."""
+
+    def ignore(directory: str, names: list[str]) -> set[str]:
+        dropped = set(ignored(directory, names))
+        if Path(directory).name == ".dvc":
+            dropped |= {"cache", "tmp", "config.local"} & set(names)
+        return dropped
+
+    return ignore

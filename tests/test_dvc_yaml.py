@@ -1,0 +1,113 @@
+"""The graph and the code say the same about every stage."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pipelines import declaration
+from pipelines.__main__ import STAGES
+from pipelines.layout import Layout
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(name="stages")
+def _stages(checkout: Path) -> dict[str, Any]:
+    """Every stage of the real graph as DVC resolves it, by its address."""
+    from dvc.repo import Repo  # noqa: PLC0415 - heavy
+
+    with Repo(str(checkout)) as repo:
+        return {stage.addressing: stage for stage in repo.index.stages}
+
+
+def test_every_key_has_its_stages(stages: dict[str, Any], checkout: Path) -> None:
+    """Each stage exists for each model or quant of params.yaml, and nothing else exists."""
+    slices = declaration.slices(declaration.load(checkout / "params.yaml"))
+
+    expected = {
+        "report" if stage == "report" else f"{stage}@{key}" for stage, key in slices
+    } | {"pipelines/dvc.yaml:machine"}
+    assert set(stages) == expected
+
+
+def test_a_stage_types_what_a_person_types(stages: dict[str, Any]) -> None:
+    """The command of a stage is `python -m pipelines STAGE KEY`, with nothing interpolated in it."""
+    for address, stage in stages.items():
+        name, _, key = address.rpartition(":")[2].partition("@")
+
+        assert stage.cmd.split() == ["python", "-m", "pipelines", name, *([key] if key else [])]
+        if name != "machine":
+            assert name in {known.name for known in STAGES}
+
+
+def test_a_stage_tracks_exactly_the_slice_that_it_reads(stages: dict[str, Any]) -> None:
+    """Every stage depends on its own resolved parameters and on no other's."""
+    for address, stage in stages.items():
+        name, _, key = address.rpartition(":")[2].partition("@")
+        if name == "machine":
+            continue
+        tracked = [dep.def_path for dep in stage.deps if type(dep).__name__ == "ParamsDependency"]
+
+        assert tracked == [str(Layout().slice(name, key or "fleet"))]
+
+
+def test_paths_are_those_of_the_layout(stages: dict[str, Any], checkout: Path) -> None:
+    """What a stage writes in the graph is where the code writes it."""
+    declared = declaration.load(checkout / "params.yaml")
+    at = Layout()
+    for key, quant in declared.quants.items():
+        outs = {out.def_path for out in stages[f"quantize@{key}"].outs}
+        assert outs == {
+            str(at.gguf(quant.model, key)),
+            str(at.quant_record("quantize", quant.model, quant.type)),
+        }
+        outs = {out.def_path for out in stages[f"benchmark@{key}"].outs}
+        assert outs == {str(at.quant_record("benchmark", quant.model, quant.type))}
+    for model in declared.models:
+        outs = {out.def_path for out in stages[f"choose@{model}"].outs}
+        assert outs == {
+            str(at.model_record("choose", model)),
+            str(at.metrics(model)),
+            str(at.frontier(model)),
+        }
+        outs = {out.def_path for out in stages[f"convert@{model}"].outs}
+        assert outs == {str(at.f16(model)), str(at.model_record("convert", model))}
+
+
+def test_records_are_in_git_and_weights_are_not(stages: dict[str, Any]) -> None:
+    """Everything below results/ is kept out of DVC's cache, so that a review sees it."""
+    for stage in stages.values():
+        for out in stage.outs:
+            if out.def_path.startswith("results/"):
+                assert not out.use_cache
+            elif out.def_path.endswith((".gguf", "/source", "/imatrix")):
+                assert out.use_cache
+
+
+def test_everything_runs_after_the_probe(stages: dict[str, Any], checkout: Path) -> None:
+    """The probe is upstream of every stage: no stage is judged by the parameters of yesterday."""
+    from dvc.repo import Repo  # noqa: PLC0415 - heavy
+    from networkx import descendants  # noqa: PLC0415 - comes with DVC
+
+    with Repo(str(checkout)) as repo:
+        graph = repo.index.graph
+        for stage in graph.nodes:
+            upstream = {node.addressing for node in descendants(graph, stage)}
+            if stage.addressing != "pipelines/dvc.yaml:machine":
+                assert "pipelines/dvc.yaml:machine" in upstream
+    assert stages
+
+
+def test_dvc_draws_the_graph(checkout: Path) -> None:
+    """`dvc dag` shows the whole chain of a fresh fork."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "dag", "--md"],
+        cwd=checkout, env=os.environ, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert "benchmark@tiny-llama-Q4_K_M" in done.stdout

@@ -1,0 +1,146 @@
+"""Programs are started, heard and ended in one place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from pipelines import proc
+from pipelines.errors import MachineError, ToolError
+
+
+def test_output_is_returned_and_kept_in_the_log(tmp_path: Path) -> None:
+    """Both streams come back apart, and the log holds argv and all of it."""
+    log = tmp_path / "a.log"
+
+    done = proc.run(["sh", "-c", "echo one; echo two >&2"], log=log)
+
+    assert (done.stdout, done.stderr, done.code) == ("one\n", "two\n", 0)
+    text = log.read_text()
+    assert text.startswith("+ sh -c 'echo one; echo two >&2'\n")
+    assert "one\n" in text
+    assert "two\n" in text
+
+
+def test_an_argument_is_never_a_shell_word(tmp_path: Path) -> None:
+    """Hostile text arrives as one argument and runs nothing."""
+    hostile = "x; touch PWNED #$(touch PWNED)`touch PWNED`"
+
+    done = proc.run(["printf", "%s", hostile], log=tmp_path / "a.log", cwd=tmp_path)
+
+    assert done.stdout == hostile
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_a_failure_shows_the_last_lines_and_the_log(tmp_path: Path) -> None:
+    """An exit code other than success says which, with the program's own last words."""
+    log = tmp_path / "a.log"
+
+    with pytest.raises(ToolError, match=r"sh ended with exit code 3\.\n    disk is on fire") as info:
+        proc.run(["sh", "-c", "echo disk is on fire >&2; exit 3"], log=log)
+
+    assert info.value.log == log
+
+
+def test_runner_commands_in_output_are_defused(tmp_path: Path) -> None:
+    """What a tool prints cannot set outputs or annotations of a GitHub Actions step."""
+    heard: list[str] = []
+    script = "printf '::error::x\\nllama ##[set-output name=a]b\\r\\033[31mred\\033[0m\\n'; exit 1"
+
+    with pytest.raises(ToolError) as info:
+        proc.run(["sh", "-c", script], log=tmp_path / "a.log", on_line=heard.append)
+
+    for text in (*heard, info.value.message):
+        assert "::" not in text
+        assert "##[" not in text
+        assert "\x1b" not in text
+
+
+def test_a_killed_tool_is_named_as_killed(tmp_path: Path) -> None:
+    """SIGKILL is reported with its usual cause, too little memory."""
+    with pytest.raises(ToolError, match="too little memory"):
+        proc.run(["sh", "-c", "kill -9 $$"], log=tmp_path / "a.log")
+
+
+def test_a_tool_that_aborts_is_named_by_its_signal(tmp_path: Path) -> None:
+    """A failed assertion in llama.cpp shows as SIGABRT."""
+    with pytest.raises(ToolError, match="died of SIGABRT"):
+        proc.run(["sh", "-c", "kill -ABRT $$"], log=tmp_path / "a.log")
+
+
+def test_a_missing_program_names_itself() -> None:
+    """The error for a program that is not installed says which and where was searched."""
+    with pytest.raises(MachineError, match="no-such-program is not installed"):
+        proc.find("no-such-program")
+
+
+def test_a_timeout_ends_the_whole_family(tmp_path: Path) -> None:
+    """After the time-out neither the program nor its children run on."""
+    pid_file = tmp_path / "pid"
+    script = f"sleep 600 & echo $! > {pid_file}; wait"
+
+    with pytest.raises(ToolError, match="was stopped after 1 s"):
+        proc.run(["sh", "-c", script], log=tmp_path / "a.log", timeout_s=1)
+
+    assert _is_gone(int(pid_file.read_text()))
+
+
+def test_a_child_left_behind_does_not_block(tmp_path: Path) -> None:
+    """A tool that leaves a background process with our pipes open does not hang us."""
+    started = time.monotonic()
+
+    proc.run(["sh", "-c", "sleep 600 & true"], log=tmp_path / "a.log")
+
+    assert time.monotonic() - started < 60
+
+
+def test_a_full_log_disk_does_not_hang_the_tool(tmp_path: Path) -> None:
+    """When the log cannot be written, the tool's output is still read to its end."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    log = tmp_path / "full.log"
+    log.symlink_to("/dev/full")
+
+    done = proc.run(["sh", "-c", "head -c 1000000 /dev/zero"], log=log)
+
+    assert len(done.stdout) == 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_tool_dies_when_we_are_killed(tmp_path: Path) -> None:
+    """After kill -9 of our process no tool runs on."""
+    pid_file = tmp_path / "pid"
+    code = textwrap.dedent(f"""
+        from pathlib import Path
+        from pipelines import proc
+        proc.run(["sh", "-c", "echo $$ > {pid_file}; exec sleep 600"], log=Path("{tmp_path}/a.log"))
+    """)
+    root = Path(__file__).resolve().parent.parent
+    ours = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+    while not (pid_file.exists() and pid_file.read_text().strip()):
+        time.sleep(0.02)
+
+    os.kill(ours.pid, signal.SIGKILL)
+    ours.wait()
+
+    assert _is_gone(int(pid_file.read_text()))
+
+
+def _is_gone(pid: int) -> bool:
+    """Wait up to 5 s for a process to end; a zombie has ended."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    return False

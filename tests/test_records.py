@@ -1,0 +1,72 @@
+"""Records are read strictly and written so that they diff well."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from pipelines import records
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RECEIPT = records.TrackReceipt(model="tiny", status="pending", reason="down", runs=())
+
+
+def test_a_record_survives_the_disk(tmp_path: Path) -> None:
+    """What is written is what is read."""
+    path = tmp_path / "a.json"
+
+    records.write(path, RECEIPT)
+
+    assert records.read(path, records.TrackReceipt) == RECEIPT
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"schema_version": 2}, "schema_version"),
+        ({"status": "fine"}, "status"),
+        ({"extra": 1}, "extra"),
+        ({"runs": None}, "runs"),
+    ],
+)
+def test_another_shape_is_refused_by_name(
+    tmp_path: Path, change: dict[str, object], named: str
+) -> None:
+    """A record of another version, with an unknown key or a wrong value, is not half-understood."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(json.loads(RECEIPT.model_dump_json()) | change))
+
+    with pytest.raises(records.RecordError, match=named):
+        records.read(path, records.TrackReceipt)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
+def test_a_cut_record_is_an_error_with_a_next_step(tmp_path: Path, content: bytes) -> None:
+    """An empty or cut file names itself and says what to do."""
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+
+    with pytest.raises(records.RecordError, match=r"a\.json") as info:
+        records.read(path, records.TrackReceipt)
+
+    assert "fleet repro" in info.value.hint
+
+
+def test_a_missing_record_says_how_to_make_it(tmp_path: Path) -> None:
+    """A record that is not there yet is made by `fleet repro`."""
+    with pytest.raises(records.RecordError, match="does not exist") as info:
+        records.read(tmp_path / "none.json", records.TrackReceipt)
+
+    assert info.value.hint == "fleet repro"
+
+
+def test_no_record_can_hold_a_number_that_is_not_one() -> None:
+    """NaN and infinity are refused when a record is made, not when it is compared."""
+    with pytest.raises(ValueError, match="finite"):
+        records.Memory(
+            context_tokens=1, estimate_mib=float("nan"), measured_mib=1, method="rss",
+            model_mib=1, context_mib=1, compute_mib=1,
+        )  # fmt: skip
