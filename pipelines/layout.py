@@ -82,10 +82,6 @@ class Layout:
         return self.root / "results" / model / "frontier.json"
 
     def metrics(self, model: str) -> Path:
-        """The same numbers by quant, for `dvc metrics diff`."""
-        return self.root / "results" / model / "metrics.json"
-
-    def metrics(self, model: str) -> Path:
         """The headline numbers of every measured quant, for `dvc metrics diff`."""
         return self.root / "results" / model / "metrics.json"
 
