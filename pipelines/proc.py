@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 TAIL_LINES = 12
 STOP_WITHIN_S = 3.0
 _PR_SET_PDEATHSIG = 1
-_LINE_ENDS = re.compile(rb"[\r\n]")
 # A tool that prints for ever must not fill our memory; the log on disk keeps everything.
 _CAPTURE_LIMIT_BYTES = 64 << 20
 _LINE_LIMIT_BYTES = 1 << 20
@@ -85,6 +84,7 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
     env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
     on_line: Callable[[str], None] | None = None,
+    line_ends: bytes = b"\r\n",
     ok_codes: Sequence[int] = (0,),
     one_stream: bool = False,
 ) -> Completed:
@@ -93,12 +93,15 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
 
     Args:
         argv: Program and arguments; never passed through a shell.
-        log: File to which argv and all output are appended.
+        log: File to which the command, as one would type it, and all output are appended.
         cwd: Working directory of the program.
         env: Variables added to ours.
+        inherit_env: False gives the program `env` and nothing else: no token, no proxy of ours.
         timeout_s: Wall seconds after which the program is stopped.
         on_line: Called with each cleaned line of stdout and stderr as it appears; carriage
             returns count as line ends, since progress bars use them.
+        line_ends: Bytes that end a line for `on_line`; llama.cpp separates the results of chunks
+            by commas and ends the line only after the last.
         ok_codes: Exit codes that mean success.
         one_stream: Let the program write stderr into stdout, so that the order of lines is kept.
 
@@ -114,10 +117,13 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with log.open("ab", buffering=0) as log_file:
-        _keep(log_file, f"+ {shlex.join(words)}\n".encode())
+        where = f"cd {shlex.quote(str(cwd))} && " if cwd else ""
+        _keep(log_file, f"+ {where}{shlex.join(words)}\n".encode())
         child = _start(words, cwd, env, one_stream=one_stream)
         readers = [
-            _Reader(stream, log_file, on_line) for stream in (child.stdout, child.stderr) if stream
+            _Reader(stream, log_file, on_line, line_ends)
+            for stream in (child.stdout, child.stderr)
+            if stream
         ]
         try:
             timed_out = not _wait(child, readers, timeout_s)
@@ -186,7 +192,7 @@ def _start(
         return _Child(
             words,
             cwd=cwd,
-            env={**os.environ, **env} if env else None,
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if one_stream else subprocess.PIPE,
@@ -210,11 +216,16 @@ class _Reader:
     """Copies one stream of a child to the log, to memory and, line by line, to a listener."""
 
     def __init__(
-        self, stream: IO[bytes], log_file: IO[bytes], on_line: Callable[[str], None] | None
+        self,
+        stream: IO[bytes],
+        log_file: IO[bytes],
+        on_line: Callable[[str], None] | None,
+        line_ends: bytes,
     ) -> None:
         self._stream = stream
         self._log_file = log_file
         self._on_line = on_line
+        self._line_ends = re.compile(b"[" + re.escape(line_ends) + b"]")
         self._kept = bytearray()
         self._rest = b""
         self.thread = threading.Thread(target=self._copy, daemon=True)
@@ -232,7 +243,7 @@ class _Reader:
         self._stream.close()
 
     def _split(self, chunk: bytes) -> None:
-        *lines, rest = _LINE_ENDS.split(self._rest + chunk)
+        *lines, rest = self._line_ends.split(self._rest + chunk)
         self._rest = rest[-_LINE_LIMIT_BYTES:]
         for line in lines:
             if line.strip() and self._on_line is not None:

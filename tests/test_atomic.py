@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from pipelines import atomic
 
 
@@ -27,9 +28,13 @@ def test_a_failure_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     atomic.write_text(path, "old")
 
-    with pytest.raises(RuntimeError), atomic.replacing(path) as part:
-        part.write_text("half")
-        raise RuntimeError
+    def write_and_fail() -> None:
+        with atomic.replacing(path) as part:
+            part.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_and_fail()
 
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
@@ -47,7 +52,7 @@ def test_a_directory_is_replaced_as_one(tmp_path: Path) -> None:
 
 
 def test_read_only_output_of_dvc_is_replaced(tmp_path: Path) -> None:
-    """A file that DVC made read-only, hard-linked to its cache, is replaced and the cache is not."""
+    """A file that DVC made read-only, hard-linked to its cache, is replaced; the cache is not."""
     cached = tmp_path / "cache"
     cached.write_text("cached")
     cached.chmod(0o444)

@@ -112,7 +112,9 @@ def test_one_command_ends_with_the_report(
     """`fleet repro` makes every GGUF, record and report, and prints the choice."""
     root, done = finished
 
-    declared = set(re.findall(rf"^  {MODEL}-(\S+?):", (root / "params.yaml").read_text(), re.M))
+    declared = set(
+        re.findall(rf"^  {MODEL}-(\S+?):", (root / "params.yaml").read_text(), re.MULTILINE)
+    )
     assert set(digests(root)) == declared
     for type_ in declared:
         gguf = root / "work" / MODEL / "gguf" / f"{MODEL}-{type_}.gguf"
@@ -157,7 +159,7 @@ def test_a_second_run_does_nothing(fork: Path) -> None:
 def test_a_new_quant_is_one_line(fork: Path) -> None:
     """A line in params.yaml adds a quant: its own stages and what compares them run, no other."""
     line = f"  {MODEL}-Q5_K_S: {{model: {MODEL}, type: Q5_K_S}}\n"
-    edit(fork, lambda text: re.sub(r"^quants:\n", f"quants:\n{line}", text, flags=re.M))
+    edit(fork, lambda text: re.sub(r"^quants:\n", f"quants:\n{line}", text, flags=re.MULTILINE))
 
     added = ran(run(fork, "pipelines", "repro"))
 
@@ -177,7 +179,7 @@ def test_a_new_quant_is_one_line(fork: Path) -> None:
 def test_only_what_a_new_quant_needs_runs(fork: Path) -> None:
     """Adding a quant converts nothing and measures no other quant again."""
     line = f"  {MODEL}-Q3_K_M: {{model: {MODEL}, type: Q3_K_M}}\n"
-    edit(fork, lambda text: re.sub(r"^quants:\n", f"quants:\n{line}", text, flags=re.M))
+    edit(fork, lambda text: re.sub(r"^quants:\n", f"quants:\n{line}", text, flags=re.MULTILINE))
 
     assert dvc_repro(fork) == {
         f"quantize@{MODEL}-Q3_K_M", f"benchmark@{MODEL}-Q3_K_M",
@@ -251,7 +253,7 @@ def test_nothing_of_a_network_is_needed(fork: Path) -> None:
     if os.geteuid() != 0 or not shutil.which("unshare"):
         pytest.skip("taking the network away needs root and unshare")
     line = f"  {MODEL}-Q4_0: {{model: {MODEL}, type: Q4_0}}\n"
-    edit(fork, lambda text: re.sub(r"^quants:\n", f"quants:\n{line}", text, flags=re.M))
+    edit(fork, lambda text: re.sub(r"^quants:\n", f"quants:\n{line}", text, flags=re.MULTILINE))
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
     done = subprocess.run(

@@ -6,14 +6,16 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pipelines import console
 from pipelines.errors import Problem
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 # Port of what actions/runner looks for (src/Runner.Common/ActionCommand.cs): `::name ...::` at the
 # start of a line, after white space, and `##[name ...]` anywhere.

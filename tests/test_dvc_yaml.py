@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from pipelines import declaration
 from pipelines.__main__ import STAGES
 from pipelines.layout import Layout
@@ -29,14 +30,14 @@ def test_every_key_has_its_stages(stages: dict[str, Any], checkout: Path) -> Non
     """Each stage exists for each model or quant of params.yaml, and nothing else exists."""
     slices = declaration.slices(declaration.load(checkout / "params.yaml"))
 
-    expected = {
-        "report" if stage == "report" else f"{stage}@{key}" for stage, key in slices
-    } | {"pipelines/dvc.yaml:machine"}
+    expected = {"report" if stage == "report" else f"{stage}@{key}" for stage, key in slices} | {
+        "pipelines/dvc.yaml:machine"
+    }
     assert set(stages) == expected
 
 
 def test_a_stage_types_what_a_person_types(stages: dict[str, Any]) -> None:
-    """The command of a stage is `python -m pipelines STAGE KEY`, with nothing interpolated in it."""
+    """The command of a stage is `python -m pipelines STAGE KEY`, and no more than that."""
     for address, stage in stages.items():
         name, _, key = address.rpartition(":")[2].partition("@")
 

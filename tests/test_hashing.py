@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pipelines import hashing
 
 if TYPE_CHECKING:
@@ -14,9 +15,7 @@ if TYPE_CHECKING:
 
 
 @given(data=st.binary(max_size=4096), repeat=st.integers(min_value=0, max_value=600))
-def test_digests_are_those_of_the_bytes(
-    tmp_path_factory: object, data: bytes, repeat: int
-) -> None:
+def test_digests_are_those_of_the_bytes(tmp_path_factory: object, data: bytes, repeat: int) -> None:
     """Size, sha256 and md5 equal what hashlib says of the same bytes, at any size."""
     path: Path = tmp_path_factory.mktemp("h") / "file"  # type: ignore[attr-defined]
     content = data * repeat

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+
 from pipelines.__main__ import STAGES, main
 
 if TYPE_CHECKING:

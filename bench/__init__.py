@@ -1,0 +1,1 @@
+"""Measurements of the fleet itself: what it costs over the bare llama.cpp commands."""
