@@ -37,6 +37,8 @@ _PR_SET_PDEATHSIG = 1
 # A tool that prints for ever must not fill our memory; the log on disk keeps everything.
 _CAPTURE_LIMIT_BYTES = 64 << 20
 _LINE_LIMIT_BYTES = 1 << 20
+# The mark by which `pipelines.orphans` finds what a killed run left, and what finds programs.
+_ALWAYS_INHERITED = frozenset({"GGUF_FLEET_REPRO", "PATH"})
 
 _libc = (
     ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True) if sys.platform == "linux" else None
@@ -82,6 +84,7 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
     log: Path,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    inherit_env: bool = True,
     timeout_s: float | None = None,
     on_line: Callable[[str], None] | None = None,
     line_ends: bytes = b"\r\n",
@@ -96,7 +99,7 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
         log: File to which the command, as one would type it, and all output are appended.
         cwd: Working directory of the program.
         env: Variables added to ours.
-        inherit_env: False gives the program `env` and nothing else: no token, no proxy of ours.
+        inherit_env: False gives the program PATH and `env` alone: no token, no proxy of ours.
         timeout_s: Wall seconds after which the program is stopped.
         on_line: Called with each cleaned line of stdout and stderr as it appears; carriage
             returns count as line ends, since progress bars use them.
@@ -119,7 +122,7 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
     with log.open("ab", buffering=0) as log_file:
         where = f"cd {shlex.quote(str(cwd))} && " if cwd else ""
         _keep(log_file, f"+ {where}{shlex.join(words)}\n".encode())
-        child = _start(words, cwd, env, one_stream=one_stream)
+        child = _start(words, cwd, _environment(env, inherit=inherit_env), one_stream=one_stream)
         readers = [
             _Reader(stream, log_file, on_line, line_ends)
             for stream in (child.stdout, child.stderr)
@@ -185,8 +188,14 @@ class _Child(subprocess.Popen[bytes]):
         return True
 
 
+def _environment(added: Mapping[str, str] | None, *, inherit: bool) -> dict[str, str]:
+    """Compose what a child sees; the mark of the run goes everywhere, or a kill would miss it."""
+    kept = {key: value for key, value in os.environ.items() if inherit or key in _ALWAYS_INHERITED}
+    return kept | dict(added or {})
+
+
 def _start(
-    words: list[str], cwd: Path | None, env: Mapping[str, str] | None, *, one_stream: bool = False
+    words: list[str], cwd: Path | None, env: Mapping[str, str], *, one_stream: bool = False
 ) -> _Child:
     try:
         return _Child(
