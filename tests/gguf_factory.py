@@ -1,0 +1,150 @@
+"""
+Small GGUF models that the real llama.cpp tools load.
+
+A Llama with random weights: it predicts nothing, but it is tokenized, evaluated, calibrated,
+quantized and measured like any other. Equal arguments give equal bytes.
+"""
+
+from __future__ import annotations
+
+from itertools import count, islice, product
+from typing import TYPE_CHECKING, Any, Literal
+
+import gguf
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_SPECIAL = ("<unk>", "<s>", "</s>")
+_BYTES = 256
+SMALLEST_VOCAB = len(_SPECIAL) + _BYTES + 1
+_LETTERS = "etaoinshrdlucmfwygpbvk"
+
+
+def tiny_llama_gguf(  # noqa: PLR0913 - each argument is one dimension of the model
+    path: Path,
+    *,
+    seed: int = 0,
+    n_embd: int = 256,
+    n_ff: int = 512,
+    n_layer: int = 2,
+    vocab: int = 512,
+    n_head: int = 4,
+    n_head_kv: int = 2,
+    n_ctx: int = 512,
+    dtype: Literal["F32", "F16", "BF16"] = "F16",
+    tied: bool = False,
+) -> Path:
+    """
+    Write a Llama with a SentencePiece vocabulary and return its path.
+
+    Args:
+        path: File to write; its directory is made.
+        seed: Of the weights.
+        n_embd: Row length of all matrices but `ffn_down`; a multiple of `n_head`, twice.
+        n_ff: Row length of `ffn_down`.
+        n_layer: Blocks.
+        vocab: Tokens, at least `SMALLEST_VOCAB`.
+        n_head: Query heads.
+        n_head_kv: Key and value heads.
+        n_ctx: Context that the metadata promises.
+        dtype: Type of the matrices; norms are always F32.
+        tied: Leave out `output.weight`, so that the embeddings serve as output.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama")
+    _write_metadata(writer, n_embd, n_ff, n_layer, n_head, n_head_kv, n_ctx, dtype)
+    _write_vocabulary(writer, vocab)
+    random = np.random.default_rng(seed)
+    for name, shape in _shapes(n_embd, n_ff, n_layer, vocab, n_head, n_head_kv, tied=tied):
+        if len(shape) == 1:
+            writer.add_tensor(name, np.ones(shape, dtype=np.float32))
+            continue
+        # Scaled so that activations neither die nor explode over the layers.
+        weights = random.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
+        type_ = gguf.GGMLQuantizationType[dtype]
+        writer.add_tensor(name, gguf.quants.quantize(weights, type_), raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _write_metadata(  # noqa: PLR0913, PLR0917 - as above
+    writer: Any,
+    n_embd: int,
+    n_ff: int,
+    n_layer: int,
+    n_head: int,
+    n_head_kv: int,
+    n_ctx: int,
+    dtype: str,
+) -> None:
+    writer.add_type("model")
+    writer.add_name("tiny")
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(n_embd)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_block_count(n_layer)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_rope_dimension_count(n_embd // n_head)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'F32' else 'MOSTLY'}_{dtype}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _write_vocabulary(writer: Any, vocab: int) -> None:
+    """Special tokens, all bytes, then the shortest words that a few letters make."""
+    assert vocab >= SMALLEST_VOCAB
+    pieces = ["▁", *islice(_words(), vocab - SMALLEST_VOCAB)]
+    tokens = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(_BYTES)), *pieces]
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    kinds += [gguf.TokenType.BYTE] * _BYTES + [gguf.TokenType.NORMAL] * len(pieces)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * (vocab - len(pieces)) + [-float(i) for i in range(len(pieces))])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(value=True)
+    writer.add_add_eos_token(value=False)
+
+
+def _words() -> Iterator[str]:
+    for length in count(1):
+        yield from ("".join(letters) for letters in product(_LETTERS, repeat=length))
+
+
+def _shapes(  # noqa: PLR0913 - as above
+    n_embd: int,
+    n_ff: int,
+    n_layer: int,
+    vocab: int,
+    n_head: int,
+    n_head_kv: int,
+    *,
+    tied: bool,
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes as numpy counts them: rows first, row length last."""
+    n_kv = n_embd // n_head * n_head_kv
+    yield "token_embd.weight", (vocab, n_embd)
+    for layer in range(n_layer):
+        block = f"blk.{layer}"
+        yield f"{block}.attn_norm.weight", (n_embd,)
+        yield f"{block}.attn_q.weight", (n_embd, n_embd)
+        yield f"{block}.attn_k.weight", (n_kv, n_embd)
+        yield f"{block}.attn_v.weight", (n_kv, n_embd)
+        yield f"{block}.attn_output.weight", (n_embd, n_embd)
+        yield f"{block}.ffn_norm.weight", (n_embd,)
+        yield f"{block}.ffn_gate.weight", (n_ff, n_embd)
+        yield f"{block}.ffn_up.weight", (n_ff, n_embd)
+        yield f"{block}.ffn_down.weight", (n_embd, n_ff)
+    yield "output_norm.weight", (n_embd,)
+    if not tied:
+        yield "output.weight", (vocab, n_embd)
