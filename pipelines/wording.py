@@ -1,15 +1,15 @@
 """
 Numbers as people read them: three significant digits, thousands separators, units beside them.
 
-Two numbers that decide something are never shown as equal when they are not: `apart` adds digits
-until a reader sees the difference that the code saw.
+Two numbers that decide something are never shown as equal when they are not: `beyond`
+and `pair` add digits until a reader sees the difference that the code saw.
 """
 
 from __future__ import annotations
 
 import math
 
-ABSENT = "–"
+ABSENT = "—"
 _DIGITS = 3
 # Where a double has no more digits to tell two numbers apart.
 _MAX_DIGITS = 17
@@ -30,18 +30,32 @@ def number(value: float | None, digits: int = _DIGITS) -> str:
     return f"{rounded:,.{decimals}f}"
 
 
-def apart(value: float, limit: float, digits: int = _DIGITS) -> tuple[str, str]:
-    """Write two numbers with as many digits as it takes to see which one is larger."""
-    while digits < _MAX_DIGITS and number(value, digits) == number(limit, digits):
+def declared(limit: float) -> str:
+    """Write a number of the declaration as it was declared, with separators: `0.06`, `24,576`."""
+    return f"{limit:,.12g}"
+
+
+def beyond(value: float, limit: float) -> str:
+    """Write a measured number with as many digits as show on which side of `limit` it lies."""
+    digits = _DIGITS
+    while digits < _MAX_DIGITS and not _same_side(number(value, digits), value, limit):
         digits += 1
-    return number(value, digits), short(limit) if float(short(limit)) == limit else number(
-        limit, digits
-    )
+    return number(value, digits)
 
 
-def short(value: float) -> str:
-    """Write a declared number as it was declared: 0.06, 24576."""
-    return f"{value:.12g}"
+def _same_side(shown: str, value: float, limit: float) -> bool:
+    read = float(shown.replace(",", ""))
+    return (read > limit) == (value > limit) and (read < limit) == (value < limit)
+
+
+def pair(first: float, second: float) -> tuple[str, str]:
+    """Write two measured numbers so that unequal ones look unequal."""
+    digits = _DIGITS
+    while (
+        first != second and digits < _MAX_DIGITS and number(first, digits) == number(second, digits)
+    ):
+        digits += 1
+    return number(first, digits), number(second, digits)
 
 
 def percent(share: float | None, digits: int = 2) -> str:
