@@ -12,13 +12,40 @@ stage reads and what makes it run again cannot drift apart.
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 # A dot would break DVC's parameter paths, an upper-case letter Ollama's and the registries' names.
 MODEL_KEY = r"^[a-z0-9][a-z0-9_-]{0,62}$"
-RELATIVE_PATH = r"^(?!/)(?!.*(?:^|/)\.\.(?:/|$))[A-Za-z0-9._/-]{1,200}$"
+# No `..` as a part of it, and no `-` in front: a program would read that as an option.
+_PATH = r"(?![-/])(?!(?:.*/)?\.\.(?:/|$))[A-Za-z0-9._/-]{1,200}"
+_REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+RELATIVE_PATH = rf"^{_PATH}$"
+QUANT_KEY = r"^[a-z0-9][A-Za-z0-9_-]{0,79}$"
+SHA256 = r"^[0-9a-f]{64}$"
+REVISION = r"^[0-9a-f]{40}$"
+SOURCE = rf"^(?:path:{_PATH}|hf:{_REPOSITORY})$"
+VERSION = r"^[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}$"
+TENSOR_PATTERN = r"^[!-<>-@\[-~]{1,200}$"
+TRACKING_URI = r"^[!-~]{1,400}$"
+EXPERIMENT = r"^[A-Za-z0-9._ -]{1,100}$"
+
+# What a pattern means, for people: error messages, the schema and docs/params.md say this.
+PATTERN_WORDS = {
+    MODEL_KEY: "a word of lower-case letters, digits, `-` and `_`, 63 at most",
+    QUANT_KEY: "`<model>-<TYPE>`",
+    RELATIVE_PATH: "a path below the repository: letters, digits, `.`, `_`, `-` and `/`, "
+    "without `..`",
+    SHA256: "a sha256: 64 digits of 0-9a-f",
+    REVISION: "a full commit: 40 digits of 0-9a-f",
+    SOURCE: "`hf:owner/repo`, or `path:` and a directory below the repository",
+    VERSION: "a release such as 0.3.36",
+    TENSOR_PATTERN: "a regular expression in lower case without spaces and `=`",
+    TRACKING_URI: "a URI of at most 400 printable ASCII characters",
+    EXPERIMENT: "at most 100 letters, digits, spaces, `.`, `_` and `-`",
+}
 
 # What llama-quantize of the pinned commit makes (tools/quantize/quantize.cpp, QUANT_OPTIONS), less
 # the names that only copy (COPY) and the aliases (Q3_K, Q4_K, Q5_K): one name for one recipe.
@@ -27,37 +54,57 @@ QuantType = Literal[
     "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0",
     "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "MXFP4_MOE",
     "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS",
-    "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
-    "IQ1_M", "IQ1_S", "TQ1_0", "TQ2_0",
+    "Q2_K", "Q2_K_S", "Q2_0", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+    "IQ1_M", "IQ1_S", "Q1_0", "TQ1_0", "TQ2_0",
 ]  # fmt: skip
-# The converter and the benchmarks cannot do without these (src/llama-quant.cpp refuses them).
-NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "Q2_K_S"})
+# llama-quantize refuses to make these without an importance matrix. IQ2_M and IQ3_XS are here for
+# the tensors that they store as IQ2_S and IQ3_XXS (src/llama-quant.cpp, tensor_requires_imatrix).
+NEEDS_IMATRIX = frozenset(
+    {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
+)
+# Windows that a gate on the 99.9th percentile needs: 400 x 256 scored tokens leave 102 above it.
+P999_CHUNKS = 400
+# Fewer samples have no median that one disturbance could not move.
+MIN_SAMPLES = 3
+# Not quantized: rules for single tensors have no effect on them.
+UNQUANTIZED = frozenset({"F32", "F16", "BF16"})
 
 # Types of single tensors, as a rule of `tensor_types` may name them.
 TensorType = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0",
-    "iq4_nl", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs", "iq2_xxs",
-    "iq1_m", "iq1_s", "tq1_0", "tq2_0", "mxfp4",
+    "iq4_nl", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs", "q2_k", "q2_0", "iq2_s", "iq2_xs", "iq2_xxs",
+    "iq1_m", "iq1_s", "q1_0", "tq1_0", "tq2_0", "mxfp4",
 ]  # fmt: skip
 
 Objective = Literal["speed", "quality", "size"]
 Backend = Literal["auto", "cpu", "cuda", "vulkan", "metal"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
-ModelKey = Annotated[str, StringConstraints(pattern=MODEL_KEY)]
-QuantKey = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][A-Za-z0-9_-]{0,79}$")]
+
+def printable(text: str) -> str:
+    r"""
+    Let ASCII text without control characters pass.
+
+    Every string of the declaration comes through here, since `$` in Python also matches before a
+    newline at the end: `"tiny-llama\n"` satisfies the pattern of a key.
+
+    Raises:
+        ValueError: Something else is in it.
+    """
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError("holds a control character, a line end or a letter beyond ASCII")
+    return text
+
+
+_PRINTABLE = AfterValidator(printable)
+ModelKey = Annotated[str, StringConstraints(pattern=MODEL_KEY), _PRINTABLE]
+QuantKey = Annotated[str, StringConstraints(pattern=QUANT_KEY), _PRINTABLE]
 CorpusKey = ModelKey
 HostKey = ModelKey
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Revision = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
-RelativePath = Annotated[str, StringConstraints(pattern=RELATIVE_PATH)]
-Source = Annotated[
-    str,
-    StringConstraints(
-        pattern=r"^(?:path:(?!/)(?!.*(?:^|/)\.\.(?:/|$))[A-Za-z0-9._/-]{1,200}"
-        r"|hf:[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})$"
-    ),
-]
+Sha256 = Annotated[str, StringConstraints(pattern=SHA256), _PRINTABLE]
+Revision = Annotated[str, StringConstraints(pattern=REVISION), _PRINTABLE]
+RelativePath = Annotated[str, StringConstraints(pattern=RELATIVE_PATH), _PRINTABLE]
+Source = Annotated[str, StringConstraints(pattern=SOURCE), _PRINTABLE]
 Tokens = Annotated[int, Field(ge=1, le=10_000_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
@@ -82,7 +129,7 @@ class Closed(BaseModel):
 class Toolchain(Closed):
     """One llama.cpp for converter, quantizer, benchmark and server."""
 
-    llama_cpp_python: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+\.\d+$")] = Field(
+    llama_cpp_python: Annotated[str, StringConstraints(pattern=VERSION), _PRINTABLE] = Field(
         description="Version of the llama-cpp-python source distribution, which holds llama.cpp."
     )
     sha256: Sha256 = Field(description="sha256 of that source distribution.")
@@ -126,7 +173,7 @@ class Gates(Closed):
 class TensorRule(Closed):
     """One `--tensor-type` rule of llama-quantize: the first whose pattern is found wins."""
 
-    match: Annotated[str, StringConstraints(min_length=1, max_length=200)] = Field(
+    match: Annotated[str, StringConstraints(pattern=TENSOR_PATTERN), _PRINTABLE] = Field(
         description="Regular expression, in lower case, searched in the tensor's name."
     )
     type: TensorType = Field(description="Type that the matching tensors get.")
@@ -238,10 +285,12 @@ class Choose(Closed):
 class Track(Closed):
     """Where runs are shown."""
 
-    tracking_uri: Annotated[str, StringConstraints(min_length=1, max_length=400)] = Field(
-        "sqlite:///work/mlflow.db", description="MLflow tracking URI."
+    tracking_uri: Annotated[str, StringConstraints(pattern=TRACKING_URI), _PRINTABLE] = Field(
+        "sqlite:///work/mlflow.db",
+        description="MLflow tracking URI, without a password: MLflow reads that from "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
     )
-    experiment: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._ -]{1,100}$")] = Field(
+    experiment: Annotated[str, StringConstraints(pattern=EXPERIMENT), _PRINTABLE] = Field(
         "gguf-fleet", description="MLflow experiment."
     )
 
@@ -265,14 +314,18 @@ class Declaration(Closed):
 
     toolchain: Toolchain = Field(description="The one pinned llama.cpp.")
     corpora: dict[CorpusKey, Corpus] = Field(description="Texts for calibration and evaluation.")
-    models: dict[ModelKey, Model] = Field(description="The fleet, by name.")
-    quants: dict[QuantKey, Quant] = Field(description="The GGUFs to make, as <model>-<TYPE>.")
+    models: dict[ModelKey, Model] = Field(description="The fleet, by name.", min_length=1)
+    quants: dict[QuantKey, Quant] = Field(
+        description="The GGUFs to make, as <model>-<TYPE>.", min_length=1
+    )
     gates: Gates = Field(default=Gates(), description="Limits for every model.")
     calibrate: Calibrate = Field(default=Calibrate(), description="The importance matrix.")
     benchmark: Benchmark = Field(default=Benchmark(), description="The measurements.")
     choose: Choose = Field(default=Choose(), description="The choice.")
     track: Track = Field(default=Track(), description="MLflow.")
-    hosts: dict[HostKey, Host] = Field(description="Where models are served, by name.")
+    hosts: dict[HostKey, Host] = Field(
+        description="Where models are served, by name.", min_length=1
+    )
 
 
 # --- what one stage reads, resolved -----------------------------------------------------------
@@ -434,10 +487,25 @@ def report_slice(declared: Declaration) -> ReportSlice:
     return ReportSlice(models={model: quants_of(declared, model) for model in declared.models})
 
 
+# Syntax that Python has and std::regex has not, or that means something else there, and the `=` at
+# which llama-quantize ends the pattern. Escapes are limited to classes and to punctuation.
+_NOT_IN_BOTH = re.compile(r"\(\?[^:!]|\\[^bdsw\W]|[*+?}]\+|\{,|\[\^?\]|\[\[|=")
+
+
 def is_safe_regex(pattern: str) -> bool:
-    """Tell whether llama-quantize (std::regex, ECMAScript, lower-cased) can read a pattern."""
-    try:
-        re.compile(pattern)
-    except re.error:
+    r"""
+    Tell whether llama-quantize reads a pattern as Python does.
+
+    llama-quantize lower-cases it (which turns `\D` into `\d`) and gives it to std::regex
+    (ECMAScript); the prediction of a quant's tensor types searches with Python's `re`.
+    """
+    if pattern != pattern.lower() or _NOT_IN_BOTH.search(pattern):
         return False
-    return pattern == pattern.lower()
+    try:
+        with warnings.catch_warnings():
+            # FutureWarning: a set operation of a later Python, which std::regex does not have.
+            warnings.simplefilter("error")
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, Warning):
+        return False
+    return True

@@ -1,0 +1,487 @@
+"""
+Reads params.yaml: a `Declaration`, or every problem at once, each on its line.
+
+Three kinds of problem come together here: YAML that is not allowed (`pipelines.marked_yaml`),
+values that the types refuse (`pipelines.params`), and values that contradict one another or the
+files that they name. The third kind is searched in the plain data, not in the typed result, so
+that one misspelt key does not hide that a corpus is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, get_args
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from pipelines import atomic, console, hashing, marked_yaml, params
+from pipelines.errors import ParamsError, Problem
+from pipelines.layout import Layout
+from pipelines.marked_yaml import Finding, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from pydantic_core import ErrorDetails
+
+    from pipelines.marked_yaml import Document, Loc, Mark
+    from pipelines.params import Closed, Declaration
+
+# Names of folders in work/ that are no model's.
+_TAKEN_NAMES = frozenset(
+    path.parts[1]
+    for path in (
+        Layout().slice("stage", "key"),
+        Layout().log("stage", "key"),
+        Layout().scratch("model"),
+        Layout().receipt("model"),
+    )
+) | {"mlruns", "mlartifacts"}
+_QUANT_TYPES: tuple[str, ...] = get_args(params.QuantType)
+# The values need flash attention: llama.cpp refuses a quantized V cache without it.
+_UNQUANTIZED_KV = ("f32", "f16", "bf16")
+# A longer word is no slip of the finger, and difflib takes quadratic time.
+_LONGEST_SLIP = 100
+
+
+class Flaw(NamedTuple):
+    """Something wrong with a value, or with its key, or with what is missing below it."""
+
+    loc: Loc
+    text: str
+    on_key: bool = False
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Declaration:
+    """
+    Read params.yaml.
+
+    Raises:
+        ParamsError: It is wrong; `problems` holds every finding, in the order of the file.
+    """
+    document = marked_yaml.read(path)
+    declared, problems = _judge(document)
+    if declared is None or problems:
+        raise marked_yaml.failure(problems)
+    return declared
+
+
+def check(at: Layout) -> Declaration:
+    """
+    Read params.yaml and look at the files that it names.
+
+    Raises:
+        ParamsError: The declaration, a corpus or a source directory is wrong; all problems at once.
+    """
+    document = marked_yaml.read(at.params)
+    declared, problems = _judge(document)
+    problems += _problems(document, _file_flaws(document.data, at.root))
+    if declared is None or problems:
+        raise marked_yaml.failure(problems)
+    return declared
+
+
+def check_files(declared: Declaration, root: Path) -> list[Problem]:
+    """Return what is wrong with the corpora and source directories below `root`, by line."""
+    data = json.loads(declared.model_dump_json())
+    flaws = list(_file_flaws(data, root))
+    if not flaws:
+        return []
+    try:
+        document = marked_yaml.read(Layout(root).params)
+    except ParamsError:
+        # The file has changed since it was read; what is wrong is still worth saying.
+        document = marked_yaml.Document(marked_yaml.shown_name(Layout(root).params))
+    return _problems(document, flaws)
+
+
+def check_main(at: Layout, *, as_json: bool) -> int:
+    """
+    Do `fleet check`: say on stdout what is declared, or fail.
+
+    Args:
+        at: The checkout.
+        as_json: Print {file, models, quants, hosts, problems} and return 2 if there are problems.
+
+    Raises:
+        ParamsError: There are problems and `as_json` is false.
+    """
+    problems: tuple[Problem, ...] = ()
+    counts = {"models": 0, "quants": 0, "hosts": 0}
+    try:
+        declared = check(at)
+    except ParamsError as error:
+        if not as_json:
+            raise
+        problems = error.problems
+    else:
+        counts = {name: len(getattr(declared, name)) for name in counts}
+    name = marked_yaml.shown_name(at.params)
+    if not as_json:
+        console.out(f"{name}: {', '.join(_count(word, n) for word, n in counts.items())}, all well")
+        return 0
+    found = [
+        {"file": each.file, "line": each.line, "column": each.column, "text": each.text}
+        for each in problems
+    ]
+    console.out(json.dumps({"file": name, **counts, "problems": found}, indent=2))
+    return ParamsError.exit_code if problems else 0
+
+
+def _count(plural: str, number: int) -> str:
+    return f"{number} {plural.removesuffix('s') if number == 1 else plural}"
+
+
+def _judge(document: Document) -> tuple[Declaration | None, list[Problem]]:
+    """Return the typed declaration, if there can be one, and everything that is wrong."""
+    declared = None
+    flaws: list[Flaw] = []
+    refused = {finding.loc for finding in document.findings}
+    try:
+        # From JSON, since strict types then take a list for a tuple, and nothing else for less.
+        declared = params.Declaration.model_validate_json(json.dumps(document.data))
+    except ValidationError as error:
+        flaws += [
+            _type_flaw(document, detail)
+            for detail in error.errors(include_url=False)
+            if detail["loc"] not in refused
+        ]
+    flaws += _contradictions(document.data)
+    problems = [finding.within(document.name) for finding in document.findings]
+    return declared, problems + _problems(document, flaws)
+
+
+def _problems(document: Document, flaws: Iterable[Flaw]) -> list[Problem]:
+    """Put each flaw on its line, once."""
+    return [
+        Finding(_mark(document, flaw), flaw.loc, flaw.text).within(document.name)
+        for flaw in dict.fromkeys(flaws)
+    ]
+
+
+def _mark(document: Document, flaw: Flaw) -> Mark:
+    return document.key_at(flaw.loc) if flaw.on_key else document.value_at(flaw.loc)
+
+
+# --- what the types refuse --------------------------------------------------------------------
+
+
+def _type_flaw(document: Document, detail: ErrorDetails) -> Flaw:
+    """Say in the words of the declaration what pydantic says in its own."""
+    from pipelines import schema  # noqa: PLC0415 - builds the JSON Schema; only after a mistake
+
+    loc = detail["loc"]
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(loc, schema.at(loc[:-1]))
+    if loc and loc[-1] == "[key]":
+        names = schema.at(loc[:-2])["propertyNames"]
+        return Flaw(loc[:-1], f"is not {schema.allowed(names)}", on_key=True)
+    part = schema.at(loc)
+    if detail["type"] == "missing":
+        needed = part.get("description", "")
+        return Flaw(loc, f"is missing; {schema.allowed(part)}. {needed}".strip(), on_key=True)
+    if loc == ("track", "tracking_uri"):
+        # Never repeated: it may hold a password.
+        return Flaw(loc, f"is not {schema.allowed(part)}")
+    close = ""
+    if "enum" in part and isinstance(detail["input"], str):
+        close = did_you_mean(detail["input"], part["enum"])
+    return Flaw(loc, f"{document.shown(loc)} is not {schema.allowed(part)}{close}")
+
+
+def _unknown_key(loc: Loc, parent: dict[str, Any]) -> Flaw:
+    known = list(parent["properties"])
+    close = did_you_mean(str(loc[-1]), known)
+    return Flaw(loc, f"is no key here; allowed: {', '.join(known)}{close}", on_key=True)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean "X"?` if one of the known words is close, else nothing."""
+    if len(word) > _LONGEST_SLIP:
+        return ""
+    by_lower = {each.lower(): each for each in known}
+    close = get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {quoted(by_lower[close[0]])}?" if close else ""
+
+
+# --- what contradicts itself ------------------------------------------------------------------
+#
+# These functions see plain data that may be of any shape: whatever is not of the type that a rule
+# is about has been reported by the types.
+
+
+def _contradictions(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    yield from _model_flaws(data)
+    yield from _quant_flaws(data)
+    yield from _gate_flaws(data)
+    yield from _benchmark_flaws(_mapping(data, "benchmark"))
+    for key, host in _entries(data, "hosts"):
+        if host.get("vram_mib") is None and host.get("memory_mib") is None:
+            text = "needs `vram_mib` (a GPU host) or `memory_mib` (a CPU host)"
+            yield Flaw(("hosts", key), text, on_key=True)
+    uri = _mapping(data, "track").get("tracking_uri")
+    if isinstance(uri, str) and _holds_password(uri):
+        text = "holds a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        yield Flaw(("track", "tracking_uri"), text)
+
+
+def _holds_password(uri: str) -> bool:
+    try:
+        return urlsplit(uri).password is not None
+    except ValueError:
+        return False
+
+
+def _model_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """References of a model to corpora, and its name."""
+    models = _mapping(data, "models")
+    used = [str(quant.get("model")) for _, quant in _entries(data, "quants")]
+    # A quant of an undeclared model is most likely the one that another model misses.
+    all_known = bool(used) and all(name in models for name in used)
+    for key, model in _entries(data, "models"):
+        here: Loc = ("models", key)
+        if key in _TAKEN_NAMES:
+            taken = ", ".join(sorted(_TAKEN_NAMES))
+            yield Flaw(here, f"is the name of a folder in work/; not allowed: {taken}", on_key=True)
+        if all_known and key not in used:
+            text = f"has no quant; declare one under `quants`, such as {quoted(f'{key}-Q4_K_M')}"
+            yield Flaw(here, text, on_key=True)
+        yield from _corpus_flaws(data, here, model)
+
+
+def _corpus_flaws(data: Any, here: Loc, model: dict[str, Any]) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    corpora = _mapping(data, "corpora")
+    digests: dict[str, object] = {}
+    for role in ("evaluation", "calibration"):
+        name = model.get(role, params.Model.model_fields[role].default)
+        if not isinstance(name, str):
+            continue
+        if name not in corpora:
+            close = did_you_mean(name, corpora)
+            text = f"corpus {quoted(name)} is not declared{_declared(corpora)}{close}"
+            yield Flaw((*here, role), text, on_key=role not in model)
+            continue
+        corpus = corpora[name]
+        digests[role] = corpus.get("sha256", name) if isinstance(corpus, dict) else name
+    both = len(digests) == 2  # noqa: PLR2004 - calibration and evaluation
+    if both and digests["evaluation"] == digests["calibration"]:
+        text = "is the same text as `evaluation`; a matrix fitted to the text on which it is judged"
+        yield Flaw((*here, "calibration"), f"{text} makes quants look better than they are")
+
+
+def _declared(names: Iterable[str]) -> str:
+    shown = ", ".join(quoted(name) for name in list(names)[:20])
+    return f"; declared: {shown}" if shown else "; none is"
+
+
+def _quant_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """Name of a quant, its model, its matrix, its rules."""
+    models = _mapping(data, "models")
+    seen: dict[tuple[str, str], str] = {}
+    for key, quant in _entries(data, "quants"):
+        here: Loc = ("quants", key)
+        if _is_text(quant, "model") and quant["model"] not in models:
+            close = did_you_mean(quant["model"], models)
+            text = f"model {quoted(quant['model'])} is not declared{_declared(models)}{close}"
+            yield Flaw((*here, "model"), text)
+        if _is_text(quant, "model") and quant.get("type") in _QUANT_TYPES:
+            yield from _name_flaws(here, key, quant, seen)
+        yield from _imatrix_flaws(here, quant, models.get(str(quant.get("model"))))
+        yield from _tensor_flaws(here, quant)
+
+
+def _name_flaws(
+    here: Loc, key: str, quant: dict[str, Any], seen: dict[tuple[str, str], str]
+) -> Iterator[Flaw]:
+    model, type_ = quant["model"], quant["type"]
+    if key != f"{model}-{type_}":
+        yield Flaw(here, f"must be called {quoted(f'{model}-{type_}')}", on_key=True)
+    first = seen.setdefault((model, type_), key)
+    if first != key:
+        text = f"{type_} of {quoted(model)} is declared by {quoted(first)} already"
+        yield Flaw((*here, "type"), text)
+
+
+def _imatrix_flaws(here: Loc, quant: dict[str, Any], model: object) -> Iterator[Flaw]:
+    imatrix, type_ = quant.get("imatrix", False), quant.get("type")
+    loc = (*here, "imatrix")
+    if imatrix is True and isinstance(model, dict) and model.get("calibration") is None:
+        name = quoted(str(quant["model"]))
+        yield Flaw(loc, f"model {name} declares no `calibration` corpus")
+    if imatrix is False and isinstance(type_, str) and type_ in params.NEEDS_IMATRIX:
+        text = f"must be true: llama-quantize makes no {type_} without an importance matrix"
+        yield Flaw(loc, text, on_key="imatrix" not in quant)
+
+
+def _tensor_flaws(here: Loc, quant: dict[str, Any]) -> Iterator[Flaw]:
+    rules = quant.get("tensor_types")
+    rules = rules if isinstance(rules, list) else []
+    for i, rule in enumerate(rules):
+        pattern = rule.get("match") if isinstance(rule, dict) else None
+        if isinstance(pattern, str) and not params.is_safe_regex(pattern):
+            text = f"{quoted(pattern)} is no regular expression that llama-quantize and Python read"
+            more = "alike: lower case, no `=`, no `(?` but `(?:` and `(?!`"
+            yield Flaw((*here, "tensor_types", i, "match"), f"{text} {more}")
+    type_ = quant.get("type")
+    if rules and isinstance(type_, str) and type_ in params.UNQUANTIZED:
+        text = f"has no effect on {type_}, whose tensors are not quantized; remove it"
+        yield Flaw((*here, "tensor_types"), text, on_key=True)
+    if quant.get("leave_output_tensor") is True and quant.get("output_tensor_type") is not None:
+        text = "contradicts `leave_output_tensor: true`; remove one of the two"
+        yield Flaw((*here, "output_tensor_type"), text, on_key=True)
+
+
+def _gate_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """A percentile that is estimated from too little text is no gate."""
+    default = params.Quality.model_fields["chunks"].default
+    chunks = _mapping(data, "benchmark", "quality").get("chunks", default)
+    if not _is_whole(chunks) or chunks >= params.P999_CHUNKS:
+        return
+    owners: list[Loc] = [()]
+    owners += [("models", key) for key, _ in _entries(data, "models")]
+    for owner in owners:
+        if _mapping(data, *owner, "gates").get("max_kld_p999_nats") is not None:
+            text = f"needs `benchmark.quality.chunks` of {params.P999_CHUNKS} or more, not {chunks}"
+            yield Flaw((*owner, "gates", "max_kld_p999_nats"), text)
+
+
+def _benchmark_flaws(benchmark: dict[str, Any]) -> Iterator[Flaw]:
+    """Settings that llama.cpp would change in silence, or that leave too little to judge."""
+
+    def value(key: str) -> Any:  # noqa: ANN401 - any YAML value
+        return benchmark.get(key, params.Benchmark.model_fields[key].default)
+
+    dropped, repetitions = value("dropped_repetitions"), value("repetitions")
+    if _is_whole(dropped) and _is_whole(repetitions):
+        most = repetitions - params.MIN_SAMPLES
+        if dropped > most:
+            text = f"of {repetitions} repetitions {params.MIN_SAMPLES} samples must remain"
+            yield Flaw(("benchmark", "dropped_repetitions"), f"{text}: {max(most, 0)} at most")
+    batch, ubatch = value("batch_tokens"), value("ubatch_tokens")
+    if _is_whole(batch) and _is_whole(ubatch) and ubatch > batch:
+        text = f"{ubatch} is more than `batch_tokens`, {batch}, to which llama.cpp would lower it"
+        yield Flaw(("benchmark", "ubatch_tokens"), text)
+    if value("kv_type") not in _UNQUANTIZED_KV and value("flash_attention") is False:
+        text = f"{quoted(str(value('kv_type')))} needs `flash_attention: true`"
+        yield Flaw(("benchmark", "kv_type"), text)
+    depths = value("depths")
+    if isinstance(depths, list) and len({str(each) for each in depths}) < len(depths):
+        yield Flaw(("benchmark", "depths"), "holds a depth twice")
+
+
+def _mapping(data: Any, *path: str | int) -> dict[str, Any]:  # noqa: ANN401 - any YAML value
+    """Return the mapping at a path; an empty one if something else is there."""
+    for step in path:
+        data = data.get(step) if isinstance(data, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
+def _entries(data: Any, section: str) -> list[tuple[str, dict[str, Any]]]:  # noqa: ANN401 - any YAML value
+    """Return the named mappings of a section."""
+    return [(k, v) for k, v in _mapping(data, section).items() if isinstance(v, dict)]
+
+
+def _is_text(mapping: dict[str, Any], key: str) -> bool:
+    return isinstance(mapping.get(key), str)
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def _file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """Compare what is declared with what lies below `root`; skips what the types refuse."""
+    for key, entry in _entries(data, "corpora"):
+        try:
+            corpus = params.Corpus.model_validate(entry)
+        except ValidationError:
+            continue
+        yield from _corpus_file_flaws(("corpora", key), corpus, root)
+    for key, entry in _entries(data, "models"):
+        source = entry.get("source")
+        if isinstance(source, str) and source.startswith("path:"):
+            yield from _directory_flaws(("models", key, "source"), source[len("path:") :], root)
+
+
+def _corpus_file_flaws(here: Loc, corpus: params.Corpus, root: Path) -> Iterator[Flaw]:
+    path = root / corpus.path
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            yield Flaw((*here, "path"), f"{corpus.path} leads out of the repository")
+        elif not path.exists():
+            yield Flaw((*here, "path"), f"{corpus.path} does not exist")
+        elif not path.is_file():
+            yield Flaw((*here, "path"), f"{corpus.path} is not a regular file")
+        elif (got := hashing.digest(path).sha256) != corpus.sha256:
+            text = f"{corpus.path} has other bytes than declared: want {corpus.sha256}, got {got}"
+            yield Flaw((*here, "sha256"), f"{text}. If they are meant, write: sha256: {got}")
+    except (OSError, RuntimeError) as error:
+        # RuntimeError is how pathlib of Python 3.11 tells of a loop of links.
+        yield Flaw((*here, "path"), f"{corpus.path} cannot be read: {_reason(error)}")
+
+
+def _directory_flaws(loc: Loc, source: str, root: Path) -> Iterator[Flaw]:
+    path = root / source
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            yield Flaw(loc, f"directory {quoted(source)} leads out of the repository")
+        elif path.resolve() == root.resolve():
+            yield Flaw(loc, "must be a directory of the model's own, not the whole repository")
+        elif not path.is_dir():
+            what = "is not a directory" if path.exists() else "does not exist"
+            yield Flaw(loc, f"directory {quoted(source)} {what}")
+    except (OSError, RuntimeError) as error:
+        yield Flaw(loc, f"directory {quoted(source)} cannot be read: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or "a loop of symbolic links"
+
+
+# --- slices -----------------------------------------------------------------------------------
+
+
+def slices(declared: Declaration) -> dict[tuple[str, str], Closed]:
+    """Return what every stage reads, by (stage, key); the key of `report` is "fleet"."""
+    found: dict[tuple[str, str], Closed] = {}
+    for model in declared.models:
+        found["fetch", model] = params.fetch_slice(declared, model)
+        found["convert", model] = params.convert_slice(declared, model)
+        found["calibrate", model] = params.calibrate_slice(declared, model)
+        found["choose", model] = params.choose_slice(declared, model)
+        found["track", model] = params.track_slice(declared, model)
+    for quant in declared.quants:
+        found["quantize", quant] = params.quantize_slice(declared, quant)
+        found["benchmark", quant] = params.benchmark_slice(declared, quant)
+    found["report", "fleet"] = params.report_slice(declared)
+    return found
+
+
+def write_slices(declared: Declaration, at: Layout) -> None:
+    """
+    Write every slice where DVC tracks it, and remove those of keys that are gone.
+
+    A file with the same content is left as it is, so that its time stamp says since when.
+    """
+    wanted: set[Path] = set()
+    for (stage, key), slice_ in slices(declared).items():
+        path = at.slice(stage, key)
+        atomic.write_json(path, json.loads(slice_.model_dump_json()))
+        wanted.add(path)
+    stages = {path.parent for path in wanted}
+    for directory in next(iter(stages)).parent.iterdir():
+        if directory not in stages:
+            atomic.remove(directory)
+            continue
+        for path in directory.iterdir():
+            if path not in wanted:
+                atomic.remove(path)
