@@ -14,7 +14,7 @@ CORPORA = Path(__file__).resolve().parent.parent / "corpora"
 MIN_SHARED_PARAGRAPH_CHARS = 40
 
 
-def read_yaml(name: str) -> Any:  # noqa: ANN401 - parsed YAML
+def read_yaml(name: str) -> Any:
     """Parse a YAML file of the corpora folder."""
     return YAML(typ="safe").load((CORPORA / name).read_text(encoding="utf-8"))
 
