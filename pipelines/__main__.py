@@ -9,6 +9,7 @@ it returns. Modules are imported when their verb runs, so that `fleet --help` co
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -303,7 +304,7 @@ def _tools(args: argparse.Namespace) -> int:
     tools = toolchain.ensure(toolchain.spec_of(_load(at)))
     if args.verify:
         tools.verify()
-    console.out(tools.manifest_text() if args.json else toolchain.main_text(tools))
+    console.out(json.dumps(tools.manifest, indent=2) if args.json else toolchain.main_text(tools))
     return 0
 
 

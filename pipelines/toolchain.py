@@ -27,15 +27,20 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 from pipelines.errors import DigestError, ToolError
+
+if TYPE_CHECKING:
+    from pipelines.layout import Layout
+    from pipelines.params import Declaration
 
 Backend: TypeAlias = Literal["cpu", "cuda", "vulkan", "metal"]
 DeclaredBackend: TypeAlias = Literal["auto", "cpu", "cuda", "vulkan", "metal"]
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME: Final = "toolchain.json"
+_BUILD_RECIPE: Final = Path(__file__).with_name("toolchain_build.py")
 
 # Also the build targets: nothing else of llama.cpp is compiled into the prefix.
 TOOLS: Final = (
@@ -189,6 +194,24 @@ def ensure(
     return toolchain
 
 
+def spec_of(declared: Declaration) -> ToolchainSpec:
+    """The `toolchain` section of params.yaml as this module's own type."""
+    section = declared.toolchain
+    return ToolchainSpec(
+        llama_cpp_python=section.llama_cpp_python,
+        sha256=section.sha256,
+        backend=section.backend,
+        recipe=section.recipe,
+    )
+
+
+def load(at: Layout) -> Toolchain:
+    """The toolchain that the fleet at `at` declares; what a stage calls."""
+    from pipelines import declaration  # noqa: PLC0415 - pydantic, not for the fast path
+
+    return ensure(spec_of(declaration.load(at.params)))
+
+
 def default_cache_root() -> Path:
     """$GGUF_FLEET_CACHE, else $XDG_CACHE_HOME/gguf-fleet, else ~/.cache/gguf-fleet."""
     declared = os.environ.get("GGUF_FLEET_CACHE")
@@ -278,6 +301,8 @@ def _host_fingerprint(spec: ToolchainSpec) -> str:
     answers do, and cost stats only.
     """
     observed = {
+        # The recipe of the build, comments included: another one has to look for its own key.
+        "recipe": hashlib.sha256(_BUILD_RECIPE.read_bytes()).hexdigest(),
         "spec": [spec.llama_cpp_python, spec.sha256, spec.backend, spec.cuda_architectures],
         "system": system_name(),
         "driver": _nvidia_driver_text() if spec.backend in {"auto", "cuda"} else None,
