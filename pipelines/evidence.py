@@ -142,7 +142,8 @@ def _examine_one(
     named = (slice_.model, key, type_)
     for doubt in (
         _other_subject(named, quantized, measured),
-        _not_finite(quantized.model_dump(), "quantize") or _not_finite(measured.model_dump(), ""),
+        _not_finite(quantized.model_dump(warnings=False), "quantize")
+        or _not_finite(measured.model_dump(warnings=False), ""),
         _declared_invalid(measured),
         _impossible(measured),
         _other_context(slice_, measured),

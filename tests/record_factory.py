@@ -1,0 +1,297 @@
+"""
+Valid records, for tests that say only what is special about theirs.
+
+Every builder takes keywords that replace fields; numbers are those of a small, plausible quant.
+Digests are made from names, so that records of one quant fit together and those of others do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, cast
+
+from pipelines import records
+from pipelines.params import Choose, ChooseSlice, Gates, Host, QuantType
+from pipelines.records import (
+    BenchmarkRecord,
+    CalibrateRecord,
+    ConvertRecord,
+    FetchRecord,
+    FileDigest,
+    MachineId,
+    Memory,
+    QualityResult,
+    QuantizeRecord,
+    Speed,
+    Validity,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pipelines.layout import Layout
+    from pipelines.params import Objective
+
+MODEL = "tiny-llama"
+COMMIT = "0c1e57098a3f0c1e57098a3f0c1e57098a3f0c1e"
+CONTEXT_TOKENS = 512
+CHUNKS = 100
+
+
+def sha256(name: str) -> str:
+    """Return a digest that is different for each name."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def file_digest(name: str, size_bytes: int = 3 << 20) -> FileDigest:
+    """Build the digest of a file that does not exist."""
+    md5 = hashlib.md5(name.encode()).hexdigest()
+    return FileDigest(name=name, size_bytes=size_bytes, sha256=sha256(name), md5=md5)
+
+
+def fetch_record(model: str = MODEL, **changes: Any) -> FetchRecord:
+    """Build the record of a fetched model."""
+    fields: dict[str, Any] = {
+        "model": model,
+        "source": f"path:examples/{model}",
+        "revision": sha256(model)[:40],
+        "architecture": "LlamaForCausalLM",
+        "license": "apache-2.0",
+        "parameters_count": 3_400_000,
+        "dtypes": {"BF16": 39},
+        "size_bytes": 7_000_000,
+        "files": (file_digest("model.safetensors", 6_900_000), file_digest("tokenizer.model")),
+    }
+    return FetchRecord(**(fields | changes))
+
+
+def convert_record(model: str = MODEL, **changes: Any) -> ConvertRecord:
+    """Build the record of a converted model."""
+    fields: dict[str, Any] = {
+        "model": model,
+        "revision": sha256(model)[:40],
+        "architecture": "llama",
+        "llama_cpp_commit": COMMIT,
+        "recipe": 1,
+        "tensors_count": 39,
+        "tensor_types": {"F16": 30, "F32": 9},
+        "context_train_tokens": 2048,
+        "gguf": f16_digest(model),
+    }
+    return ConvertRecord(**(fields | changes))
+
+
+def f16_digest(model: str) -> FileDigest:
+    """Build the digest of the model's f16 GGUF, to which all its other records refer."""
+    return FileDigest(
+        name="f16.gguf", size_bytes=7 << 20, sha256=sha256(f"{model} f16"), md5="0" * 32
+    )
+
+
+def calibrate_record(model: str = MODEL, **changes: Any) -> CalibrateRecord:
+    """Build the record of an importance matrix."""
+    fields: dict[str, Any] = {
+        "model": model,
+        "f16_sha256": f16_digest(model).sha256,
+        "llama_cpp_commit": COMMIT,
+        "recipe": 1,
+        "corpus": "corpora/calibration.txt",
+        "corpus_sha256": sha256("calibration"),
+        "context_tokens": 512,
+        "chunks_count": 60,
+        "entries_count": 28,
+        "imatrix": file_digest("imatrix.gguf", 40_000),
+    }
+    return CalibrateRecord(**(fields | changes))
+
+
+def quantize_record(type_: str = "Q4_K_M", model: str = MODEL, **changes: Any) -> QuantizeRecord:
+    """Build the record of a quantized file; `size_mib` sets its size."""
+    key = f"{model}-{type_}"
+    size_bytes = round(changes.pop("size_mib", 3.0) * (1 << 20))
+    fields: dict[str, Any] = {
+        "key": key,
+        "model": model,
+        "type": type_,
+        "f16_sha256": f16_digest(model).sha256,
+        "llama_cpp_commit": COMMIT,
+        "recipe": 1,
+        "imatrix_sha256": None,
+        "imatrix_corpus_sha256": None,
+        "bits_per_weight": 4.85,
+        "tensors_count": 39,
+        "tensor_types": {"Q4_K": 24, "Q6_K": 6, "F32": 9},
+        "tensor_bytes": {"Q4_K": 2_000_000, "Q6_K": 1_000_000, "F32": 10_000},
+        "rules": (),
+        "fallbacks": (),
+        "gguf": file_digest(f"{key}.gguf", size_bytes),
+    }
+    return QuantizeRecord(**(fields | changes))
+
+
+def speed(  # noqa: PLR0913 - a test in full
+    test: str = "decode",
+    depth_tokens: int = 256,
+    median_tok_s: float = 598.0,
+    noise: float = 0.01,
+    *,
+    low_tok_s: float | None = None,
+    high_tok_s: float | None = None,
+) -> Speed:
+    """Build one throughput test whose interval is the median plus and minus a share `noise`."""
+    low = median_tok_s * (1 - noise) if low_tok_s is None else low_tok_s
+    high = median_tok_s * (1 + noise) if high_tok_s is None else high_tok_s
+    return Speed(
+        test=cast("Any", test),
+        depth_tokens=depth_tokens,
+        tokens=512 if test == "prefill" else 128,
+        median_tok_s=median_tok_s,
+        low_tok_s=low,
+        high_tok_s=high,
+        samples_tok_s=(low, median_tok_s, high),
+        dropped_tok_s=(median_tok_s * 0.9,),
+    )
+
+
+def machine_id(**changes: Any) -> MachineId:
+    """Build the identity of a small CPU machine."""
+    fields: dict[str, Any] = {
+        "hw_id": sha256("hardware"),
+        "env_id": sha256("environment"),
+        "backend": "cpu",
+        "cpu": "Example CPU @ 2.50GHz",
+        "cores_count": 2,
+        "memory_gib": 8,
+        "gpus": (),
+    }
+    return MachineId(**(fields | changes))
+
+
+def validity(*reasons: str, **changes: Any) -> Validity:
+    """Build a validity block: VALID without reasons, INVALID with them."""
+    fields: dict[str, Any] = {
+        "verdict": "INVALID" if reasons else "VALID",
+        "reasons": reasons,
+        "notes": (),
+        "load_before": 0.2,
+        "load_after": 1.1,
+        "steal_share": 0.0,
+        "gpu_info": "",
+    }
+    return Validity(**(fields | changes))
+
+
+def quality(**changes: Any) -> QualityResult:
+    """Build a divergence from f16."""
+    fields: dict[str, Any] = {
+        "corpus_sha256": sha256("evaluation"),
+        "context_tokens": 512,
+        "chunks_count": CHUNKS,
+        "scored_tokens": CHUNKS * 256,
+        "kld_mean_nats": 0.031,
+        "kld_mean_error_nats": 0.0003,
+        "kld_p999_nats": 1.1,
+        "kld_max_nats": 4.2,
+        "same_top": 0.921,
+        "same_top_error": 0.002,
+        "ppl": 12.4,
+        "ppl_f16": 12.1,
+        "ppl_ratio": 1.025,
+        "ppl_ratio_error": 0.001,
+    }
+    return QualityResult(**(fields | changes))
+
+
+def memory(**changes: Any) -> Memory:
+    """Build the memory at the declared context."""
+    fields: dict[str, Any] = {
+        "context_tokens": CONTEXT_TOKENS,
+        "estimate_mib": 40.0,
+        "measured_mib": 42.0,
+        "method": "rss",
+        "model_mib": 3.0,
+        "context_mib": 2.0,
+        "compute_mib": 35.0,
+    }
+    return Memory(**(fields | changes))
+
+
+def benchmark_record(  # noqa: PLR0913 - the numbers that tests vary most
+    type_: str = "Q4_K_M",
+    model: str = MODEL,
+    *,
+    decode_tok_s: float = 598.0,
+    noise: float = 0.01,
+    kld_mean_nats: float = 0.031,
+    memory_mib: float = 42.0,
+    size_mib: float = 3.0,
+    **changes: Any,
+) -> BenchmarkRecord:
+    """Build the record of a measured quant; the keywords are the values that decide."""
+    built = quantize_record(type_, model, size_mib=size_mib)
+    fields: dict[str, Any] = {
+        "key": built.key,
+        "model": model,
+        "type": type_,
+        "gguf_sha256": built.gguf.sha256,
+        "f16_sha256": built.f16_sha256,
+        "size_bytes": built.gguf.size_bytes,
+        "llama_cpp_commit": COMMIT,
+        "machine": machine_id(),
+        "validity": validity(),
+        "threads": 2,
+        "speed": (
+            speed("prefill", 0, decode_tok_s * 6, noise),
+            speed("decode", 0, decode_tok_s * 1.1, noise),
+            speed("decode", 256, decode_tok_s, noise),
+        ),
+        "quality": quality(
+            kld_mean_nats=kld_mean_nats, kld_mean_error_nats=abs(kld_mean_nats) * 0.01
+        ),
+        "memory": memory(measured_mib=memory_mib, estimate_mib=memory_mib * 0.95),
+        "measured_at": "2026-11-21T08:00:00Z",
+        "wall_s": 12.5,
+    }
+    return BenchmarkRecord(**(fields | changes))
+
+
+def choose_slice(
+    types: Iterable[str] = ("Q4_K_M",),
+    model: str = MODEL,
+    *,
+    objective: Objective = "speed",
+    gates: dict[str, float] | None = None,
+    hosts: dict[str, dict[str, int]] | None = None,
+    **effects: float,
+) -> ChooseSlice:
+    """Build what `choose` reads; gates are those of a 4-bit class unless given."""
+    declared = {"max_kld_mean_nats": 0.06} if gates is None else gates
+    return ChooseSlice(
+        model=model,
+        quants={f"{model}-{type_}": cast("QuantType", type_) for type_ in types},
+        objective=objective,
+        gates=Gates(**declared),
+        context_tokens=CONTEXT_TOKENS,
+        choose=Choose(**effects),
+        hosts={
+            name: Host(**spec)
+            for name, spec in (hosts or {"local": {"memory_mib": 2048, "margin_mib": 256}}).items()
+        },
+    )
+
+
+def write_model(
+    at: Layout,
+    model: str = MODEL,
+    *,
+    quantized: Iterable[QuantizeRecord] = (),
+    measured: Iterable[BenchmarkRecord] = (),
+) -> None:
+    """Write the records of one model where stages look for them, without a choice."""
+    records.write(at.model_record("fetch", model), fetch_record(model))
+    records.write(at.model_record("convert", model), convert_record(model))
+    records.write(at.model_record("calibrate", model), calibrate_record(model))
+    for built in quantized:
+        records.write(at.quant_record("quantize", model, built.type), built)
+    for one in measured:
+        records.write(at.quant_record("benchmark", model, one.type), one)

@@ -1,0 +1,555 @@
+"""The choice: who may win, who wins, and what is said about everybody else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from record_factory import (
+    MODEL,
+    benchmark_record,
+    choose_slice,
+    machine_id,
+    memory,
+    quality,
+    quantize_record,
+    sha256,
+    speed,
+    validity,
+    write_model,
+)
+
+from pipelines import choose as choose_stage
+from pipelines import records
+from pipelines.choose import choose
+from pipelines.layout import Layout
+from pipelines.params import Gates
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipelines.params import ChooseSlice, Objective
+    from pipelines.records import (
+        BenchmarkRecord,
+        Candidate,
+        ChoiceRecord,
+        HostChoice,
+        QuantizeRecord,
+    )
+
+Numbers = dict[str, dict[str, float]]
+
+# The order that real models show: less bits, more speed, more divergence.
+FLEET: Numbers = {
+    "Q8_0": {"decode_tok_s": 412, "kld_mean_nats": 0.0014, "memory_mib": 60, "size_mib": 5},
+    "Q5_K_M": {"decode_tok_s": 520, "kld_mean_nats": 0.0108, "memory_mib": 50, "size_mib": 4},
+    "Q4_K_M": {"decode_tok_s": 598, "kld_mean_nats": 0.0313, "memory_mib": 42, "size_mib": 3},
+    "Q2_K": {"decode_tok_s": 700, "kld_mean_nats": 0.31, "memory_mib": 30, "size_mib": 2},
+}
+
+
+def measured_record(type_: str, values: dict[str, float]) -> BenchmarkRecord:
+    """Build the benchmark record of a quant given by its numbers."""
+    fields: dict[str, Any] = dict(values)
+    return benchmark_record(type_, **fields)
+
+
+def elect(
+    numbers: Numbers,
+    slice_: ChooseSlice | None = None,
+    incumbent: str | None = None,
+    replaced: dict[str, BenchmarkRecord | str] | None = None,
+) -> ChoiceRecord:
+    """Choose among quants given by their numbers; `replaced` swaps single benchmark records."""
+    slice_ = slice_ or choose_slice(numbers)
+    quantized: dict[str, QuantizeRecord | str] = {}
+    measured: dict[str, BenchmarkRecord | str] = {}
+    for type_, values in numbers.items():
+        key = f"{MODEL}-{type_}"
+        quantized[key] = quantize_record(type_, size_mib=values.get("size_mib", 3.0))
+        measured[key] = (replaced or {}).get(type_, measured_record(type_, values))
+    incumbents = dict.fromkeys(slice_.hosts, incumbent) if incumbent else {}
+    return choose(slice_, quantized, measured, {k: v for k, v in incumbents.items() if v})
+
+
+def only_host(choice: ChoiceRecord) -> HostChoice:
+    """Return the choice for the one host that is declared."""
+    (host,) = choice.hosts
+    return host
+
+
+def candidate(choice: ChoiceRecord, type_: str) -> Candidate:
+    """Return what is said about one quant."""
+    return next(one for one in only_host(choice).candidates if one.type == type_)
+
+
+# --- the rule, by examples --------------------------------------------------------------------
+
+
+def test_the_fastest_quant_within_the_gates_wins() -> None:
+    """With objective speed the fastest quant whose divergence is allowed is promoted."""
+    host = only_host(elect(FLEET))
+
+    assert (host.winner, host.runner_up, host.verdict) == ("Q4_K_M", "Q5_K_M", "PROMOTE")
+    assert host.sentence == (
+        "promote Q4_K_M: the fastest of the 3 quants that pass "
+        "(598 tok/s at depth 256, 0.0313 nats, 42.0 MiB)"
+    )
+
+
+@pytest.mark.parametrize(("objective", "winner"), [("quality", "Q8_0"), ("size", "Q4_K_M")])
+def test_the_objective_decides_among_those_that_pass(objective: Objective, winner: str) -> None:
+    """Quality takes the least divergent quant, size the smallest one, of those that pass."""
+    choice = elect(FLEET, choose_slice(FLEET, objective=objective))
+
+    assert only_host(choice).winner == winner
+
+
+def test_a_missed_gate_names_value_limit_and_gate() -> None:
+    """A quant over a limit is rejected in one sentence that a reader can check."""
+    rejected = candidate(elect(FLEET), "Q2_K")
+
+    assert rejected.verdict == "REJECT"
+    assert rejected.sentence == (
+        "Q2_K: mean divergence 0.310 nats is over the limit 0.06 (max_kld_mean_nats)."
+    )
+
+
+def test_a_value_a_hair_over_the_limit_does_not_look_equal_to_it() -> None:
+    """The sentence shows as many digits as it takes to see that the limit is exceeded."""
+    choice = elect({"Q4_K_M": {"kld_mean_nats": 0.060004}})
+
+    assert "0.060004 nats is over the limit 0.06 " in candidate(choice, "Q4_K_M").sentence
+
+
+def test_a_slower_quant_is_told_by_how_much() -> None:
+    """A quant that passes and loses learns the difference, both values and the depth."""
+    loser = candidate(elect(FLEET), "Q8_0")
+
+    assert loser.verdict == "PASS"
+    assert loser.sentence == (
+        "Q8_0: passes; 31 % slower than Q4_K_M (412 against 598 tok/s at depth 256)."
+    )
+
+
+def test_memory_counts_for_each_host_by_itself() -> None:
+    """A host takes what fits with its margin; the other one is told the missing MiB."""
+    hosts = {"large": {"vram_mib": 1000, "margin_mib": 100}, "small": {"vram_mib": 140}}
+    slice_ = choose_slice(FLEET, objective="quality", hosts=hosts | {
+        "small": {"vram_mib": 1150, "margin_mib": 1095}})  # fmt: skip
+
+    large, small = elect(FLEET, slice_).hosts
+
+    assert (large.winner, small.winner) == ("Q8_0", "Q5_K_M")
+    assert small.candidates[0].sentence == (
+        "Q8_0: 5 MiB over the 1,150 MiB of host small at 512 tokens, of which 1,095 MiB stay free."
+    )
+    assert "Q8_0 is out: 5 MiB over" in small.binding
+
+
+def test_the_worse_of_predicted_and_measured_memory_counts() -> None:
+    """A prediction above the measurement keeps a quant out just as well."""
+    record = benchmark_record(memory=memory(measured_mib=100.0, estimate_mib=3000.0))
+
+    host = only_host(elect({"Q4_K_M": {}}, replaced={"Q4_K_M": record}))
+
+    assert host.verdict == "REJECT"
+
+
+def test_the_binding_limit_is_named() -> None:
+    """The report can say which limit kept a better quant out, and how much better it is."""
+    assert only_host(elect(FLEET)).binding == (
+        "Q4_K_M is 15 % slower than Q2_K (598 against 700 tok/s at depth 256), but Q2_K is out: "
+        "mean divergence 0.310 nats is over the limit 0.06 (max_kld_mean_nats)."
+    )
+
+
+def test_when_nothing_passes_the_nearest_miss_is_named() -> None:
+    """No winner, verdict REJECT, and the quant that came closest."""
+    slice_ = choose_slice(FLEET, gates={"max_kld_mean_nats": 0.001})
+
+    host = only_host(elect(FLEET, slice_))
+
+    assert (host.winner, host.verdict) == (None, "REJECT")
+    assert host.binding.startswith("Q8_0 comes closest: mean divergence 0.00140 nats")
+
+
+def test_equally_fast_quants_are_decided_by_divergence() -> None:
+    """Within the minimum effect of the fastest, the less divergent quant wins and it is said."""
+    numbers: Numbers = {
+        "Q4_K_S": {"decode_tok_s": 600, "kld_mean_nats": 0.040},
+        "Q4_K_M": {"decode_tok_s": 590, "kld_mean_nats": 0.030},
+    }
+    choice = elect(numbers)
+
+    assert only_host(choice).winner == "Q4_K_M"
+    assert candidate(choice, "Q4_K_S").sentence.startswith(
+        "Q4_K_S: passes; as fast as Q4_K_M within 3.0 % or the noise, and 33 % more divergent"
+    )
+
+
+def test_overlapping_intervals_are_no_difference() -> None:
+    """A median 10 % higher wins nothing while the intervals overlap."""
+    numbers: Numbers = {
+        "Q4_K_S": {"decode_tok_s": 660, "kld_mean_nats": 0.040, "noise": 0.08},
+        "Q4_K_M": {"decode_tok_s": 600, "kld_mean_nats": 0.030, "noise": 0.08},
+    }
+
+    assert only_host(elect(numbers)).winner == "Q4_K_M"
+
+
+def test_the_incumbent_stays_on_a_tie_and_goes_when_beaten() -> None:
+    """What is in service is not swapped for noise, and is for more than the minimum effect."""
+    tie: Numbers = {
+        "Q4_K_S": {"decode_tok_s": 600, "kld_mean_nats": 0.040},
+        "Q4_K_M": {"decode_tok_s": 590, "kld_mean_nats": 0.030},
+    }
+    beaten: Numbers = tie | {"Q4_K_M": {"decode_tok_s": 700, "kld_mean_nats": 0.030}}
+
+    kept = only_host(elect(tie, incumbent="Q4_K_S"))
+
+    assert kept.winner == "Q4_K_S"
+    assert "in service" in kept.sentence
+    assert only_host(elect(beaten, incumbent="Q4_K_S")).winner == "Q4_K_M"
+
+
+def test_a_dominated_quant_names_its_dominator() -> None:
+    """A quant that is worse in memory, divergence and speed is off the frontier and told why."""
+    numbers = FLEET | {
+        "Q5_0": {"decode_tok_s": 480, "kld_mean_nats": 0.02, "memory_mib": 55, "size_mib": 4.2}
+    }
+    choice = elect(numbers)
+
+    assert not candidate(choice, "Q5_0").on_frontier
+    assert candidate(choice, "Q5_0").sentence.endswith(
+        "Q5_K_M is as good or better in memory, divergence and speed."
+    )
+    assert all(candidate(choice, type_).on_frontier for type_ in FLEET)
+
+
+def test_a_missing_quant_makes_the_comparison_incomplete() -> None:
+    """A winner beside a quant without a measurement is on hold, and the gap is named."""
+    host = only_host(elect(FLEET, replaced={"Q5_K_M": "Q5_K_M.json does not exist"}))
+
+    assert (host.winner, host.verdict) == ("Q4_K_M", "HOLD")
+    assert "Q5_K_M cannot be judged (not measured: Q5_K_M.json does not exist)" in host.sentence
+
+
+def test_nothing_valid_means_invalid() -> None:
+    """Without one trustworthy measurement there is neither a winner nor a rejection."""
+    host = only_host(elect({"Q4_K_M": {}}, replaced={"Q4_K_M": "gone"}))
+
+    assert (host.winner, host.verdict) == (None, "INVALID")
+
+
+def test_a_tail_gate_needs_enough_chunks() -> None:
+    """A 99.9th percentile from 100 chunks is no evidence, however good it looks; 400 are."""
+    slice_ = choose_slice(["Q4_K_M"], gates={"max_kld_p999_nats": 2.0})
+    enough = benchmark_record(quality=quality(chunks_count=400, scored_tokens=400 * 256))
+
+    few = only_host(elect({"Q4_K_M": {}}, slice_))
+    many = only_host(elect({"Q4_K_M": {}}, slice_, replaced={"Q4_K_M": enough}))
+
+    assert (few.winner, few.verdict) == (None, "INVALID")
+    assert "fewer than 400 chunks" in few.candidates[0].sentence
+    assert many.winner == "Q4_K_M"
+
+
+def test_every_declared_gate_is_judged() -> None:
+    """A gate that the declaration knows and the choice does not would let everything pass."""
+    limits = {
+        "max_kld_mean_nats": 0.001, "max_kld_p999_nats": 0.1, "min_same_top": 0.99,
+        "max_ppl_ratio": 1.001, "min_decode_tok_s": 9e9, "min_prefill_tok_s": 9e9,
+        "max_size_mib": 0.1,
+    }  # fmt: skip
+    enough = benchmark_record(quality=quality(chunks_count=400, scored_tokens=400 * 256))
+
+    assert set(limits) == set(Gates.model_fields)
+    for name, limit in limits.items():
+        slice_ = choose_slice(["Q4_K_M"], gates={name: limit})
+        host = only_host(elect({"Q4_K_M": {}}, slice_, replaced={"Q4_K_M": enough}))
+        assert (host.verdict, name in host.candidates[0].sentence) == ("REJECT", True), name
+
+
+# --- doubt ------------------------------------------------------------------------------------
+
+_DOUBTFUL: dict[str, tuple[dict[str, Any], str]] = {
+    "another file": ({"gguf_sha256": sha256("other")}, "sha256"),
+    "another size": ({"size_bytes": 5}, "size"),
+    "another f16": ({"f16_sha256": sha256("other")}, "f16"),
+    "another model": ({"model": "other"}, "model"),
+    "another commit": ({"llama_cpp_commit": "f" * 40}, "commit"),
+    "its own verdict": ({"validity": validity("another process used the CPU")}, "another process"),
+    "other hardware": ({"machine": machine_id(hw_id=sha256("other"))}, "hardware"),
+    "other threads": ({"threads": 64}, "threads"),
+    "another corpus": ({"quality": quality(corpus_sha256=sha256("other"))}, "corpus"),
+    "other chunks": ({"quality": quality(chunks_count=8)}, "chunks"),
+    "another depth": ({"speed": (speed("decode", 8, 99999.0),)}, "depth"),
+    "another context": ({"memory": memory(context_tokens=64)}, "context"),
+    "no decode test": ({"speed": (speed("prefill", 0, 99999.0),)}, "decode speed is measured"),
+    "a speed of zero": ({"speed": (speed("decode", 256, 0.0),)}, "above zero"),
+    "a share above one": ({"quality": quality(same_top=97.1)}, "0..1"),
+    "a negative divergence": ({"quality": quality(kld_mean_nats=-0.5)}, "below zero"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", _DOUBTFUL)
+def test_a_record_that_does_not_fit_never_wins(what: str) -> None:
+    """The best numbers win nothing if they belong to something else; the reason is named."""
+    changes, words = _DOUBTFUL[what]
+    numbers = FLEET | {"Q3_K_M": {"decode_tok_s": 9000, "kld_mean_nats": 0.0001}}
+    doubtful = benchmark_record("Q3_K_M", decode_tok_s=9000, kld_mean_nats=0.0001)
+    choice = elect(numbers, replaced={"Q3_K_M": doubtful.model_copy(update=changes)})
+
+    assert only_host(choice).winner == "Q4_K_M"
+    assert only_host(choice).verdict == "HOLD"
+    assert candidate(choice, "Q3_K_M").verdict == "INVALID"
+    assert words in candidate(choice, "Q3_K_M").sentence
+    assert candidate(choice, "Q3_K_M").decode_tok_s is None
+
+
+def test_two_halves_that_disagree_are_both_doubted() -> None:
+    """One quant measured here and one there cannot be compared, so neither wins."""
+    other = benchmark_record("Q5_K_M", machine=machine_id(hw_id=sha256("other")))
+
+    host = only_host(elect({"Q4_K_M": {}, "Q5_K_M": {}}, replaced={"Q5_K_M": other}))
+
+    assert (host.winner, host.verdict) == (None, "INVALID")
+    assert "disagree about the hardware" in host.candidates[0].sentence
+
+
+# --- properties -------------------------------------------------------------------------------
+
+_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M")
+_numbers = st.fixed_dictionaries(
+    {
+        "decode_tok_s": st.floats(95, 105) | st.floats(10, 1000),
+        "kld_mean_nats": st.floats(0.02, 0.024) | st.floats(0, 0.2),
+        "memory_mib": st.floats(1, 3000),
+        "size_mib": st.floats(1, 1.05) | st.floats(1, 100),
+        "noise": st.sampled_from([0.0, 0.01, 0.1]),
+    }
+)
+_fleets = st.dictionaries(st.sampled_from(_TYPES), _numbers, min_size=1, max_size=5)
+_objectives = st.sampled_from(["speed", "quality", "size"])
+_incumbents = st.none() | st.sampled_from(_TYPES)
+
+
+def winner_of(
+    numbers: Numbers, objective: Objective, incumbent: str | None, **kw: Any
+) -> str | None:
+    """Return the type that wins."""
+    return only_host(
+        elect(numbers, choose_slice(numbers, objective=objective), incumbent, **kw)
+    ).winner
+
+
+@settings(max_examples=40, deadline=None)
+@given(_fleets, _objectives, _incumbents, st.data())
+def test_a_doubtful_candidate_never_wins(
+    numbers: Numbers, objective: Objective, incumbent: str | None, data: st.DataObject
+) -> None:
+    """Whatever the numbers, a record that does not fit or is not finite is not chosen."""
+    target = data.draw(st.sampled_from(sorted(numbers)))
+    record = measured_record(target, numbers[target])
+    numeric = [name for name, value in record.quality if isinstance(value, float)]
+    field = data.draw(st.sampled_from(numeric))
+    bad_quality = record.quality.model_copy(
+        update={field: data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))}
+    )
+    bad = data.draw(
+        st.sampled_from([
+            "missing",
+            record.model_copy(update={"gguf_sha256": sha256("foreign")}),
+            record.model_copy(update={"validity": validity("busy")}),
+            record.model_copy(update={"quality": bad_quality}),
+        ])
+    )  # fmt: skip
+
+    assert winner_of(numbers, objective, incumbent, replaced={target: bad}) != target
+
+
+@settings(max_examples=100, deadline=None)
+@given(_fleets, _objectives, _incumbents, st.data())
+def test_worse_numbers_never_make_a_loser_win(
+    numbers: Numbers, objective: Objective, incumbent: str | None, data: st.DataObject
+) -> None:
+    """A quant cannot gain by being slower, more divergent or larger."""
+    target = data.draw(st.sampled_from(sorted(numbers)))
+    assume(winner_of(numbers, objective, incumbent) != target)
+    name = data.draw(st.sampled_from(["decode_tok_s", "kld_mean_nats", "memory_mib", "size_mib"]))
+    factor = data.draw(st.floats(1.0, 3.0))
+    value = numbers[target][name]
+    worse = value / factor if name == "decode_tok_s" else value * factor
+
+    after = numbers | {target: numbers[target] | {name: worse}}
+
+    assert winner_of(after, objective, incumbent) != target
+
+
+@settings(max_examples=100, deadline=None)
+@given(_fleets, _objectives, _incumbents, st.data())
+def test_removing_a_beaten_quant_never_changes_the_winner(
+    numbers: Numbers, objective: Objective, incumbent: str | None, data: st.DataObject
+) -> None:
+    """Leaving out what failed, or what another one clearly beats, leaves the winner alone."""
+    choice = elect(numbers, choose_slice(numbers, objective=objective), incumbent)
+    winner = only_host(choice).winner
+    tied = " within "
+    losers = [
+        one.type
+        for one in only_host(choice).candidates
+        if one.verdict == "REJECT" or (one.verdict == "PASS" and tied not in one.sentence)
+    ]
+    assume(winner is not None and losers)
+    gone = data.draw(st.sampled_from(losers))
+
+    rest = {type_: values for type_, values in numbers.items() if type_ != gone}
+
+    assert winner_of(rest, objective, incumbent) == winner
+
+
+@settings(max_examples=100, deadline=None)
+@given(_fleets, st.data())
+def test_noise_inside_the_minimum_effect_keeps_the_incumbent(
+    numbers: Numbers, data: st.DataObject
+) -> None:
+    """The best quant stays in service while every speed moves by less than half the effect."""
+    passing = {t: v | {"kld_mean_nats": 0.03, "memory_mib": 10.0} for t, v in numbers.items()}
+    best = max(passing, key=lambda t: (passing[t]["decode_tok_s"], t))
+    noisy = {
+        t: v | {"decode_tok_s": v["decode_tok_s"] * data.draw(st.floats(0.986, 1.014))}
+        for t, v in passing.items()
+    }
+
+    assert winner_of(noisy, "speed", best) == best
+
+
+@settings(max_examples=40, deadline=None)
+@given(_fleets, _objectives, _incumbents, st.randoms(use_true_random=False))
+def test_the_order_of_the_declaration_does_not_matter(
+    numbers: Numbers, objective: Objective, incumbent: str | None, random: Any
+) -> None:
+    """Ties end at the name of the type, not at the line in params.yaml."""
+    shuffled = list(numbers)
+    random.shuffle(shuffled)
+
+    again = winner_of({type_: numbers[type_] for type_ in shuffled}, objective, incumbent)
+
+    assert again == winner_of(numbers, objective, incumbent)
+
+
+@settings(max_examples=40, deadline=None)
+@given(_fleets, _objectives, _incumbents)
+def test_every_quant_gets_one_sentence_that_names_it(
+    numbers: Numbers, objective: Objective, incumbent: str | None
+) -> None:
+    """Nobody is left without a reason, and the winner is one that keeps every limit."""
+    host = only_host(elect(numbers, choose_slice(numbers, objective=objective), incumbent))
+
+    assert [one.type for one in host.candidates] == list(numbers)
+    assert all(one.sentence.startswith(f"{one.type}: ") for one in host.candidates)
+    assert (host.winner is None) == (host.verdict in {"REJECT", "INVALID"})
+    if host.winner:
+        assert numbers[host.winner]["kld_mean_nats"] <= 0.06
+        assert numbers[host.winner]["memory_mib"] + 256 <= 2048
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def _git(root: Path, *argv: str) -> None:
+    author = ("-c", "user.name=Test", "-c", "user.email=test@example.invalid")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    subprocess.run(["git", *author, *argv], cwd=root, check=True, env=environment)
+
+
+def _fleet_on_disk(root: Path, numbers: Numbers) -> Layout:
+    at = Layout(root)
+    write_model(
+        at,
+        quantized=[quantize_record(t, size_mib=v.get("size_mib", 3.0)) for t, v in numbers.items()],
+        measured=[measured_record(t, v) for t, v in numbers.items()],
+    )
+    return at
+
+
+def test_only_declared_quants_are_read(tmp_path: Path) -> None:
+    """Records of a quant that was removed from the declaration lie there and are ignored."""
+    at = _fleet_on_disk(tmp_path, FLEET)
+
+    choice = choose_stage.run(choose_slice(["Q8_0", "Q5_K_M"]), at)
+
+    assert [one.type for one in only_host(choice).candidates] == ["Q8_0", "Q5_K_M"]
+    assert only_host(choice).winner == "Q5_K_M"
+
+
+def test_plots_and_metrics_get_the_measured_quants(tmp_path: Path) -> None:
+    """`dvc plots` and `dvc metrics` read rows of finite numbers, without the doubted quants."""
+    at = _fleet_on_disk(tmp_path, FLEET)
+    at.quant_record("benchmark", MODEL, "Q8_0").write_text("{}")
+
+    choice = choose_stage.run(choose_slice(FLEET), at)
+
+    rows = json.loads(at.frontier(MODEL).read_text())
+    assert [row["type"] for row in rows] == ["Q5_K_M", "Q4_K_M", "Q2_K"]
+    assert rows[1]["decode_tok_s"] == 598
+    assert json.loads(at.metrics(MODEL).read_text())["Q4_K_M"]["kld_mean_nats"] == 0.0313
+    assert "Q8_0.json is not a BenchmarkRecord" in candidate(choice, "Q8_0").sentence
+    assert str(tmp_path) not in choice.model_dump_json()
+
+
+def test_the_committed_choice_is_the_incumbent(tmp_path: Path) -> None:
+    """The winner of the last commit is kept on a tie; the file in the working tree is not asked."""
+    tie: Numbers = {
+        "Q4_K_S": {"decode_tok_s": 600, "kld_mean_nats": 0.040},
+        "Q4_K_M": {"decode_tok_s": 590, "kld_mean_nats": 0.030},
+    }
+    at = _fleet_on_disk(tmp_path, tie)
+    first = choose_stage.run(choose_slice(["Q4_K_S"]), at)
+    records.write(at.model_record("choose", MODEL), first)
+    _git(tmp_path, "init", "-q")
+
+    before = choose_stage.run(choose_slice(tie), at)
+    _git(tmp_path, "add", "-A")
+    _git(tmp_path, "commit", "-qm", "first choice")
+    at.model_record("choose", MODEL).unlink()
+    after = choose_stage.run(choose_slice(tie), at)
+
+    assert (only_host(before).incumbent, only_host(before).winner) == (None, "Q4_K_M")
+    assert (only_host(after).incumbent, only_host(after).winner) == ("Q4_K_S", "Q4_K_S")
+    assert before.notes == after.notes == ()
+
+
+def test_a_garbage_incumbent_is_none_and_noted(tmp_path: Path) -> None:
+    """A committed choice that cannot be read keeps nobody in service, and the record says so."""
+    at = _fleet_on_disk(tmp_path, FLEET)
+    at.model_record("choose", MODEL).write_text('{"schema_version": 99}')
+    _git(tmp_path, "init", "-q")
+    _git(tmp_path, "add", "-A")
+    _git(tmp_path, "commit", "-qm", "garbage")
+
+    choice = choose_stage.run(choose_slice(FLEET), at)
+
+    assert only_host(choice).winner == "Q4_K_M"
+    assert only_host(choice).incumbent is None
+    assert "not one of this version" in choice.notes[0]
+
+
+def test_a_held_choice_does_not_take_the_place_of_what_is_in_service(tmp_path: Path) -> None:
+    """Only a promotion puts a quant in service; a hold leaves the one before."""
+    at = _fleet_on_disk(tmp_path, FLEET)
+    held = elect(FLEET, incumbent="Q5_K_M", replaced={"Q8_0": "gone"})
+    records.write(at.model_record("choose", MODEL), held)
+    _git(tmp_path, "init", "-q")
+    _git(tmp_path, "add", "-A")
+    _git(tmp_path, "commit", "-qm", "hold")
+
+    assert only_host(held).verdict == "HOLD"
+    assert choose_stage.committed_winners(MODEL, at) == ({"local": "Q5_K_M"}, ())
