@@ -70,8 +70,8 @@ class ToolchainSpec:
         backend: What to compile for; "auto" asks `detect_backend`.
         recipe: Counter of the operator's: raising it re-runs the stages that list it in DVC. It
             does not change the build, so it is in neither the cache key nor toolchain.json.
-        cuda_architectures: CUDA architectures such as "86" or "90a"; empty: those of the cards
-            in this machine. Used by the cuda backend only.
+        cuda_architectures: CUDA architectures such as "86" or "90a"; empty: those in $CUDAARCHS,
+            else those of the cards in this machine. Used by the cuda backend only.
     """
 
     llama_cpp_python: str
@@ -136,6 +136,10 @@ class Toolchain:
             "PYTHONPATH": os.pathsep.join(search),
             "LLAMA_CPP_LIB_PATH": str(self.prefix / "lib"),
         }
+
+    def manifest_text(self) -> str:
+        """The manifest as its own file has it, without the last line end."""
+        return json.dumps(self.manifest, indent=2, ensure_ascii=False)
 
     def verify(self) -> None:
         """
@@ -311,7 +315,7 @@ def _host_fingerprint(spec: ToolchainSpec) -> str:
             _program_stamp(os.environ.get("CXX") or "c++"),
             _program_stamp(os.environ.get("CUDACXX") or "nvcc"),
         ],
-        "visible_cards": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "cuda": [os.environ.get(name) for name in ("CUDAARCHS", "CUDA_HOME", "CUDA_PATH")],
     }
     return hashlib.sha256(json.dumps(observed).encode()).hexdigest()[:20]
 

@@ -188,7 +188,7 @@ def build(spec: ToolchainSpec, root: Path, *, offline: bool) -> Toolchain:
     found = open_prefix(prefix)
     if found is not None:
         return found
-    with _exclusively(root / f"{plan.key}.lock"):
+    with _exclusively(root / f"{plan.key}.lock", "building the same toolchain"):
         return open_prefix(prefix) or _build_locked(plan, root, offline=offline)
 
 
@@ -197,7 +197,8 @@ def _build_locked(plan: Plan, root: Path, *, offline: bool) -> Toolchain:
     prefix = root / plan.key
     _announce(plan)
     _require_disk(plan, root)
-    sdist = _sdist(plan.spec, root, work / "download.log", offline=offline)
+    with _exclusively(root / "downloads.lock", "downloading llama-cpp-python"):
+        sdist = _sdist(plan.spec, root, work / "download.log", offline=offline)
     toolkit = _cuda_toolkit(root, offline=offline) if plan.backend == "cuda" else None
     top = _unpacked(sdist, work / "source")
     inputs = Inputs(top=top, commit=_llama_cpp_commit(top), toolkit=toolkit)
@@ -205,6 +206,7 @@ def _build_locked(plan: Plan, root: Path, *, offline: bool) -> Toolchain:
     with atomic.replacing(prefix) as staging:
         _install(compiled, inputs, staging)
         _try_out(staging, inputs.commit, work / "try-out.log")
+        _warn_without_device(plan, staging, work / "try-out.log")
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "llama_cpp_python": plan.spec.llama_cpp_python,
@@ -266,6 +268,7 @@ def _prebuilt(spec: ToolchainSpec, backend: Backend, root: Path) -> Toolchain | 
     for prefix in sorted(root.glob(f"{backend}-*")):
         toolchain = open_prefix(prefix)
         if toolchain and all(toolchain.manifest[name] == want for name, want in wanted.items()):
+            _try_out(prefix, toolchain.commit, root / "logs" / "probe.log")
             return toolchain
     return None
 
@@ -346,8 +349,6 @@ def _on(claim: bool) -> str:  # noqa: FBT001 - a claim is all it takes
 
 def nvidia_cards() -> tuple[Card, ...]:
     """The cards the NVIDIA driver reports through NVML; none without a driver."""
-    if not Path("/proc/driver/nvidia/version").exists() and sys.platform == "linux":
-        return ()
     try:
         import pynvml  # noqa: PLC0415 - an extra: most machines do not have it
 
@@ -404,13 +405,14 @@ def cards_from_csv(text: str) -> tuple[Card, ...]:
 
 
 def _architectures(spec: ToolchainSpec, cards: tuple[Card, ...]) -> tuple[str, ...]:
-    """What to compile CUDA kernels for: as declared, else what the cards here are."""
-    architectures = spec.cuda_architectures or tuple({card.architecture for card in cards})
+    """What to compile kernels for: the spec's, else $CUDAARCHS (cmake's own), else the cards'."""
+    declared = tuple(filter(None, os.environ.get("CUDAARCHS", "").split(";")))
+    architectures = spec.cuda_architectures or declared or {card.architecture for card in cards}
     if not architectures:
         raise MachineError(
             "The cuda backend was declared, but no NVIDIA driver answers on this machine.",
-            hint='Declare toolchain.cuda_architectures (e.g. ["86"]) to compile without a card, '
-            "or set toolchain.backend to auto.",
+            hint="Set CUDAARCHS to compile for a card that is elsewhere (CUDAARCHS=86 for an RTX "
+            "30), or toolchain.backend to auto.",
         )
     return tuple(sorted(architectures, key=lambda name: (len(name), name)))
 
@@ -443,8 +445,8 @@ def _cuda_version(cards: tuple[Card, ...], log: Path) -> str:
         raise MachineError(
             f"The driver (series {old[0].driver_major}) is too old for CUDA {CUDA_VERSION}, the "
             "toolkit that we can install ourselves.",
-            hint=f"Update the driver to series {CUDA_DRIVER_MAJOR} or newer, or install the CUDA "
-            "12 toolkit and put its nvcc on PATH.",
+            hint=f"Install a driver of series {CUDA_DRIVER_MAJOR} or newer, or the CUDA "
+            "12 toolkit and put its nvcc on PATH, or set toolchain.backend to cpu.",
         )
     return CUDA_VERSION
 
@@ -457,13 +459,13 @@ def _cuda_toolkit(root: Path, *, offline: bool) -> CudaToolkit:
         return CudaToolkit(root=home, version="", is_ours=False)
     home = root / f"cuda-{CUDA_VERSION}"
     toolkit = CudaToolkit(root=home / "nvidia" / "cu13", version=CUDA_VERSION, is_ours=True)
-    with _exclusively(root / f"{home.name}.lock"):
+    with _exclusively(root / f"{home.name}.lock", "installing the CUDA compiler"):
+        if not home.is_dir() and offline:
+            raise MachineError(
+                f"Offline, and neither nvcc nor our own CUDA {CUDA_VERSION} is installed.",
+                hint="Run `fleet toolchain` once with a network.",
+            )
         if not home.is_dir():
-            if offline:
-                raise MachineError(
-                    f"Offline, and neither nvcc nor our own CUDA {CUDA_VERSION} is installed.",
-                    hint="Run `fleet toolchain` once with a network.",
-                )
             _install_cuda_wheels(home, root)
     return toolkit
 
@@ -574,18 +576,21 @@ def _pip(words: list[str | Path], root: Path, log: Path) -> None:
 
 
 def _private_pip(root: Path, log: Path) -> Path:
+    """A pip in a venv below `root`; made once, 4 s."""
     home = root / "pip"
     program = home / "bin" / "pip"
-    if program.is_file():
-        return program
-    try:
-        # Not moved into place afterwards: a venv's scripts hold its path.
-        proc.run([sys.executable, "-m", "venv", "--clear", home], log=log)
-    except ToolError as error:
-        raise MachineError(
-            f"This Python environment has no pip and cannot make one:\n{error.message}",
-            hint="Install it: `uv pip install pip`, or on Debian `apt-get install python3-venv`.",
-        ) from error
+    mark = home / "complete"  # a venv cannot be moved into place: its scripts hold its path
+    with _exclusively(root / "pip.lock", "installing pip"):
+        if mark.is_file() and (home / "bin" / "python").exists():
+            return program  # the Python it links to may have been removed since
+        try:
+            proc.run([sys.executable, "-m", "venv", "--clear", home], log=log)
+        except ToolError as error:
+            raise MachineError(
+                f"This Python environment has no pip and cannot make one:\n{error.message}",
+                hint="Install it: `uv pip install pip`, or Debian's package python3-venv.",
+            ) from error
+        mark.touch()
     return program
 
 
@@ -829,7 +834,7 @@ def _copy_tree(source: Path, target: Path) -> None:
 
 def _try_out(prefix: Path, commit: str, log: Path) -> None:
     """
-    Run what was just built: every library must load and the commit must be the declared one.
+    Run what is there: every library must load and the commit must be the declared one.
 
     Raises:
         ToolError: llama-server does not start, or reports another commit.
@@ -840,6 +845,23 @@ def _try_out(prefix: Path, commit: str, log: Path) -> None:
         raise ToolError(
             f"llama-server was built from {commit[:9]} but reports: {console.clean(text.strip())}",
             log=log,
+        )
+
+
+def _warn_without_device(plan: Plan, prefix: Path, log: Path) -> None:
+    """
+    Say so when a build for a device finds none: llama.cpp itself would quietly use the CPU.
+
+    Only a warning, since machines without a card compile for machines with one.
+    """
+    if plan.backend == "cpu":
+        return
+    done = proc.run([prefix / "bin" / "llama-bench", "--list-devices"], log=log, timeout_s=60)
+    devices = done.stdout.partition("Available devices:")[2].strip()
+    if devices in {"", "(none)"}:
+        console.warn(
+            f"The {plan.backend} build runs here but finds no device: whatever it computes on this "
+            "machine is computed by the CPU."
         )
 
 
@@ -890,15 +912,19 @@ def _tree_described(top: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _exclusively(lock: Path) -> Iterator[None]:
-    """Hold `lock`; says whom it waits for. The kernel frees it when the holder is killed."""
+def _exclusively(lock: Path, what: str) -> Iterator[None]:
+    """
+    Hold `lock`, after saying whom one waits for; `what` is what its holder is doing.
+
+    The kernel frees the lock of a process that is killed.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     owner = lock.with_suffix(".owner")
     holder = filelock.FileLock(lock)
     try:
         holder.acquire(timeout=0)
     except filelock.Timeout:
-        console.info(f"Waiting for {_owner_text(owner)}, which is building the same toolchain.")
+        console.info(f"Waiting for {_owner_text(owner)}, which is {what}.")
         holder.acquire()
     try:
         owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")

@@ -184,6 +184,7 @@ def test_equal_inputs_give_an_equal_toolchain_json_wherever_the_cache_lies(cache
     text = (here.prefix / MANIFEST_NAME).read_bytes()
     assert text == (there.prefix / MANIFEST_NAME).read_bytes()
     assert str(cache).encode() not in text
+    assert text.decode() == here.manifest_text() + "\n"
     assert all(
         str(cache).encode() not in path.read_bytes() for path in (here.prefix / "bin").iterdir()
     )
@@ -425,7 +426,7 @@ def test_a_full_disk_is_noticed_before_the_first_byte(
     with pytest.raises(MachineError, match=r"needs 1\.0 GiB .* 0\.0 GiB are free"):
         ensure(spec, cache_root=cache, offline=True)
 
-    assert not list((cache / "toolchain").glob("*.build/source"))
+    assert not list((cache / "toolchain").glob("*.build"))
 
 
 def test_a_build_that_fails_shows_the_compilers_last_lines_and_its_log(cache: Path) -> None:
@@ -503,14 +504,22 @@ def test_auto_means_cuda_exactly_when_a_driver_answers(monkeypatch: pytest.Monke
     assert detect_backend("vulkan") == ("vulkan", "declared in params.yaml")
 
 
-def test_cuda_without_a_card_needs_declared_architectures() -> None:
-    """Nobody compiles for hours for a card that nobody named."""
+def test_cuda_without_a_card_needs_a_declared_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody compiles half an hour for a card that nobody named."""
+    spec = ToolchainSpec("0.0.1", "0" * 64, "cuda")
+    monkeypatch.delenv("CUDAARCHS", raising=False)
     with pytest.raises(MachineError, match="no NVIDIA driver answers"):
-        toolchain_build._architectures(ToolchainSpec("0.0.1", "0" * 64, "cuda"), ())
+        toolchain_build._architectures(spec, ())
+
+    monkeypatch.setenv("CUDAARCHS", "90;86")
+    assert toolchain_build._architectures(spec, ()) == ("86", "90")
 
 
-def test_a_machine_with_two_kinds_of_cards_compiles_for_both() -> None:
+def test_a_machine_with_two_kinds_of_cards_compiles_for_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Architectures are sorted and listed once, so that equal machines share a key."""
+    monkeypatch.delenv("CUDAARCHS", raising=False)
     spec = ToolchainSpec("0.0.1", "0" * 64, "cuda")
 
     found = toolchain_build._architectures(spec, (card("120"), card("86"), card("86")))
@@ -531,6 +540,26 @@ def test_a_driver_too_old_for_the_cuda_wheels_is_named_with_both_ways_out(
 
     assert "580" in caught.value.hint
     assert "CUDA 12" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("devices", "warns"),
+    [("(none)", True), ("CUDA0: NVIDIA GeForce RTX 3090 (24253 MiB, 23843 MiB free)", False)],
+)
+def test_a_device_build_that_finds_no_device_says_that_the_cpu_will_compute(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], devices: str, *, warns: bool
+) -> None:
+    """Of itself llama.cpp falls back to the CPU without a word; the toolchain has one."""
+    spec = ToolchainSpec("0.0.1", "0" * 64, "cpu")
+    plan = replace(toolchain_build._plan(spec, "cpu", "declared", tmp_path / "log"), backend="cuda")
+    bench = tmp_path / "bin" / "llama-bench"
+    bench.parent.mkdir()
+    bench.write_text(f"#!/bin/sh\necho 'Available devices:'\necho '  {devices}'\n")
+    bench.chmod(0o755)
+
+    toolchain_build._warn_without_device(plan, tmp_path, tmp_path / "log")
+
+    assert ("finds no device" in capfd.readouterr().err) == warns
 
 
 def test_whatever_changes_the_bytes_changes_the_key(tmp_path: Path) -> None:
