@@ -1,0 +1,353 @@
+"""
+`fleet repro`: `dvc repro --keep-going`, with what an operator needs around it.
+
+Before: the declaration is checked, what a kill left is repaired, the disk is measured, the
+toolchain is built. During: one line for each stage. After: a table, and the report, also when a
+model failed, so that the others are seen.
+
+DVC and everything below it end with us: on Ctrl-C or SIGTERM within 5 s by their process group
+and by the mark in their environment; on `kill -9` by PR_SET_PDEATHSIG and the watchdog of
+`pipelines.orphans`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines import atomic, console, live, orphans, proc, repair
+from pipelines.errors import FleetError, MachineError, ParamsError, ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
+
+    from pipelines.layout import Layout
+    from pipelines.params import Declaration
+
+# A shell tells by 128 + number that a signal ended a program.
+_SIGNALLED = 128
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What a stage may exit with; anything else is a program that failed in a way of its own.
+_EXIT_CODES = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 75})
+_WAIT_STEP_S = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What one run is asked for.
+
+    Attributes:
+        targets: Stages that DVC is given; none means all of dvc.yaml.
+        stages: Every stage that is expected to appear, in that order.
+        models: Models that are covered.
+    """
+
+    targets: tuple[str, ...]
+    stages: tuple[str, ...]
+    models: tuple[str, ...]
+
+
+def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool = False) -> int:
+    """
+    Bring the fleet, or the models and quants named, up to date.
+
+    Args:
+        at: The checkout.
+        targets: Models or quants; all if empty.
+        force: Run the stages even if nothing changed.
+        wait: Wait for another run in this checkout instead of refusing.
+
+    Returns:
+        0; the exit code of the first stage that failed; 128 + number of the signal that ended us.
+
+    Raises:
+        ParamsError: The declaration is wrong, or a target is not in it.
+        MachineError: Too little disk, no compiler, or another run works here.
+    """
+    from pipelines import declaration, disk, toolchain  # noqa: PLC0415 - pydantic
+
+    declared = declaration.check(at)
+    plan = plan_of(declared, targets)
+
+    def prepare() -> None:
+        disk.check_disk(declared, at)
+        toolchain.ensure(toolchain.spec_of(declared))
+
+    code = run(at, plan, force=force, wait=wait, prepare=prepare)
+    if code > _SIGNALLED:
+        return code
+    _show_report(at, declared)
+    if code == 0:
+        for model in plan.models:
+            atomic.remove(at.scratch(model))
+    return code
+
+
+def plan_of(declared: Declaration, targets: Sequence[str]) -> Plan:
+    """
+    Turn models and quants into DVC's targets and the stages that lead to them.
+
+    Raises:
+        ParamsError: A target is neither; says which names come close.
+    """
+    quants = {key: quant.model for key, quant in declared.quants.items()}
+    unknown = [name for name in targets if name not in declared.models and name not in quants]
+    if unknown:
+        raise ParamsError(
+            "; ".join(_unknown(name, [*declared.models, *quants]) for name in unknown) + ".",
+            hint=f"Models: {', '.join(declared.models)}. Quants: {', '.join(quants) or 'none'}.",
+        )
+    whole = [name for name in declared.models if name in targets or not targets]
+    keys = [key for key, model in quants.items() if key in targets or model in whole]
+    touched = [name for name in declared.models if name in whole or name in map(quants.get, keys)]
+    stages = ["machine"]
+    for model in touched:
+        own = [key for key in keys if quants[key] == model]
+        stages += [f"{stage}@{model}" for stage in ("fetch", "convert", "calibrate")]
+        stages += [f"{stage}@{key}" for key in own for stage in ("quantize", "benchmark")]
+        stages += [f"{stage}@{model}" for stage in ("choose", "track") if model in whole]
+    named = [
+        *(f"{stage}@{model}" for model in whole for stage in ("choose", "track")),
+        *(f"benchmark@{key}" for key in keys if quants[key] not in whole),
+    ]
+    return Plan(
+        targets=tuple(named) if targets else (),
+        stages=tuple(stages if targets else [*stages, "report"]),
+        models=tuple(touched),
+    )
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    from difflib import get_close_matches  # noqa: PLC0415 - only for a mistake
+
+    close = get_close_matches(name, known, n=1)
+    meant = f", did you mean {close[0]!r}?" if close else ""
+    return f"{console.clean(name)!r} is neither a model nor a quant{meant}"
+
+
+def run(
+    at: Layout,
+    plan: Plan,
+    *,
+    force: bool = False,
+    wait: bool = False,
+    prepare: Callable[[], None] = lambda: None,
+) -> int:
+    """
+    Run DVC on a plan: alone in the checkout, repaired, watched, and ended when we are told to.
+
+    Args:
+        at: The checkout.
+        plan: What to run.
+        force: Run the stages even if nothing changed.
+        wait: Wait for another run in this checkout instead of refusing.
+        prepare: What has to be there before DVC starts; called with the checkout locked.
+
+    Returns:
+        0; the exit code of the first stage that failed; 128 + number of the signal that ended us.
+
+    Raises:
+        MachineError: Another run works in this checkout.
+        ToolError: DVC itself failed, not one of its stages.
+    """
+    mark = orphans.mark(at.root)
+    with _stoppable() as stop:
+        try:
+            with alone(at, wait=wait):
+                for line in repair.repair(at):
+                    console.info(f"repaired: {line}")
+                prepare()
+                return _follow(at, plan, force=force, mark=mark)
+        except KeyboardInterrupt:
+            orphans.end_marked(mark)
+            console.error("stopped. Nothing unfinished has a final name; the same command goes on.")
+            return _SIGNALLED + (stop.number or signal.SIGINT)
+
+
+# --- being stopped ----------------------------------------------------------------------------
+
+
+class _Stop:
+    """The first signal that asked us to end; the following ones must not disturb the ending."""
+
+    number = 0
+
+    def take(self, number: int, _frame: FrameType | None) -> None:
+        self.number = number
+        for other in _STOP_SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _stoppable() -> Iterator[_Stop]:
+    stop = _Stop()
+    before = {number: signal.signal(number, stop.take) for number in _STOP_SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- one run at a time ------------------------------------------------------------------------
+
+
+@contextmanager
+def alone(at: Layout, *, wait: bool) -> Iterator[None]:
+    """
+    Hold the checkout for this run; the kernel lets go of it when we end, however that happens.
+
+    Raises:
+        MachineError: Another run holds it and `wait` is false; says which and since when.
+    """
+    path = at.root / ".dvc/tmp/fleet-repro.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        if not _lock(file.fileno()):
+            holder = _holder(path)
+            if not wait:
+                raise MachineError(
+                    f"another `fleet repro` works in this checkout: {holder}.",
+                    hint="Wait for it: fleet repro --wait",
+                )
+            with console.Progress(f"waiting for another `fleet repro`: {holder}") as progress:
+                while not _lock(file.fileno()):
+                    progress.update(0)
+                    time.sleep(_WAIT_STEP_S)
+        file.truncate(0)
+        since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        file.write(json.dumps({"pid": os.getpid(), "since": since}))
+        file.flush()
+        yield
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(path: Path) -> str:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {int(told['pid'])}, since {console.clean(str(told['since']))}"
+    except (ValueError, KeyError, TypeError):
+        return "it has just begun"
+
+
+# --- DVC --------------------------------------------------------------------------------------
+
+
+def _follow(at: Layout, plan: Plan, *, force: bool, mark: str) -> int:
+    """Run DVC, show what it does, and close with the table."""
+    log = at.log("repro", "fleet")
+    progress = log.with_name("progress.jsonl")
+    for old in (log, progress):
+        old.unlink(missing_ok=True)
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    board = live.Board(plan.stages, log_of=lambda name: _log_of(at, name))
+    began = time.monotonic()
+    with ExitStack() as stack:
+        watchdog = [sys.executable, "-I", str(Path(orphans.__file__).resolve()), mark]
+        stack.enter_context(proc.watched_by(watchdog, word=orphans.WORD))
+        view = stack.enter_context(live.view(board, live.Tail(progress)))
+        try:
+            done = proc.run(
+                [
+                    *(sys.executable, "-m", "dvc", "repro", "--keep-going"),
+                    *(["--force"] if force else []),
+                    *plan.targets,
+                ],
+                log=log,
+                cwd=at.root,
+                env=_environment(progress, mark),
+                on_line=lambda line: view.tell(board.read(line, time.monotonic())),
+                # DVC has one exit code for every failure; which it was is read from its output.
+                ok_codes=range(256),
+                one_stream=True,
+            )
+        except BaseException:
+            board.cancel(time.monotonic())
+            raise
+        view.tell(board.end(time.monotonic()))
+    return _conclude(board, done.code, log, time.monotonic() - began)
+
+
+def _environment(progress: Path, mark: str) -> dict[str, str]:
+    """Variables for DVC and everything below it."""
+    # Not resolved: the bin directory of a virtual environment, not the interpreter behind it.
+    own_bin = str(Path(sys.executable).parent)
+    return {
+        "PATH": os.pathsep.join([own_bin, os.environ.get("PATH", os.defpath)]),
+        # DVC runs commands in the user's shell; fish and csh would read ours differently.
+        "SHELL": "/bin/sh",
+        "PYTHONUNBUFFERED": "1",
+        "DVC_NO_ANALYTICS": "1",
+        console.PROGRESS_FILE_ENV: str(progress.resolve()),
+        orphans.MARK_ENV: mark,
+        # Annotations are ours to write: a stage's are cleaned on the way and would be lost.
+        "GITHUB_ACTIONS": "",
+    }
+
+
+def _log_of(at: Layout, name: str) -> Path | None:
+    stage, _, key = name.partition("@")
+    log = at.log(stage, key or "fleet")
+    return log if log.exists() else None
+
+
+def _conclude(board: live.Board, code: int, log: Path, wall_s: float) -> int:
+    """
+    Close with the table; return the exit code of the run.
+
+    Raises:
+        MachineError: Another DVC works in this checkout.
+        ToolError: DVC failed, but no stage of it.
+    """
+    failed = sorted(board.of("failed"), key=lambda stage: stage.began_s or float("inf"))
+    if code and not failed:
+        raise _dvc_failure(board, log)
+    for line in live.table(board, wall_s):
+        console.info(line)
+    if not failed:
+        return 0
+    console.info(f"whole output: {log}")
+    first = failed[0].code
+    return first if first in _EXIT_CODES else ToolError.exit_code
+
+
+def _dvc_failure(board: live.Board, log: Path) -> FleetError:
+    said = "\n".join(f"    {line}" for line in board.outside)
+    if "Unable to acquire lock" in said:
+        return MachineError(
+            "another DVC works in this checkout.",
+            hint="Wait until it ends, then run `fleet repro` again.",
+        )
+    return ToolError(f"DVC failed before its stages did.\n{said}".rstrip(), log=log)
+
+
+# --- afterwards -------------------------------------------------------------------------------
+
+
+def _show_report(at: Layout, declared: Declaration) -> None:
+    """Render and print the report from the records that there are, also after a failure."""
+    from pipelines import params, report  # noqa: PLC0415 - jinja2
+
+    try:
+        console.out(report.run(params.report_slice(declared), at))
+    except FleetError as error:
+        console.warn(f"no report: {error.message}")
