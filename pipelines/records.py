@@ -86,6 +86,8 @@ class CalibrateRecord(Record):
     context_tokens: int
     chunks_count: int
     entries_count: int
+    # Entries of which some experts never saw a token: those are quantized without an imatrix.
+    partial_entries_count: int = 0
     imatrix: FileDigest | None
 
 

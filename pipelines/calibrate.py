@@ -1,0 +1,301 @@
+"""
+The stage `calibrate`: which inputs of each matrix matter, measured on a calibration text.
+
+llama-imatrix runs the 16-bit model over the text and sums the squared inputs of every matrix;
+llama-quantize spends its bits by them. The result depends on the model, the text, the window and
+the number of windows, and on nothing else: not on the threads, not on the folder.
+
+llama-imatrix writes the name of the text into its file as it is given, and llama-quantize copies
+that into every GGUF made with it. So it gets the path as declared, below the repository; another
+folder gives the same bytes, and none leaks.
+
+Source: tools/imatrix/imatrix.cpp of the pinned llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from pipelines import atomic, console, gguf_header, hashing, proc, records
+from pipelines.errors import DigestError, ParamsError, ToolError
+from pipelines.gguf_header import Array
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from pipelines.gguf_header import Header, TensorInfo
+    from pipelines.layout import Layout
+    from pipelines.params import CalibrateSlice, Corpus
+    from pipelines.records import CalibrateRecord, ConvertRecord
+    from pipelines.toolchain import Toolchain
+
+# Tokens in one pass. The sums do not depend on it, the memory for the logits does: 512 tokens of a
+# vocabulary of 150,000 take 0.3 GB, a window of 8,192 at once would take 5 GB.
+_BATCH_TOKENS: Final = 512
+# It saves what it has every N windows; only the end counts, and a file is written once.
+_NEVER: Final = 1_000_000_000
+
+_CHUNK: Final = re.compile(r"^\[(\d+)\]")
+_CHUNKS_PLANNED: Final = re.compile(r"computing over (\d+) chunks")
+_TOO_SHORT: Final = re.compile(r"tokenizes to only (\d+) tokens")
+_SUMS: Final = ".in_sum2"
+_COUNTS: Final = ".counts"
+_SHOWN: Final = 6
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What is in an importance matrix: entries, those with experts unseen, windows of text."""
+
+    entries_count: int
+    partial_entries_count: int
+    chunks_count: int
+
+
+def run(slice_: CalibrateSlice, at: Layout) -> CalibrateRecord:
+    """Make the importance matrix of a model with the fleet's own toolchain."""
+    from pipelines import toolchain  # noqa: PLC0415 - not for tests of the rest
+
+    return calibrate(slice_, at, toolchain.load(at))
+
+
+def calibrate(wanted: CalibrateSlice, at: Layout, tools: Toolchain) -> CalibrateRecord:
+    """
+    Make work/MODEL/imatrix: a directory with imatrix.gguf, or an empty one without calibration.
+
+    Raises:
+        ParamsError: The corpus is missing or too short.
+        DigestError: The corpus does not have the declared bytes.
+        ToolError: llama-imatrix failed, or what it wrote cannot be used.
+    """
+    convert = records.read(at.model_record("convert", wanted.model), records.ConvertRecord)
+    if wanted.corpus is None:
+        with atomic.replacing(at.imatrix_dir(wanted.model)) as part:
+            part.mkdir()
+        console.info(f"{wanted.model}: no calibration is declared, so there is no imatrix.")
+        return _record(wanted, convert, tools, _Content(0, 0, 0), imatrix=None)
+
+    _check_corpus(wanted.corpus, at)
+    final = at.imatrix(wanted.model)
+    with atomic.replacing(final.parent) as part:
+        part.mkdir()
+        imatrix = part / final.name
+        _run_tool(wanted, wanted.corpus, imatrix, at, tools)
+        content = _check(imatrix, wanted, wanted.corpus)
+        digests = hashing.digest(imatrix)
+    _remember(final, digests.md5)
+    file = records.FileDigest(
+        name=final.name, size_bytes=digests.size_bytes, sha256=digests.sha256, md5=digests.md5
+    )
+    return _record(wanted, convert, tools, content, imatrix=file)
+
+
+def imatrix_argv(  # noqa: PLR0913 - each is one option of the tool
+    program: Path,
+    *,
+    model: Path,
+    corpus: str,
+    output: Path,
+    context_tokens: int,
+    chunks: int | None,
+    on_gpu: bool,
+) -> list[str | Path]:
+    """Spell the command: every option that can change a byte is there, whatever its default."""
+    batch = str(min(context_tokens, _BATCH_TOKENS))
+    threads = str(_usable_cpus())
+    return [
+        program, "-m", model, "-f", corpus,
+        "-o", output, "--output-format", "gguf",
+        "--output-frequency", str(_NEVER), "--save-frequency", "0",
+        "-c", str(context_tokens), "--chunks", str(-1 if chunks is None else chunks),
+        "-b", batch, "-ub", batch, "-fa", "off",
+        "-t", threads, "-tb", threads,
+        # A model too large for the card still runs, with some layers on the CPU.
+        *(("-ngl", "auto", "--fit", "on") if on_gpu else ("-ngl", "0", "--fit", "off")),
+    ]  # fmt: skip
+
+
+def _check_corpus(corpus: Corpus, at: Layout) -> None:
+    path = at.root / corpus.path
+    if not path.is_file():
+        raise ParamsError(
+            f"the calibration text {corpus.path} does not exist.",
+            hint="Put it there, or correct `path` under `corpora` in params.yaml.",
+        )
+    found = hashing.digest(path).sha256
+    if found != corpus.sha256:
+        raise DigestError(
+            f"{corpus.path} has sha256 {found}, declared is {corpus.sha256}.",
+            hint="Restore the file, or declare the new digest if the change is meant.",
+        )
+
+
+def _run_tool(
+    wanted: CalibrateSlice, corpus: Corpus, imatrix: Path, at: Layout, tools: Toolchain
+) -> None:
+    """Run llama-imatrix with a progress line; too short a text is said in our own words."""
+    argv = imatrix_argv(
+        tools.tool("llama-imatrix"),
+        model=at.f16(wanted.model).absolute(),
+        corpus=corpus.path,
+        output=imatrix.absolute(),
+        context_tokens=wanted.context_tokens,
+        chunks=wanted.chunks,
+        on_gpu=tools.backend != "cpu",
+    )
+    log = at.log("calibrate", wanted.model)
+    with console.Progress(f"calibrate {wanted.model}", unit="windows") as progress:
+        done = proc.run(
+            argv,
+            log=log,
+            cwd=at.root,
+            # llama.cpp reads further options from LLAMA_ARG_*.
+            env={key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")},
+            inherit_env=False,
+            on_line=lambda line: _show(progress, line),
+            line_ends=b"\r\n,",
+            ok_codes=(0, 1),
+        )
+    if short := _TOO_SHORT.search(done.stderr):
+        raise _too_short(wanted, corpus, int(short[1]) // wanted.context_tokens)
+    if done.code:
+        raise ToolError(f"llama-imatrix ended with exit code 1.\n{proc.tail(done)}", log=log)
+
+
+def _show(progress: console.Progress, line: str) -> None:
+    if planned := _CHUNKS_PLANNED.search(line):
+        progress.total = int(planned[1])
+    elif chunk := _CHUNK.match(line):
+        progress.update(int(chunk[1]))
+
+
+def _too_short(wanted: CalibrateSlice, corpus: Corpus, chunks: int) -> ParamsError:
+    needed = max(2, wanted.chunks or 0)
+    return ParamsError(
+        f"{corpus.path} fills {chunks} windows of {wanted.context_tokens} tokens of "
+        f"{wanted.model}, {needed} are needed.",
+        hint="Take a longer text, or lower `calibrate.chunks` or `calibrate.context_tokens`.",
+    )
+
+
+def _check(imatrix: Path, wanted: CalibrateSlice, corpus: Corpus) -> _Content:
+    """
+    Read the result again.
+
+    Raises:
+        ToolError: It is not there, not whole, not of this text, or has values that say nothing.
+        ParamsError: The text ended before the declared number of windows.
+    """
+    if not imatrix.is_file():
+        raise ToolError("llama-imatrix ended with exit code 0 and wrote nothing.")
+    header = gguf_header.read(imatrix)
+    if header.end_offset > header.file_size_bytes or header.text("general.type") != "imatrix":
+        raise ToolError("llama-imatrix wrote a file that is not a whole importance matrix.")
+    datasets = header.metadata.get("imatrix.datasets")
+    if not isinstance(datasets, Array) or datasets.values() != [corpus.path]:
+        raise ToolError(f"llama-imatrix did not write that it read {corpus.path}.")
+    if header.integer("imatrix.chunk_size") != wanted.context_tokens:
+        raise ToolError("llama-imatrix used another window than it was told.")
+    chunks = header.integer("imatrix.chunk_count")
+    if chunks < (wanted.chunks or 1):
+        raise _too_short(wanted, corpus, chunks)
+    entries, partial = _check_entries(header)
+    return _Content(entries_count=entries, partial_entries_count=partial, chunks_count=chunks)
+
+
+def _check_entries(header: Header) -> tuple[int, int]:
+    """Look at all sums; return the number of entries and of those with experts unseen."""
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
+    pairs = {name + end for name in names for end in (_SUMS, _COUNTS)}
+    if not names or pairs != tensors.keys() or {"F32"} != set(header.type_counts()):
+        raise ToolError("llama-imatrix wrote tensors that are not sums and counts of F32.")
+    useless, partial = [], []
+    for name in names:
+        counts = next(_rows(header, tensors[name + _COUNTS], 1))
+        rows = _rows(header, tensors[name + _SUMS], len(counts))
+        # One row for each expert; an expert that no token was sent to has count 0 and no sums.
+        used = [_is_useful(row) for row, count in zip(rows, counts, strict=True) if count > 0]
+        if not used or not all(used):
+            useless.append(name)
+        elif len(used) < len(counts):
+            partial.append(f"{name} ({len(used)} of {len(counts)} experts)")
+    if useless:
+        raise ToolError(
+            f"the importance matrix has zeros only, or values that are not finite, in "
+            f"{_some(useless)}.",
+            hint="The 16-bit model is damaged, or its activations overflow: look at its outputs.",
+        )
+    if partial:
+        console.warn(
+            f"the calibration text did not reach every expert: {_some(partial)}. Weights of the "
+            "others are quantized without an importance matrix; a longer or more varied text helps."
+        )
+    return len(names), len(partial)
+
+
+def _is_useful(row: array[float]) -> bool:
+    """Tell whether sums of squares are finite, none below 0, not all 0; a sum keeps NaN."""
+    total = sum(row)
+    return math.isfinite(total) and total > 0 and min(row) >= 0
+
+
+def _rows(header: Header, tensor: TensorInfo, rows: int) -> Iterator[array[float]]:
+    """Yield a tensor of F32 in `rows` equal parts, of which only one is in memory."""
+    if tensor.n_elements % rows:
+        raise ToolError(f"llama-imatrix wrote {tensor.name} not in {rows} equal rows.")
+    size_bytes = tensor.size_bytes // rows
+    with header.path.open("rb") as file:
+        file.seek(header.data_offset + tensor.offset)
+        for _ in range(rows):
+            row = array("f")
+            row.frombytes(file.read(size_bytes))
+            yield row
+
+
+def _record(
+    wanted: CalibrateSlice,
+    convert: ConvertRecord,
+    tools: Toolchain,
+    content: _Content,
+    *,
+    imatrix: records.FileDigest | None,
+) -> CalibrateRecord:
+    return records.CalibrateRecord(
+        model=wanted.model,
+        f16_sha256=convert.gguf.sha256,
+        llama_cpp_commit=tools.commit,
+        recipe=wanted.recipe,
+        corpus=wanted.corpus.path if wanted.corpus else None,
+        corpus_sha256=wanted.corpus.sha256 if wanted.corpus else None,
+        context_tokens=wanted.context_tokens,
+        chunks_count=content.chunks_count,
+        entries_count=content.entries_count,
+        partial_entries_count=content.partial_entries_count,
+        imatrix=imatrix,
+    )
+
+
+def _remember(path: Path, md5: str) -> None:
+    """Tell DVC what it would otherwise read the whole file for."""
+    from pipelines import dvc_state  # noqa: PLC0415 - imports DVC
+
+    dvc_state.remember(path, md5)
+
+
+def _usable_cpus() -> int:
+    """CPUs that this process may use; decides the time that it takes, not a byte of the result."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,263 @@
+"""
+The stage `quantize`: one quantized GGUF, and the proof of what is in it.
+
+llama-quantize exits with 0 in cases that ruin a release: a rule that matches nothing is ignored,
+rows that fit no block silently get a larger type. So the mixture is known before the run
+(`pipelines.tensor_mix`), the finished file is read again, and only a file that is what was
+predicted gets its final name.
+
+The name of the importance matrix is written into the GGUF as it is given. The tool therefore runs
+in the folder of the matrix and gets the bare name: another checkout makes the same bytes.
+
+Source: tools/quantize/quantize.cpp and src/llama-quant.cpp of the pinned llama.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from pipelines import atomic, console, disk, gguf_header, hashing, proc, records, tensor_mix
+from pipelines.errors import ParamsError, ToolError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipelines.gguf_header import Header
+    from pipelines.layout import Layout
+    from pipelines.params import QuantizeSlice
+    from pipelines.records import CalibrateRecord, ConvertRecord, QuantizeRecord
+    from pipelines.tensor_mix import Prediction
+    from pipelines.toolchain import Toolchain
+
+# What the metadata may grow by: four keys about the importance matrix, with two short texts.
+_METADATA_GROWTH_BYTES: Final = 4096
+
+_TENSOR_DONE: Final = re.compile(r"^\[ *(\d+)/ *\d+\]")
+_NO_WEIGHTS: Final = re.compile(r"did not find weights for (\S+)")
+# llama-imatrix never looks at these (but for --process-output); quantizing them without is normal.
+_NEVER_CALIBRATED: Final = frozenset(
+    {"token_embd.weight", "output.weight", "per_layer_token_embd.weight"}
+)
+_SHOWN: Final = 6
+
+
+def run(slice_: QuantizeSlice, at: Layout) -> QuantizeRecord:
+    """Make one quant with the fleet's own toolchain."""
+    from pipelines import toolchain  # noqa: PLC0415 - not for tests of the rest
+
+    return quantize(slice_, at, toolchain.load(at))
+
+
+def quantize(wanted: QuantizeSlice, at: Layout, tools: Toolchain) -> QuantizeRecord:
+    """
+    Make work/MODEL/gguf/KEY.gguf.
+
+    Raises:
+        ParamsError: The declaration does not fit the model: a rule without effect, a type that
+            rows do not fit, more fallbacks than allowed, a missing importance matrix.
+        ToolError: llama-quantize failed, or made something else than it announced.
+        MachineError: The disk is too small; nothing was written.
+    """
+    convert = records.read(at.model_record("convert", wanted.model), records.ConvertRecord)
+    source = _source(at.f16(wanted.model), convert)
+    calibration = _calibration(wanted, at, convert)
+    log = at.log("quantize", wanted.key)
+    final = at.gguf(wanted.model, wanted.key)
+    # Both exist whether a model is calibrated or not; an output of DVC may be an empty folder.
+    cwd = at.imatrix_dir(wanted.model) if calibration else at.f16(wanted.model).parent
+
+    tensor_mix.check_forced_types(source, wanted)
+    plan = proc.run(quantize_argv(tools, wanted, source, output=None), log=log, cwd=cwd)
+    mix = tensor_mix.predict(source, wanted, plan.stderr)
+    disk.require(final, size_limit(source, mix), f"quantize {wanted.key}")
+
+    with atomic.replacing(final) as part:
+        _run_tool(
+            wanted, quantize_argv(tools, wanted, source, output=part), log, cwd, len(mix.types)
+        )
+        made = check_made(part, source, mix, calibration)
+        digests = hashing.digest(part)
+    _remember(final, digests.md5)
+    return records.QuantizeRecord(
+        key=wanted.key,
+        model=wanted.model,
+        type=wanted.type,
+        f16_sha256=convert.gguf.sha256,
+        llama_cpp_commit=tools.commit,
+        recipe=wanted.recipe,
+        imatrix_sha256=calibration.imatrix.sha256 if calibration and calibration.imatrix else None,
+        imatrix_corpus_sha256=calibration.corpus_sha256 if calibration else None,
+        bits_per_weight=round(made.bits_per_weight(), 4),
+        tensors_count=len(made.tensors),
+        tensor_types=made.type_counts(),
+        tensor_bytes=made.type_bytes(),
+        rules=mix.rules,
+        fallbacks=mix.fallbacks,
+        gguf=records.FileDigest(
+            name=final.name, size_bytes=digests.size_bytes, sha256=digests.sha256, md5=digests.md5
+        ),
+    )
+
+
+def quantize_argv(
+    tools: Toolchain, wanted: QuantizeSlice, source: Header, *, output: Path | None
+) -> list[str | Path]:
+    """
+    Spell the command; without `output` as a dry run.
+
+    The number of threads is left to the tool: it changes no byte.
+    """
+    argv: list[str | Path] = [tools.tool("llama-quantize")]
+    if output is None:
+        argv.append("--dry-run")
+    if wanted.imatrix:
+        argv += ["--imatrix", "imatrix.gguf"]
+    for rule in wanted.tensor_types:
+        argv += ["--tensor-type", f"{rule.match}={rule.type}"]
+    if wanted.output_tensor_type:
+        argv += ["--output-tensor-type", wanted.output_tensor_type]
+    if wanted.token_embedding_type:
+        argv += ["--token-embedding-type", wanted.token_embedding_type]
+    if wanted.pure:
+        argv.append("--pure")
+    if wanted.leave_output_tensor:
+        argv.append("--leave-output-tensor")
+    argv.append(source.path.absolute())
+    if output is not None:
+        argv.append(output.absolute())
+    return [*argv, wanted.type]
+
+
+def size_limit(source: Header, mix: Prediction) -> int:
+    """Upper bound of the file to be made, in bytes, each tensor padded."""
+    padding = len(mix.types) * gguf_header.DEFAULT_ALIGNMENT
+    return source.data_offset + _METADATA_GROWTH_BYTES + mix.data_bytes + padding
+
+
+def check_made(
+    part: Path, source: Header, mix: Prediction, calibration: CalibrateRecord | None
+) -> Header:
+    """
+    Read what llama-quantize wrote and compare it with what it should have written.
+
+    Raises:
+        ToolError: Nothing, less, more or something else was written.
+        GgufError: It is not a GGUF.
+    """
+    if not part.is_file():
+        raise ToolError("llama-quantize ended with exit code 0 and wrote nothing.")
+    made = gguf_header.read(part)
+    if made.file_size_bytes != made.end_offset:
+        raise ToolError(
+            f"llama-quantize wrote {made.file_size_bytes:,} bytes, its own header describes "
+            f"{made.end_offset:,}."
+        )
+    if wrong := tensor_mix.differences(mix.types, made):
+        raise ToolError(
+            f"llama-quantize did not do what it announced in {len(wrong)} tensors: {_some(wrong)}."
+        )
+    if _shapes(made) != _shapes(source):
+        raise ToolError("llama-quantize changed the shape of a tensor.")
+    for key in ("general.architecture", "tokenizer.ggml.model"):
+        if made.metadata.get(key) != source.metadata.get(key):
+            raise ToolError(f"llama-quantize changed {key}.")
+    _check_imatrix(made, calibration)
+    return made
+
+
+def _check_imatrix(made: Header, calibration: CalibrateRecord | None) -> None:
+    """Compare what the file says about its importance matrix with the record of that."""
+    keys = ("file", "dataset", "entries_count", "chunks_count")
+    found = tuple(made.metadata.get(f"quantize.imatrix.{key}") for key in keys)
+    expected: tuple[object, ...] = (None,) * len(keys)
+    if calibration is not None:
+        # quantize.cpp keeps the first 127 bytes of both texts.
+        dataset = (calibration.corpus or "")[:127]
+        expected = ("imatrix.gguf", dataset, calibration.entries_count, calibration.chunks_count)
+    if found != expected:
+        raise ToolError(
+            f"the GGUF says that it was made with the importance matrix {found}, not {expected}."
+        )
+
+
+def _source(path: Path, convert: ConvertRecord) -> Header:
+    """Read the header of the 16-bit GGUF and refuse one that is quantized already, or torn."""
+    source = gguf_header.read(path)
+    if source.file_size_bytes != convert.gguf.size_bytes:
+        raise ToolError(
+            f"{path} has {source.file_size_bytes:,} bytes, its record says "
+            f"{convert.gguf.size_bytes:,}.",
+            hint="fleet repro: it makes the file again.",
+        )
+    # Only quantized types store more than one element in a block.
+    quantized = sorted(type_ for type_ in source.type_counts() if gguf_header.BLOCKS[type_][0] > 1)
+    if quantized:
+        raise ToolError(
+            f"{path} holds tensors of {', '.join(quantized)}: quantizing twice loses quality.",
+            hint="Take a source in 16 or 32 bits.",
+        )
+    return source
+
+
+def _calibration(
+    wanted: QuantizeSlice, at: Layout, convert: ConvertRecord
+) -> CalibrateRecord | None:
+    """Return the record of the importance matrix that this quant uses, if it uses one."""
+    if not wanted.imatrix:
+        return None
+    record = records.read(at.model_record("calibrate", wanted.model), records.CalibrateRecord)
+    if record.imatrix is None:
+        raise ParamsError(
+            f"quants.{wanted.key} wants an importance matrix, models.{wanted.model} has none.",
+            hint=f"Declare `calibration` in models.{wanted.model}, or remove `imatrix`.",
+        )
+    path = at.imatrix(wanted.model)
+    size_bytes = path.stat().st_size if path.is_file() else 0
+    if record.f16_sha256 != convert.gguf.sha256 or size_bytes != record.imatrix.size_bytes:
+        raise ToolError(
+            f"{path} is not the importance matrix of the present 16-bit model.",
+            hint="fleet repro: it makes the file again.",
+        )
+    return record
+
+
+def _run_tool(
+    wanted: QuantizeSlice, argv: list[str | Path], log: Path, cwd: Path, tensors_count: int
+) -> None:
+    """Run llama-quantize with a progress line; say which tensors it treats without the imatrix."""
+    with console.Progress(
+        f"quantize {wanted.key}", total=tensors_count, unit="tensors"
+    ) as progress:
+
+        def show(line: str) -> None:
+            if tensor := _TENSOR_DONE.match(line):
+                progress.update(int(tensor[1]))
+
+        done = proc.run(argv, log=log, cwd=cwd, on_line=show)
+    without = sorted(set(_NO_WEIGHTS.findall(done.stderr)) - _NEVER_CALIBRATED)
+    if without:
+        console.warn(
+            f"{wanted.key}: the importance matrix has nothing about {_some(without)}; they are "
+            "quantized without one."
+        )
+
+
+def _shapes(header: Header) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; llama-quantize writes trailing dimensions of 1 or leaves them out."""
+    return {
+        tensor.name: tensor.shape + (1,) * (gguf_header.MAX_DIMS - len(tensor.shape))
+        for tensor in header.tensors
+    }
+
+
+def _remember(path: Path, md5: str) -> None:
+    """Tell DVC what it would otherwise read the whole file for."""
+    from pipelines import dvc_state  # noqa: PLC0415 - imports DVC
+
+    dvc_state.remember(path, md5)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(console.clean(name) for name in names[:_SHOWN]) + more
