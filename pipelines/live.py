@@ -33,6 +33,7 @@ _UNCHANGED = re.compile(r"^(?:Stage )?'(.+)' didn't change, skipping$")
 _CACHED = re.compile(r"^Stage '(.+)' is cached - skipping run, checking out outputs$")
 _LOCKED = re.compile(r"^(?:Generating|Updating) lock file '")
 _EXITED = re.compile(r"^WARNING: failed to run: .*, exited with (-?\d+)$")
+_NO_OUTPUT = re.compile(r"^WARNING: (outputs? '.+' (?:does|do) not exist)$")
 _SKIPPED = re.compile(r"^WARNING: Stages? ('.+') will be skipped due to this failure$")
 _FAILED = re.compile(r"^ERROR: failed to reproduce(?: stages:)? ('.+')$")
 _QUOTED = re.compile(r"'([^']+)'")
@@ -141,6 +142,7 @@ class Board:
             (_UNCHANGED, self._on_unchanged),
             (_LOCKED, self._on_locked),
             (_EXITED, self._on_exited),
+            (_NO_OUTPUT, self._on_no_output),
             (_SKIPPED, self._on_skipped),
             (_FAILED, self._on_failed),
         )
@@ -200,21 +202,17 @@ class Board:
         return self._close(now)
 
     def _on_exited(self, code: str, now: float) -> list[Event]:
-        stage, self._current = self._current, None
-        if stage is None:
-            self._unplaced.append(f"exit code {code}")
-            return []
-        stage.wall_s = now - stage.began_s
-        return [self._fail(stage, _cause(stage, int(code)), int(code))]
+        cause = _cause(self._current, int(code)) if self._current else f"exit code {code}"
+        return self._fail_current(cause, now, int(code))
+
+    def _on_no_output(self, complaint: str, now: float) -> list[Event]:
+        return self._fail_current(complaint, now)
 
     def _on_skipped(self, quoted: str, now: float) -> list[Event]:
         """DVC skips what depends on a failure; a complaint just before this line is its cause."""
         events = []
-        stage = self._current
-        if self._warning and stage is not None:
-            self._current = None
-            stage.wall_s = now - stage.began_s
-            events.append(self._fail(stage, self._warning))
+        if self._warning and self._current is not None:
+            events = self._fail_current(self._warning, now)
         failed = self.of("failed")
         cause = f"needs {failed[-1].name}" if failed else "needs a stage that failed"
         for skipped in (self._named(address) for address in _QUOTED.findall(quoted)):
@@ -272,6 +270,14 @@ class Board:
             stage.state = "done"
         return [Event(stage)]
 
+    def _fail_current(self, cause: str, now: float, code: int | None = None) -> list[Event]:
+        stage, self._current = self._current, None
+        if stage is None:
+            self._unplaced.append(cause)
+            return []
+        stage.wall_s = now - stage.began_s
+        return [self._fail(stage, cause, code)]
+
     def _fail(self, stage: StageLine, cause: str, code: int | None = None) -> Event:
         stage.state = "failed"
         stage.cause = cause
@@ -284,9 +290,12 @@ class Board:
         """Keep a line of a stage, or of DVC outside of stages."""
         stage = self._current
         if line.startswith("WARNING: "):
-            if self._warning and stage is None:
-                self._unplaced.append(self._warning)
-            self._warning = line.removeprefix("WARNING: ")
+            # The first complaint is about the stage that ran last, a second about the next one,
+            # which DVC could not even start.
+            if self._warning:
+                self._unplaced.append(line.removeprefix("WARNING: "))
+            else:
+                self._warning = line.removeprefix("WARNING: ")
         if stage is None:
             self.outside.append(line)
             return []
