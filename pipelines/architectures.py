@@ -1,0 +1,119 @@
+"""
+Which models the pinned llama.cpp converts, told from config.json alone.
+
+The table is read out of the converter's own source, `TEXT_MODEL_MAP` in `conversion/__init__.py`,
+as a literal: no import, so no torch, and nothing of it is executed. So an architecture that the
+pinned commit does not know is named in seconds, before the first weight is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Final
+
+from pipelines.errors import ToolError, UpstreamError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+_TABLE: Final = "TEXT_MODEL_MAP"
+
+
+def supported(converter: Path) -> frozenset[str]:
+    """
+    Return the names of `architectures` in config.json that a converter knows.
+
+    Args:
+        converter: convert_hf_to_gguf.py of the toolchain, with `conversion/` beside it.
+
+    Raises:
+        ToolError: The table is not where this commit of llama.cpp should have it.
+    """
+    source = converter.parent / "conversion" / "__init__.py"
+    try:
+        module = ast.parse(source.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ToolError(f"{source} cannot be read: {error}.") from error
+    for node in module.body:
+        target = _assigned_name(node)
+        if target == _TABLE and isinstance(node, ast.Assign | ast.AnnAssign):
+            names = _keys(node.value)
+            if names:
+                return names
+    raise ToolError(
+        f"{source} has no table {_TABLE}: this commit of llama.cpp keeps it elsewhere.",
+        hint="Pin the llama_cpp_python version that the template was tested with.",
+    )
+
+
+def of_config(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """
+    Return the architectures that config.json declares, the whole model's first.
+
+    The converter takes the one of `text_config` if a multimodal model has it, so that counts too.
+
+    Raises:
+        UpstreamError: There is none.
+    """
+    text_config = config.get("text_config")
+    sections = [config, text_config] if isinstance(text_config, dict) else [config]
+    names = [
+        name
+        for section in sections
+        for name in (section.get("architectures") or [])[:1]
+        if isinstance(name, str)
+    ]
+    if not names:
+        raise UpstreamError(
+            "config.json names no architecture, so no converter can be picked for it.",
+            hint="A repository of a transformers model has a key `architectures`.",
+        )
+    return tuple(names)
+
+
+def require_supported(config: Mapping[str, Any], known: frozenset[str], commit: str) -> str:
+    """
+    Return the architecture of a model that the pinned llama.cpp converts.
+
+    Args:
+        config: The parsed config.json.
+        known: What `supported` returned.
+        commit: The llama.cpp commit, for the message.
+
+    Raises:
+        UpstreamError: It is not supported; the message lists what is.
+    """
+    names = of_config(config)
+    if known.intersection(names):
+        return names[0]
+    close = get_close_matches(names[0], known, n=3)
+    like = f" The closest ones are {', '.join(close)}." if close else ""
+    raise UpstreamError(
+        f"llama.cpp {commit[:9]} does not convert {' / '.join(names)}.{like}\n"
+        f"    It converts {len(known)} architectures: {', '.join(sorted(known))}.",
+        hint="Raise toolchain.llama_cpp_python if a newer llama.cpp supports it.",
+    )
+
+
+def _assigned_name(node: ast.stmt) -> str | None:
+    """Name on the left of `name = value` or `name: type = value`."""
+    match node:
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return name
+        case ast.Assign(targets=[ast.Name(id=name)]):
+            return name
+        case _:
+            return None
+
+
+def _keys(value: ast.expr | None) -> frozenset[str]:
+    """Return the keys of a literal dict of strings; empty if it is anything else."""
+    if not isinstance(value, ast.Dict):
+        return frozenset()
+    return frozenset(
+        key.value
+        for key in value.keys
+        if isinstance(key, ast.Constant) and isinstance(key.value, str)
+    )

@@ -1,0 +1,527 @@
+"""
+Fetch: the bytes of one pinned revision, every one of them verified, in work/<model>/source/.
+
+A source is `path:` a directory of the checkout or `hf:owner/repo`. Of either, only the files that
+a build reads are taken, by an allow-list of names: weights in safetensors, configuration,
+tokenizer, chat template, card and licence. Code and pickles never are, so there is nothing that a
+later tool could run. Small files come first: a model that nobody converts is refused before its
+weights are touched.
+
+The directory appears under its name only when all of it is there and right.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol
+
+from pipelines import (
+    architectures,
+    atomic,
+    console,
+    disk,
+    dvc_state,
+    hashing,
+    records,
+    safetensors_header,
+    toolchain,
+)
+from pipelines.errors import DigestError, UpstreamError
+from pipelines.hashing import Digests
+from pipelines.hub import HubRepo, RemoteFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from pipelines.layout import Layout
+    from pipelines.params import FetchSlice
+    from pipelines.safetensors_header import Checkpoint
+
+CONFIG: Final = "config.json"
+INDEX: Final = "model.safetensors.index.json"
+WEIGHTS: Final = "model*.safetensors"
+
+# Whatever the converter, its tokenizers or a published card may read, at the top of a repository.
+# Nothing here is executed by anybody: no *.py, no pickle.
+SMALL_FILES: Final = (
+    CONFIG, INDEX, "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.tiktoken",
+    "rwkv_vocab_*.txt", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json",
+    "README.md", "LICENSE", "LICENSE.*", "LICENCE", "LICENCE.*", "NOTICE", "NOTICE.*",
+)  # fmt: skip
+# One of these sets is what a tokenizer is made of.
+TOKENIZERS: Final = (
+    ("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",),
+    ("tekken.json",), ("*.tiktoken",), ("rwkv_vocab_*.txt",),
+)  # fmt: skip
+PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+
+_SAFE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+# The largest tokenizer.json in use has 34 MB. A configuration that does not fit was never one.
+MAX_SMALL_FILE_BYTES: Final = 128 << 20
+_FICLONE: Final = 0x40049409
+
+
+class Upstream(Protocol):
+    """Where a model comes from."""
+
+    def files(self) -> tuple[RemoteFile, ...]:
+        """List what is there."""
+        ...
+
+    def bring(self, file: RemoteFile, target: Path, progress: Callable[[int], None]) -> Digests:
+        """Put one file, verified as far as the listing allows, at `target`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalDirectory:
+    """A directory of the operator's, which is only ever read."""
+
+    path: Path
+
+    def files(self) -> tuple[RemoteFile, ...]:
+        """
+        List the regular files at the top of the directory; subdirectories are not looked into.
+
+        Raises:
+            UpstreamError: It is no directory, or a file that a build needs is a link out of it or
+                no regular file.
+        """
+        if not self.path.is_dir():
+            raise UpstreamError(
+                f"{self.path} is no directory.",
+                hint="`path:` names a directory with the files of a model, from the repository on.",
+            )
+        found = []
+        for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
+            if not _is_wanted(entry.name) and not _matches(entry.name, ("*.safetensors", *PICKLES)):
+                continue
+            status = self._resolved(entry.name).stat()
+            if not stat.S_ISREG(status.st_mode):
+                if not _is_wanted(entry.name):
+                    continue
+                raise UpstreamError(f"{self.path / entry.name} is no regular file.")
+            found.append(RemoteFile(name=entry.name, size_bytes=status.st_size))
+        return tuple(found)
+
+    def bring(self, file: RemoteFile, target: Path, progress: Callable[[int], None]) -> Digests:
+        """
+        Copy one file and hash it in the same pass; on a file system with reflinks, clone it.
+
+        A hard link would be cheaper and wrong: DVC makes what it tracks read-only, and the
+        operator's next edit of the original would change the fleet's bytes.
+        """
+        with self._resolved(file.name).open("rb", buffering=0) as source:
+            return copy_file(source, target, progress)
+
+    def _resolved(self, name: str) -> Path:
+        """Follow links as long as they stay inside."""
+        try:
+            resolved = (self.path / name).resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise UpstreamError(f"{self.path / name} is a broken link.") from error
+        if not resolved.is_relative_to(self.path.resolve()):
+            raise UpstreamError(
+                f"{self.path / name} is a link out of its directory.",
+                hint=f"Copy the files themselves: cp -rL {self.path} ...",
+            )
+        return resolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """What the verified files of a model say about it."""
+
+    architecture: str
+    license: str | None
+    checkpoint: Checkpoint
+    digests: Mapping[str, Digests]
+
+
+def run(slice_: FetchSlice, at: Layout) -> records.FetchRecord:
+    """
+    Bring the declared revision of a model to work/<model>/source/.
+
+    Raises:
+        UpstreamError: The source is gone, gated, incomplete, of an unsupported architecture,
+            quantized already, or without weights in safetensors.
+        RetryLaterError: It cannot be reached now.
+        DigestError: Bytes differ from what is declared or listed. Nothing was kept.
+        MachineError: The disk is too small, said before the first byte.
+    """
+    tools = toolchain.load(at)
+    fetched = fetch(
+        upstream(slice_.source, slice_.revision, at),
+        at.source(slice_.model),
+        label=f"fetch {slice_.model}",
+        known_architectures=architectures.supported(tools.converter),
+        llama_cpp_commit=tools.commit,
+        revision=slice_.revision if slice_.source.startswith("path:") else None,
+    )
+    directory = at.source(slice_.model)
+    dvc_state.remember_all(
+        {directory / name: digests.md5 for name, digests in fetched.digests.items()}
+    )
+    return records.FetchRecord(
+        model=slice_.model,
+        source=slice_.source,
+        revision=slice_.revision,
+        architecture=fetched.architecture,
+        license=fetched.license,
+        parameters_count=fetched.checkpoint.parameters_count,
+        dtypes=fetched.checkpoint.dtypes,
+        size_bytes=sum(digests.size_bytes for digests in fetched.digests.values()),
+        files=tuple(
+            records.FileDigest(
+                name=name,
+                size_bytes=digests.size_bytes,
+                sha256=digests.sha256,
+                md5=digests.md5,
+            )
+            for name, digests in sorted(fetched.digests.items())
+        ),
+    )
+
+
+def upstream(source: str, revision: str, at: Layout) -> Upstream:
+    """Open a declared source."""
+    kind, _, place = source.partition(":")
+    return HubRepo(place, revision) if kind == "hf" else LocalDirectory(at.root / place)
+
+
+def fetch(  # noqa: PLR0913 - each is one independent fact, named at the call
+    source: Upstream,
+    into: Path,
+    *,
+    label: str,
+    known_architectures: frozenset[str],
+    llama_cpp_commit: str,
+    revision: str | None,
+) -> Fetched:
+    """
+    Bring what a build needs from `source` to the directory `into`, whole or not at all.
+
+    Args:
+        source: Where it comes from.
+        into: Directory that will hold exactly the files taken.
+        label: Begins the progress line.
+        known_architectures: What the converter knows.
+        llama_cpp_commit: Its commit, for messages.
+        revision: The content digest that the files must have; None where the listing has digests
+            of its own.
+
+    Raises:
+        UpstreamError, RetryLaterError, DigestError, MachineError: See `run`.
+    """
+    listing = source.files()
+    small, weights = _small_files(listing), _matching_weights(listing)
+    total_bytes = sum(file.size_bytes for file in (*small, *weights))
+    disk.require(into, total_bytes, label)
+    with (
+        atomic.replacing(into) as part,
+        console.Progress(label, total=total_bytes, unit="bytes") as progress,
+    ):
+        part.mkdir()
+        bringer = _Bringer(source, part, progress)
+        bringer.bring(small)
+        config = read_config(part)
+        architecture = architectures.require_supported(
+            config, known_architectures, llama_cpp_commit
+        )
+        _require_unquantized(config)
+        _require_tokenizer([file.name for file in small])
+        shards = _shards(listing, part)
+        bringer.bring(shards)
+        checkpoint = _checkpoint(part, shards)
+        if revision is not None:
+            _require_revision(revision, bringer.digests)
+        return Fetched(
+            architecture=architecture,
+            license=license_of(part, config),
+            checkpoint=checkpoint,
+            digests=bringer.digests,
+        )
+
+
+def content_digest(directory: Path) -> str:
+    """
+    Return the `revision` of a `path:` source: a name for exactly the files that fetch takes of it.
+
+    It is the first 40 hex digits of the sha256 over one line for each file, sorted by name:
+    `<sha256>  <name>`, as `sha256sum` prints them. Card and licence count, too: their front matter
+    is copied into the GGUF's metadata and decides under which licence it is published, so a
+    revision that left them out would name several different builds. Everything else in the
+    directory (scripts, notes, optimizer states) does not count.
+
+    Raises:
+        UpstreamError: Files that a build needs are missing or cannot be taken.
+    """
+    source = LocalDirectory(directory)
+    listing = source.files()
+    files = (*_small_files(listing), *_shards(listing, directory))
+    return _digest_of({file.name: hashing.digest(directory / file.name) for file in files})
+
+
+def size_of(source: str, revision: str, at: Layout) -> disk.Size:
+    """
+    Ask a source how large the model is, without bringing it.
+
+    Weights whose headers are not at hand count as 16-bit, so that the answer is an upper bound.
+
+    Raises:
+        UpstreamError: The source is not there, or has no weights in safetensors.
+        RetryLaterError: It cannot be asked now.
+    """
+    opened = upstream(source, revision, at)
+    listing = opened.files()
+    weights = _matching_weights(listing)
+    weights_bytes = sum(file.size_bytes for file in weights)
+    parameters_count = weights_bytes // 2
+    if isinstance(opened, LocalDirectory):
+        checkpoint = _checkpoint(opened.path, _shards(listing, opened.path))
+        parameters_count = checkpoint.parameters_count
+    small_bytes = sum(file.size_bytes for file in _small_files(listing))
+    return disk.Size(source_bytes=small_bytes + weights_bytes, parameters_count=parameters_count)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """
+    Read config.json.
+
+    Raises:
+        UpstreamError: It is missing, or no JSON object.
+    """
+    try:
+        config = json.loads((directory / CONFIG).read_bytes())
+    except FileNotFoundError:
+        raise UpstreamError(
+            f"{CONFIG} is missing: this is no model of transformers' layout.",
+            hint="Declare the repository or directory that holds config.json and the weights.",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UpstreamError(f"{CONFIG} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise UpstreamError(f"{CONFIG} is no JSON object.")
+    return config
+
+
+def license_of(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """
+    Return the licence that a model declares, as the Hub spells it (`apache-2.0`), or None.
+
+    The card's front matter counts first, then config.json, then the first lines of LICENSE where
+    they are one of the common ones. The front matter is searched, not parsed: it is somebody
+    else's YAML, and one line of it is all that we want.
+    """
+    card = directory / "README.md"
+    if card.is_file():
+        front = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+        for key in ("license_name", "license"):
+            found = re.search(rf"(?m)^{key}:\s*[\"']?([A-Za-z0-9][A-Za-z0-9._-]{{0,99}})", front)
+            if front.startswith("---") and found and found[1] != "other":
+                return found[1]
+    declared = config.get("license")
+    if isinstance(declared, str) and _SAFE_NAME.fullmatch(declared):
+        return declared
+    for path in sorted(directory.glob("LICEN[SC]E*")):
+        start = " ".join(path.read_text(encoding="utf-8", errors="replace")[:2000].split())
+        for words, name in (
+            ("Apache License Version 2.0", "apache-2.0"),
+            ("MIT License", "mit"),
+            ("Creative Commons Attribution 4.0", "cc-by-4.0"),
+        ):
+            if words in start:
+                return name
+    return None
+
+
+def copy_file(source: IO[bytes], target: Path, progress: Callable[[int], None]) -> Digests:
+    """Copy an open file to `target`, hashing the very bytes that are written."""
+    with target.open("xb", buffering=0) as file:
+        if _clone(source, file):
+            return hashing.digest(target, progress=progress)
+        sha256 = hashlib.sha256()
+        md5 = hashlib.md5(usedforsecurity=False)
+        size_bytes = 0
+        while chunk := source.read(hashing.CHUNK_BYTES):
+            rest = memoryview(chunk)
+            while rest:
+                rest = rest[file.write(rest) :]
+            sha256.update(chunk)
+            md5.update(chunk)
+            size_bytes += len(chunk)
+            progress(size_bytes)
+    return Digests(size_bytes=size_bytes, sha256=sha256.hexdigest(), md5=md5.hexdigest())
+
+
+def _clone(source: IO[bytes], target: IO[bytes]) -> bool:
+    """Share the blocks of `source` (btrfs, xfs, bcachefs); False where that is not possible."""
+    with suppress(OSError):
+        fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+        return True
+    return False
+
+
+class _Bringer:
+    """Brings files one after another, and keeps their digests and the sum for the progress line."""
+
+    def __init__(self, source: Upstream, into: Path, progress: console.Progress) -> None:
+        self.digests: dict[str, Digests] = {}
+        self._source = source
+        self._into = into
+        self._progress = progress
+        self._done_bytes = 0
+
+    def bring(self, files: Sequence[RemoteFile]) -> None:
+        """Bring files; the source verifies what it can."""
+        for file in files:
+            self.digests[file.name] = self._bring(file)
+            self._done_bytes += file.size_bytes
+
+    def _bring(self, file: RemoteFile) -> Digests:
+        def show(size_bytes: int) -> None:
+            self._progress.update(self._done_bytes + size_bytes, file.name)
+
+        return self._source.bring(file, self._into / file.name, show)
+
+
+# --- which files ------------------------------------------------------------------------------
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_wanted(name: str) -> bool:
+    return _matches(name, (*SMALL_FILES, WEIGHTS))
+
+
+def _small_files(listing: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Return everything but weights, at the top of the source, that a build may read."""
+    files = [file for file in listing if _matches(file.name, SMALL_FILES) and "/" not in file.name]
+    for file in files:
+        if file.size_bytes > MAX_SMALL_FILE_BYTES:
+            raise UpstreamError(
+                f"{file.name} has {file.size_bytes} bytes; no such file needs more than "
+                f"{MAX_SMALL_FILE_BYTES}."
+            )
+    _require_safe_names([file.name for file in files])
+    return sorted(files, key=lambda file: file.name)
+
+
+def _matching_weights(listing: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """
+    Return the weights as far as names alone tell, to know the sum before the first byte.
+
+    Raises:
+        UpstreamError: There are none in safetensors; says what there is instead.
+    """
+    weights = [file for file in listing if fnmatchcase(file.name, WEIGHTS) and "/" not in file.name]
+    if weights or any(file.name == INDEX for file in listing):
+        return weights
+    pickles = sorted(file.name for file in listing if _matches(file.name, PICKLES))
+    if pickles:
+        raise UpstreamError(
+            f"the weights are only there as pickles ({console.clean(', '.join(pickles[:3]))}), "
+            "which can run code when they are loaded.",
+            hint="Take a repository or revision with model.safetensors.",
+        )
+    others = sorted(file.name for file in listing if file.name.endswith(".safetensors"))
+    found = f"; {console.clean(', '.join(others[:3]))} is none of them" if others else ""
+    raise UpstreamError(
+        f"there are no weights: neither model.safetensors nor its shards{found}.",
+        hint="Weights have to be at the top of the source, in transformers' layout.",
+    )
+
+
+def _shards(listing: Sequence[RemoteFile], directory: Path) -> list[RemoteFile]:
+    """
+    Return the weights exactly: those that the index in `directory` names, or all without an index.
+
+    Raises:
+        UpstreamError: The index names a file that is not there or has no name we would write.
+    """
+    if not (directory / INDEX).is_file():
+        shards = _matching_weights(listing)
+        _require_safe_names([file.name for file in shards])
+        return sorted(shards, key=lambda file: file.name)
+    names = sorted(set(safetensors_header.weight_map(directory / INDEX).values()))
+    _require_safe_names(names)
+    by_name = {file.name: file for file in listing}
+    missing = [name for name in names if name not in by_name or not name.endswith(".safetensors")]
+    if missing:
+        raise UpstreamError(
+            f"{INDEX} names {len(missing)} shard(s) that are not there: {', '.join(missing[:5])}.",
+            hint="The upload is incomplete: take another revision.",
+        )
+    return [by_name[name] for name in names]
+
+
+def _require_safe_names(names: Sequence[str]) -> None:
+    """Refuse names that mean something to a shell or a file system, or the same on some."""
+    for name in names:
+        if not _SAFE_NAME.fullmatch(name):
+            raise UpstreamError(f"the source has a file with the unsafe name {name!r:.120}.")
+    folded: dict[str, str] = {}
+    for name in names:
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            raise UpstreamError(f"{other} and {name} are one file where case does not count.")
+
+
+# --- what is in them --------------------------------------------------------------------------
+
+
+def _require_tokenizer(names: Sequence[str]) -> None:
+    """Refuse a model without a tokenizer; the converter would find that out only at its end."""
+    for needed in TOKENIZERS:
+        if all(any(fnmatchcase(name, pattern) for name in names) for pattern in needed):
+            return
+    wanted = ", ".join(" + ".join(needed) for needed in TOKENIZERS)
+    raise UpstreamError(
+        f"the tokenizer is missing: there is none of {wanted}.",
+        hint="Add the tokenizer's files, or declare the base model's repository.",
+    )
+
+
+def _require_unquantized(config: Mapping[str, Any]) -> None:
+    declared = config.get("quantization_config")
+    if declared:
+        method = declared.get("quant_method") if isinstance(declared, dict) else declared
+        raise UpstreamError(
+            f"config.json says that the model is quantized already ({console.clean(str(method))}).",
+            hint="Take the original, unquantized repository of this model.",
+        )
+
+
+def _checkpoint(directory: Path, shards: Sequence[RemoteFile]) -> Checkpoint:
+    index = directory / INDEX
+    return safetensors_header.read_checkpoint(
+        directory, [shard.name for shard in shards], index if index.is_file() else None
+    )
+
+
+def _digest_of(digests: Mapping[str, Digests]) -> str:
+    lines = "".join(f"{digests[name].sha256}  {name}\n" for name in sorted(digests))
+    return hashing.sha256_text(lines)[:40]
+
+
+def _require_revision(declared: str, digests: Mapping[str, Digests]) -> None:
+    found = _digest_of(digests)
+    if found != declared:
+        raise DigestError(
+            f"the files are not the declared ones: revision {declared} is declared, {found} found.",
+            hint=f"If you mean the new contents, set `revision: {found}`.",
+        )

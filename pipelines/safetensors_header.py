@@ -1,0 +1,275 @@
+"""
+Headers of safetensors files, read strictly and without any library.
+
+A file is `<u64 length of the header> <header: JSON> <tensor data>`, little-endian. The header maps
+each tensor's name to its dtype, its shape and its half-open byte range in the data. What is
+accepted here is exactly that: ranges that cover the data without gap or overlap, known dtypes,
+sizes that agree with the shapes, no name twice. So a truncated download, a renamed pickle and a
+Git LFS pointer are told apart before a converter sees them. No tensor byte is read.
+
+Source: format of huggingface/safetensors (README, "Format") and its limit of 100 MB for a header.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from pipelines.errors import UpstreamError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+MAX_HEADER_BYTES: Final = 100_000_000
+_LENGTH: Final = struct.Struct("<Q")
+
+# Bits of one element. Below eight they are packed; a tensor still ends on a byte.
+_BITS: Final = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+# What an unquantized model is stored in. Everything else has lost precision already (F8_*, packed
+# integers), and quantizing that a second time would measure somebody else's loss as ours.
+UNQUANTIZED: Final = frozenset({"F32", "F16", "BF16"})
+
+# First bytes of what people really rename to .safetensors, or get instead of it.
+_DISGUISES: Final = {
+    b"PK\x03\x04": "a zip archive, as PyTorch writes pickles",
+    b"\x80\x02": "a pickle",
+    b"version ": "a Git LFS pointer (`git lfs pull` brings the file itself)",
+    b"GGUF": "a GGUF",
+    b"<!DOCTY": "a web page",
+    b"<html": "a web page",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One tensor as the header declares it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+
+    @property
+    def elements_count(self) -> int:
+        """Number of elements; a scalar has one."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """All tensors of all shards of one model."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def parameters_count(self) -> int:
+        """Elements of all tensors; tied weights are stored, and counted, once."""
+        return sum(tensor.elements_count for tensor in self.tensors)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """{dtype: number of tensors}, by name."""
+        return dict(sorted(Counter(tensor.dtype for tensor in self.tensors).items()))
+
+
+def read(path: Path) -> tuple[Tensor, ...]:
+    """
+    Read the header of one file; the tensors come in the order of their data.
+
+    Raises:
+        UpstreamError: The file is not safetensors, or not all of it is there.
+    """
+    file_size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_LENGTH.size)
+        if len(start) < _LENGTH.size:
+            raise _refused(path, f"it has {file_size_bytes} bytes, too few for a header")
+        (header_bytes,) = _LENGTH.unpack(start)
+        data_bytes = file_size_bytes - _LENGTH.size - header_bytes
+        if header_bytes > MAX_HEADER_BYTES or data_bytes < 0:
+            raise _refused(path, _disguise(start) or _cut(header_bytes, file_size_bytes))
+        raw = file.read(header_bytes)
+    entries = _json_object(path, raw)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise _refused(path, "its __metadata__ is no object")
+    tensors = [_tensor(path, name, entry) for name, entry in entries.items()]
+    tensors.sort(key=lambda item: item[0])
+    _require_cover(path, tensors, data_bytes)
+    return tuple(tensor for _, tensor in tensors)
+
+
+def read_checkpoint(directory: Path, shards: Sequence[str], index: Path | None) -> Checkpoint:
+    """
+    Read the headers of all shards of a model and hold them against each other.
+
+    Args:
+        directory: Where the shards are.
+        shards: Their file names.
+        index: model.safetensors.index.json, or None if the model has none.
+
+    Raises:
+        UpstreamError: A shard is bad; a tensor is in two shards; a tensor of the index is in no
+            shard, in another one than it says, or not in the index; a tensor is quantized already.
+    """
+    home: dict[str, str] = {}
+    tensors: list[Tensor] = []
+    for shard in shards:
+        for tensor in read(directory / shard):
+            if tensor.name in home:
+                raise UpstreamError(
+                    f"tensor {tensor.name} is in {home[tensor.name]} and again in {shard}."
+                )
+            home[tensor.name] = shard
+            tensors.append(tensor)
+    if index is not None:
+        _require_index(index, home)
+    if not tensors:
+        raise UpstreamError(f"{', '.join(shards)}: there is no tensor in it.")
+    _require_unquantized(tensors)
+    return Checkpoint(tensors=tuple(sorted(tensors, key=lambda tensor: tensor.name)))
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """
+    Read {tensor: shard} from model.safetensors.index.json.
+
+    Raises:
+        UpstreamError: It is no JSON object with a weight_map of strings.
+    """
+    if index.stat().st_size > MAX_HEADER_BYTES:
+        raise _refused(index, f"it has {index.stat().st_size} bytes")
+    mapping = _json_object(index, index.read_bytes()).get("weight_map")
+    if (
+        not isinstance(mapping, dict)
+        or not mapping
+        or not all(isinstance(shard, str) for shard in mapping.values())
+    ):
+        raise _refused(index, "it has no weight_map from tensors to files")
+    return mapping
+
+
+def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
+    """Parse a JSON object in which no key comes twice, at any depth."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
+            raise ValueError(f"{twice!r} comes twice")
+        return found
+
+    try:
+        parsed = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _refused(path, f"its header is no JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise _refused(path, "its header is no JSON object")
+    return parsed
+
+
+def _tensor(path: Path, name: str, entry: object) -> tuple[int, Tensor]:
+    """Check one entry; return where its data begins, and the tensor."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _refused(path, f"tensor {name!r} has not exactly dtype, shape and data_offsets")
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise _refused(path, f"tensor {name!r} is of the unknown dtype {dtype!r}")
+    shape = _naturals(entry["shape"])
+    offsets = _naturals(entry["data_offsets"])
+    if shape is None or offsets is None or len(offsets) != 2:  # noqa: PLR2004 - begin and end
+        raise _refused(path, f"tensor {name!r} has a malformed shape or data_offsets")
+    begin, end = offsets
+    wanted_bits = math.prod(shape) * _BITS[dtype]
+    if (end - begin) * 8 != wanted_bits:
+        raise _refused(
+            path,
+            f"tensor {name!r} of {dtype} {list(shape)} needs {wanted_bits / 8:g} bytes and has "
+            f"{end - begin}",
+        )
+    return begin, Tensor(name=name, dtype=dtype, shape=shape, size_bytes=end - begin)
+
+
+def _naturals(value: object) -> tuple[int, ...] | None:
+    """Return a JSON list of integers >= 0 as a tuple, None for anything else."""
+    if not isinstance(value, list) or len(value) > 64:  # noqa: PLR2004 - no model has more axes
+        return None
+    if not all(type(item) is int and 0 <= item < 1 << 63 for item in value):
+        return None
+    return tuple(value)
+
+
+def _require_cover(path: Path, tensors: list[tuple[int, Tensor]], data_bytes: int) -> None:
+    """Refuse data that is not covered once and only once by the sorted `(begin, tensor)`."""
+    position = 0
+    for begin, tensor in tensors:
+        if begin != position:
+            what = "overlaps the one before it" if begin < position else "leaves a gap before it"
+            raise _refused(path, f"the data of tensor {tensor.name!r} {what}")
+        position += tensor.size_bytes
+    if position > data_bytes:
+        raise _refused(path, f"it is truncated: {position - data_bytes} bytes are missing")
+    if position < data_bytes:
+        raise _refused(path, f"{data_bytes - position} bytes after the last tensor are nobody's")
+
+
+def _require_index(index: Path, home: Mapping[str, str]) -> None:
+    """Refuse shards that do not hold exactly what the index says, each where it says."""
+    mapping = weight_map(index)
+    missing = sorted(mapping.keys() - home.keys())
+    extra = sorted(home.keys() - mapping.keys())
+    moved = sorted(name for name in mapping.keys() & home.keys() if mapping[name] != home[name])
+    for names, what in (
+        (missing, "are in the index but in no shard"),
+        (extra, "are in a shard but not in the index"),
+        (moved, "are in another shard than the index says"),
+    ):
+        if names:
+            raise UpstreamError(
+                f"{index.name}: {len(names)} tensor(s) {what}: {_some(names)}.",
+                hint="The upload is incomplete or mixed: take another revision.",
+            )
+
+
+def _require_unquantized(tensors: Sequence[Tensor]) -> None:
+    quantized = {t.dtype: t.name for t in tensors if t.dtype not in UNQUANTIZED}
+    if quantized:
+        examples = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(quantized.items()))
+        raise UpstreamError(
+            f"the model is stored in {examples}: only F32, F16 and BF16 are quantized from.",
+            hint="Take the original, unquantized repository of this model.",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")  # noqa: PLR2004 - enough to recognise them
+
+
+def _disguise(start: bytes) -> str:
+    return next((f"it is {what}" for magic, what in _DISGUISES.items() if start.startswith(magic)),
+                "")  # fmt: skip
+
+
+def _cut(header_bytes: int, file_size_bytes: int) -> str:
+    if header_bytes > MAX_HEADER_BYTES:
+        return f"it claims a header of {header_bytes} bytes (limit {MAX_HEADER_BYTES})"
+    return f"it is truncated: {file_size_bytes} bytes cannot hold a header of {header_bytes}"
+
+
+def _refused(path: Path, why: str) -> UpstreamError:
+    return UpstreamError(
+        f"{path.name} is no complete safetensors file: {why}.",
+        hint="Fetch or copy it again; if it is like this upstream, take another revision.",
+    )
