@@ -121,7 +121,7 @@ def _words() -> Iterator[str]:
         yield from ("".join(letters) for letters in product(_LETTERS, repeat=length))
 
 
-def _shapes(  # noqa: PLR0913 - as above
+def _shapes(  # noqa: PLR0913, PLR0917 - as above
     n_embd: int,
     n_ff: int,
     n_layer: int,
