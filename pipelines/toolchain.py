@@ -277,7 +277,8 @@ def main_text(toolchain: Toolchain) -> str:
     return "\n".join(
         [
             f"llama.cpp  {toolchain.commit[:12]} (llama-cpp-python {manifest['llama_cpp_python']})",
-            f"backend    {backend}, built with {manifest['compiler']}",
+            f"backend    {backend}",
+            f"compiler   {manifest['compiler']}",
             f"prefix     {toolchain.prefix}",
             (
                 f"size       {size_mib:.0f} MiB, {len(manifest['tools'])} programs, "

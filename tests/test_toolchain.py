@@ -2,7 +2,7 @@
 The toolchain: one pinned llama.cpp, built once, whole or absent.
 
 Most tests build a stand-in sdist: the same layout, the same cmake and ninja, two C files. The last
-part looks at the real prefix and is skipped where it has not been built.
+part looks at the real prefix, which `make test` builds first.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from pipelines.errors import DigestError, MachineError, ToolError
 from pipelines.toolchain import (
     MANIFEST_NAME,
     TOOLS,
-    Toolchain,
     ToolchainSpec,
     default_cache_root,
     detect_backend,
     ensure,
     main_text,
-    open_prefix,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pipelines.toolchain import Toolchain
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -606,27 +606,14 @@ def test_the_cache_follows_the_fleets_variable_then_xdg_then_home(
 # --- the real one --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def real() -> Toolchain:
-    """The built llama.cpp of this machine, of whichever declared pin is newest in the cache."""
-    prefixes = sorted(
-        (default_cache_root() / "toolchain").glob(f"*/{MANIFEST_NAME}"),
-        key=lambda path: (path.parent.name.startswith("cpu-"), path.stat().st_mtime),
-    )
-    toolchain = open_prefix(prefixes[-1].parent) if prefixes else None
-    if toolchain is None:
-        pytest.skip("llama.cpp is not built here: `fleet toolchain` builds it")
-    return toolchain
-
-
 @pytest.mark.toolchain
 @pytest.mark.parametrize("name", TOOLS)
 def test_every_real_tool_starts_and_finds_its_libraries(
-    real: Toolchain, name: str, tmp_path: Path
+    tools: Toolchain, name: str, tmp_path: Path
 ) -> None:
     """Each program of the prefix runs from where it lies, without any library path."""
     proc.run(
-        [real.tool(name), "--help"],
+        [tools.tool(name), "--help"],
         log=tmp_path / "log",
         env={"LD_LIBRARY_PATH": ""},
         ok_codes=(0, 1),
@@ -634,26 +621,26 @@ def test_every_real_tool_starts_and_finds_its_libraries(
 
 
 @pytest.mark.toolchain
-def test_the_real_server_reports_the_pinned_commit(real: Toolchain, tmp_path: Path) -> None:
+def test_the_real_server_reports_the_pinned_commit(tools: Toolchain, tmp_path: Path) -> None:
     """The commit in toolchain.json is the one compiled into the binaries."""
-    done = proc.run([real.tool("llama-server"), "--version"], log=tmp_path / "log")
+    done = proc.run([tools.tool("llama-server"), "--version"], log=tmp_path / "log")
 
-    assert real.commit[:9] in done.stdout + done.stderr
+    assert tools.commit[:9] in done.stdout + done.stderr
 
 
 @pytest.mark.toolchain
-def test_nothing_real_names_the_directory_it_was_built_in(real: Toolchain) -> None:
+def test_nothing_real_names_the_directory_it_was_built_in(tools: Toolchain) -> None:
     """No path of the building machine is in toolchain.json, a program or a library."""
-    home = str(real.prefix.parent).encode()
-    files = [real.prefix / MANIFEST_NAME, *(real.prefix / "bin").iterdir()]
-    files += [path for path in (real.prefix / "lib").iterdir() if not path.is_symlink()]
+    home = str(tools.prefix.parent).encode()
+    files = [tools.prefix / MANIFEST_NAME, *(tools.prefix / "bin").iterdir()]
+    files += [path for path in (tools.prefix / "lib").iterdir() if not path.is_symlink()]
 
     assert [path.name for path in files if home in path.read_bytes()] == []
 
 
 @pytest.mark.toolchain
 def test_the_real_bindings_load_the_libraries_of_the_prefix(
-    real: Toolchain, tmp_path: Path
+    tools: Toolchain, tmp_path: Path
 ) -> None:
     """`import llama_cpp` uses the very libllama that the tools use."""
     code = (
@@ -661,17 +648,17 @@ def test_the_real_bindings_load_the_libraries_of_the_prefix(
         "print(llama_cpp.__version__); print(*[l.split()[-1] for l in open('/proc/self/maps') "
         "if 'libllama' in l])"
     )
-    done = proc.run([sys.executable, "-c", code], log=tmp_path / "log", env=real.python_env())
+    done = proc.run([sys.executable, "-c", code], log=tmp_path / "log", env=tools.python_env())
 
-    assert str(real.prefix / "python" / "llama_cpp") in done.stdout
-    assert real.manifest["llama_cpp_python"] in done.stdout
+    assert str(tools.prefix / "python" / "llama_cpp") in done.stdout
+    assert tools.manifest["llama_cpp_python"] in done.stdout
     if sys.platform == "linux":
-        assert str(real.prefix / "lib") in done.stdout
+        assert str(tools.prefix / "lib") in done.stdout
 
 
 @pytest.mark.toolchain
-def test_the_real_toolchain_is_what_its_manifest_says(real: Toolchain) -> None:
+def test_the_real_toolchain_is_what_its_manifest_says(tools: Toolchain) -> None:
     """Every byte of the real prefix is the byte that was built."""
-    real.verify()
+    tools.verify()
 
-    assert json.loads((real.prefix / MANIFEST_NAME).read_text()) == real.manifest
+    assert json.loads((tools.prefix / MANIFEST_NAME).read_text()) == tools.manifest
