@@ -1,0 +1,425 @@
+"""
+A scatter chart of quants as inline SVG: what is bought with memory or speed, and what it costs.
+
+The y axis is the mean divergence from f16, logarithmic and turned over, so that up is better.
+Labels never overlap: `plan` puts each into the free place that is nearest to its point and leaves
+out what has no place (the table beside the chart has every number). Colours come from the style
+sheet by class, so that one drawing serves light, dark and print.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from pipelines import wording
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+WIDTH = 440
+HEIGHT = 320
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 16, 46
+_FONT_PX = 12
+# All monospaced faces of the style sheet advance by 0.55 to 0.61 em.
+_CHARACTER_PX = 0.61 * _FONT_PX
+_LINE_PX = 15
+_POINT_PX = 5
+_STEP_PX = 5
+_WANTED_TICKS = 5
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in the units of the drawing."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlaps(self, other: Box) -> bool:
+        """Tell whether two boxes share more than an edge."""
+        return (
+            self.left < other.right
+            and other.left < self.right
+            and self.top < other.bottom
+            and other.top < self.bottom
+        )
+
+    def holds(self, other: Box) -> bool:
+        """Tell whether `other` lies inside."""
+        return (
+            self.left <= other.left
+            and other.right <= self.right
+            and self.top <= other.top
+            and other.bottom <= self.bottom
+        )
+
+
+PLOT = Box(_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One quant: its name, where it lies, how sure that is, and what became of it."""
+
+    label: str
+    x: float
+    low: float
+    high: float
+    kld_mean_nats: float
+    verdict: str
+    on_frontier: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A line of text and the box that it fills at most."""
+
+    text: str
+    x: float
+    y: float
+    anchor: str
+    kind: str
+    box: Box
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A mark in the units of the drawing, with its label if there was room for one."""
+
+    mark: Mark
+    x: float
+    y: float
+    low: float
+    high: float
+    label: Text | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that is drawn, placed."""
+
+    title: str
+    x_title: str
+    placed: tuple[Placed, ...]
+    x_ticks: tuple[tuple[float, Text], ...]
+    y_ticks: tuple[tuple[float, Text], ...]
+    front: tuple[tuple[float, float], ...]
+    x_limit: float | None
+    y_limit: float | None
+
+    def texts(self) -> list[Text]:
+        """Return all texts inside the drawing that must not overlap."""
+        labels = [one.label for one in self.placed if one.label is not None]
+        return [*labels, *(text for _, text in (*self.x_ticks, *self.y_ticks))]
+
+
+# --- scales -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A straight map from values to the drawing, after `log10` if the axis is logarithmic."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+
+
+def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Return an interval around the values with some air; never empty."""
+    low, high = min(values), max(values)
+    air = max((high - low) * 0.1, least)
+    return low - air, high + air
+
+
+def _linear_ticks(low: float, high: float) -> list[float]:
+    """Return about five round numbers between two values."""
+    raw = (high - low) / _WANTED_TICKS
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
+    first = math.ceil(low / step)
+    ticks = (index * step for index in range(first, first + 2 * _WANTED_TICKS + 2))
+    return [tick for tick in ticks if tick <= high]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers between two powers, given as their logarithms."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    factors = (1.0,) if high - low > 2.5 else (1.0, 2.0, 5.0)  # noqa: PLR2004 - decades
+    ticks = (factor * 10.0**decade for decade in decades for factor in factors)
+    return [tick for tick in ticks if low <= math.log10(tick) <= high]
+
+
+# --- placing ----------------------------------------------------------------------------------
+
+
+def plan(  # noqa: PLR0913 - each is one independent fact about the drawing
+    marks: Iterable[Mark],
+    *,
+    title: str,
+    x_title: str,
+    less_x_is_better: bool,
+    x_limit: float | None = None,
+    kld_limit: float | None = None,
+) -> Plan | None:
+    """
+    Place everything; None if there is nothing to show.
+
+    Args:
+        marks: Quants whose values can be trusted.
+        title: What the chart shows, for those who cannot see it.
+        x_title: What x is, with its unit.
+        less_x_is_better: Whether the best corner is at the left, as for memory.
+        x_limit: A declared limit of x; drawn if it lies near the points.
+        kld_limit: The declared ceiling of the divergence.
+    """
+    shown = [mark for mark in marks if math.isfinite(mark.x) and mark.x > 0]
+    if not shown:
+        return None
+    depth = _log_depths(shown)
+    x_low, x_high = _padded([v for m in shown for v in (m.low, m.high)], shown[0].x * 0.02)
+    if x_limit is not None and x_high < x_limit <= x_high + (x_high - x_low) / 2:
+        x_high = x_limit * 1.02
+    ys = list(depth.values())
+    if kld_limit is not None and min(ys) - 1 < math.log10(kld_limit) < max(ys) + 1:
+        ys.append(math.log10(kld_limit))
+    y_low, y_high = _padded(ys, 0.15)
+    x = _Scale(x_low, x_high, PLOT.left, PLOT.right)
+    y = _Scale(y_low, y_high, PLOT.top, PLOT.bottom)
+    spots = [(mark, x.at(mark.x), y.at(depth[mark.label])) for mark in shown]
+    return Plan(
+        title=title,
+        x_title=x_title,
+        placed=_place(spots, x),
+        x_ticks=tuple(_x_ticks(x)),
+        y_ticks=tuple(_y_ticks(y)),
+        front=_front(spots, less_x_is_better=less_x_is_better),
+        x_limit=x.at(x_limit) if x_limit is not None and x_low < x_limit < x_high else None,
+        y_limit=(
+            y.at(math.log10(kld_limit))
+            if kld_limit is not None and y_low < math.log10(kld_limit) < y_high
+            else None
+        ),
+    )
+
+
+def _log_depths(marks: Sequence[Mark]) -> dict[str, float]:
+    """Return the logarithm of each divergence; zero, which has none, goes beside the smallest."""
+    positive = [mark.kld_mean_nats for mark in marks if mark.kld_mean_nats > 0]
+    floor = min(positive, default=1e-3) / 2
+    return {mark.label: math.log10(max(mark.kld_mean_nats, floor)) for mark in marks}
+
+
+def _x_ticks(scale: _Scale) -> Iterator[tuple[float, Text]]:
+    previous = -math.inf
+    for value in _linear_ticks(scale.low, scale.high):
+        text = _text(wording.declared(round(value, 9)), scale.at(value), PLOT.bottom + 17, "middle")
+        if text.box.left > previous + _CHARACTER_PX and text.box.right <= WIDTH:
+            previous = text.box.right
+            yield scale.at(value), text
+
+
+def _y_ticks(scale: _Scale) -> Iterator[tuple[float, Text]]:
+    previous = -math.inf
+    for value in _log_ticks(scale.low, scale.high):
+        y = scale.at(math.log10(value))
+        text = _text(f"{value:.6g}", PLOT.left - 7, y + 4, "end")
+        if text.box.top > previous:
+            previous = text.box.bottom
+            yield y, text
+
+
+def _text(text: str, x: float, y: float, anchor: str, kind: str = "tick") -> Text:
+    """Place a line of text; `y` is its base line."""
+    width = len(text) * _CHARACTER_PX
+    left = {"start": x, "middle": x - width / 2, "end": x - width}[anchor]
+    box = Box(left, y - _LINE_PX + 4, left + width, y + 4)
+    return Text(text=text, x=x, y=y, anchor=anchor, kind=kind, box=box)
+
+
+def _place(spots: Sequence[tuple[Mark, float, float]], scale: _Scale) -> tuple[Placed, ...]:
+    """Give labels their places, the chosen quant first; a label may not cover any point."""
+    taken = [
+        Box(x - _POINT_PX - 2, y - _POINT_PX - 2, x + _POINT_PX + 2, y + _POINT_PX + 2)
+        for _, x, y in spots
+    ]
+    taken += [Box(scale.at(m.low), y - 1, scale.at(m.high), y + 1) for m, _, y in spots]
+    labels: dict[str, Text | None] = {}
+    for mark, x, y in sorted(spots, key=lambda spot: spot[0].verdict != "CHOSEN"):
+        free = (
+            label
+            for label in _places(mark, x, y)
+            if PLOT.holds(label.box) and not any(label.box.overlaps(box) for box in taken)
+        )
+        labels[mark.label] = next(free, None)
+        if (label := labels[mark.label]) is not None:
+            taken.append(label.box)
+    return tuple(
+        Placed(
+            mark=mark, x=x, y=y, low=scale.at(mark.low), high=scale.at(mark.high),
+            label=labels[mark.label],
+        )
+        for mark, x, y in spots
+    )  # fmt: skip
+
+
+def _places(mark: Mark, x: float, y: float) -> Iterator[Text]:
+    """Propose places for a label: beside its point, then ever farther away."""
+    kind = "label chosen" if mark.verdict == "CHOSEN" else "label"
+    gap = _POINT_PX + 4
+    yield _text(mark.label, x, y - gap - 2, "middle", kind)
+    yield _text(mark.label, x + gap, y + 4, "start", kind)
+    yield _text(mark.label, x - gap, y + 4, "end", kind)
+    yield _text(mark.label, x, y + gap + 10, "middle", kind)
+    for anchor, side in (("start", gap - 2), ("end", 2 - gap)):
+        yield _text(mark.label, x + side, y - gap + 1, anchor, kind)
+        yield _text(mark.label, x + side, y + gap + 7, anchor, kind)
+    columns = range(int(PLOT.left), int(PLOT.right), _STEP_PX * 2)
+    rows = range(int(PLOT.top), int(PLOT.bottom) + _LINE_PX, _STEP_PX)
+    grid = ((column, row) for column in columns for row in rows)
+    for column, row in sorted(grid, key=lambda at: math.hypot(at[0] - x, at[1] - 4 - y)):
+        yield _text(mark.label, column, row, "middle", kind)
+
+
+def _front(
+    spots: Sequence[tuple[Mark, float, float]], *, less_x_is_better: bool
+) -> tuple[tuple[float, float], ...]:
+    """Return the points that no other one beats in both axes of this drawing, in order of x."""
+    sign = 1 if less_x_is_better else -1
+    best_y = math.inf
+    front: list[tuple[float, float]] = []
+    for _, x, y in sorted(spots, key=lambda spot: (sign * spot[1], spot[2])):
+        if y < best_y:
+            best_y = y
+            front.append((x, y))
+    return tuple(sorted(front))
+
+
+# --- drawing ----------------------------------------------------------------------------------
+
+
+def svg(drawn: Plan, *, name: str) -> str:
+    """
+    Draw; every text is escaped.
+
+    Args:
+        drawn: What to draw.
+        name: Prefix of the ids inside, unique in the page.
+    """
+    parts = [
+        (
+            f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'aria-labelledby="{escape(name)}-title {escape(name)}-desc">'
+        ),
+        f'<title id="{escape(name)}-title">{escape(drawn.title)}</title>',
+        f'<desc id="{escape(name)}-desc">{escape(describe(drawn))}</desc>',
+        *_draw_limits(drawn),
+        *_draw_axes(drawn),
+        *_draw_front(drawn),
+        *(part for one in drawn.placed for part in _draw_mark(one)),
+        "</svg>",
+    ]
+    return "\n".join(parts)
+
+
+def describe(drawn: Plan) -> str:
+    """Say in words what the chart shows."""
+    points = (
+        f"{one.mark.label} at {wording.number(one.mark.x)} with "
+        f"{wording.number(one.mark.kld_mean_nats)} nats"
+        for one in drawn.placed
+    )
+    return f"{drawn.x_title} against mean divergence: {'; '.join(points)}."
+
+
+def _draw_limits(drawn: Plan) -> Iterator[str]:
+    """Shade what the declaration forbids."""
+    if drawn.y_limit is not None:
+        yield (
+            f'<rect class="forbidden" x="{PLOT.left}" y="{drawn.y_limit:.1f}" '
+            f'width="{PLOT.right - PLOT.left}" height="{PLOT.bottom - drawn.y_limit:.1f}"/>'
+        )
+    if drawn.x_limit is not None:
+        yield (
+            f'<rect class="forbidden" x="{drawn.x_limit:.1f}" y="{PLOT.top}" '
+            f'width="{PLOT.right - drawn.x_limit:.1f}" height="{PLOT.bottom - PLOT.top}"/>'
+        )
+
+
+def _draw_axes(drawn: Plan) -> Iterator[str]:
+    for x, text in drawn.x_ticks:
+        yield _line("tick", x, PLOT.bottom, x, PLOT.bottom + 4)
+        yield _draw_text(text)
+    for y, text in drawn.y_ticks:
+        yield _line("grid", PLOT.left, y, PLOT.right, y)
+        yield _draw_text(text)
+    yield _line("axis", PLOT.left, PLOT.bottom, PLOT.right, PLOT.bottom)
+    middle = (PLOT.left + PLOT.right) / 2
+    yield (
+        f'<text class="title" x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor="middle">'
+        f"{escape(drawn.x_title)}</text>"
+    )
+
+
+def _draw_front(drawn: Plan) -> Iterator[str]:
+    if len(drawn.front) > 1:
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn.front)
+        yield f'<polyline class="front" points="{points}"/>'
+
+
+def _draw_mark(one: Placed) -> Iterator[str]:
+    mark, x, y = one.mark, one.x, one.y
+    kind = f"{mark.verdict.lower()}{'' if mark.on_frontier else ' dominated'}"
+    if one.high - one.low > 1:
+        yield _line("whisker", one.low, y, one.high, y)
+    if one.label is not None:
+        yield from _draw_leader(one.label, x, y)
+    yield f'<g class="mark {escape(kind)}"><title>{escape(_tooltip(mark))}</title>'
+    if mark.verdict == "REJECT":
+        arm = _POINT_PX - 1
+        yield (
+            f'<path d="M{x - arm:.1f} {y - arm:.1f}L{x + arm:.1f} {y + arm:.1f}'
+            f'M{x - arm:.1f} {y + arm:.1f}L{x + arm:.1f} {y - arm:.1f}"/>'
+        )
+    else:
+        radius = _POINT_PX + 1 if mark.verdict == "CHOSEN" else _POINT_PX - 1
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
+    yield "</g>"
+    if one.label is not None:
+        yield _draw_text(one.label)
+
+
+def _draw_leader(label: Text, x: float, y: float) -> Iterator[str]:
+    """Join a label that had to go far to its point."""
+    near_x = min(max(x, label.box.left), label.box.right)
+    near_y = min(max(y, label.box.top), label.box.bottom)
+    if math.hypot(near_x - x, near_y - y) > 3 * _POINT_PX:
+        yield _line("leader", x, y, near_x, near_y)
+
+
+def _tooltip(mark: Mark) -> str:
+    return (
+        f"{mark.label}: {wording.number(mark.x)}, {wording.number(mark.kld_mean_nats)} nats, "
+        f"{mark.verdict.lower()}"
+    )
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _draw_text(text: Text) -> str:
+    return (
+        f'<text class="{text.kind}" x="{text.x:.1f}" y="{text.y:.1f}" '
+        f'text-anchor="{text.anchor}">{escape(text.text)}</text>'
+    )
