@@ -10,7 +10,9 @@ that one misspelt key does not hide that a corpus is missing.
 from __future__ import annotations
 
 import json
+import re
 from difflib import get_close_matches
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, get_args
 from urllib.parse import urlsplit
 
@@ -66,10 +68,7 @@ def load(path: Path) -> Declaration:
         ParamsError: It is wrong; `problems` holds every finding, in the order of the file.
     """
     document = marked_yaml.read(path)
-    declared, problems = _judge(document)
-    if declared is None or problems:
-        raise marked_yaml.failure(problems)
-    return declared
+    return _judge(document, _contradictions(document.data))
 
 
 def check(at: Layout) -> Declaration:
@@ -80,11 +79,9 @@ def check(at: Layout) -> Declaration:
         ParamsError: The declaration, a corpus or a source directory is wrong; all problems at once.
     """
     document = marked_yaml.read(at.params)
-    declared, problems = _judge(document)
-    problems += _problems(document, _file_flaws(document.data, at.root))
-    if declared is None or problems:
-        raise marked_yaml.failure(problems)
-    return declared
+    return _judge(
+        document, chain(_contradictions(document.data), _file_flaws(document.data, at.root))
+    )
 
 
 def check_files(declared: Declaration, root: Path) -> list[Problem]:
@@ -138,23 +135,36 @@ def _count(plural: str, number: int) -> str:
     return f"{number} {plural.removesuffix('s') if number == 1 else plural}"
 
 
-def _judge(document: Document) -> tuple[Declaration | None, list[Problem]]:
-    """Return the typed declaration, if there can be one, and everything that is wrong."""
-    declared = None
-    flaws: list[Flaw] = []
+def _judge(document: Document, others: Iterable[Flaw]) -> Declaration:
+    """
+    Return the typed declaration if nothing is wrong with it.
+
+    Args:
+        document: The file.
+        others: What is wrong beyond YAML and types. A value that these refuse is not judged again.
+
+    Raises:
+        ParamsError: Something is.
+    """
+    problems = [finding.within(document.name) for finding in document.findings]
     refused = {finding.loc for finding in document.findings}
+    declared = None
     try:
         # From JSON, since strict types then take a list for a tuple, and nothing else for less.
         declared = params.Declaration.model_validate_json(json.dumps(document.data))
     except ValidationError as error:
-        flaws += [
-            _type_flaw(document, detail)
-            for detail in error.errors(include_url=False)
-            if detail["loc"] not in refused
+        details = error.errors(include_url=False)
+        typed = [
+            _type_flaw(document, each)
+            for each in details
+            if each["loc"] not in refused or each["type"] == "extra_forbidden"
         ]
-    flaws += _contradictions(document.data)
-    problems = [finding.within(document.name) for finding in document.findings]
-    return declared, problems + _problems(document, flaws)
+        problems += _problems(document, typed)
+        refused |= {flaw.loc for flaw in typed if not flaw.on_key}
+    problems += _problems(document, (f for f in others if f.on_key or f.loc not in refused))
+    if declared is None or problems:
+        raise marked_yaml.failure(problems)
+    return declared
 
 
 def _problems(document: Document, flaws: Iterable[Flaw]) -> list[Problem]:
@@ -181,24 +191,28 @@ def _type_flaw(document: Document, detail: ErrorDetails) -> Flaw:
         return _unknown_key(loc, schema.at(loc[:-1]))
     if loc and loc[-1] == "[key]":
         names = schema.at(loc[:-2])["propertyNames"]
-        return Flaw(loc[:-1], f"is not {schema.allowed(names)}", on_key=True)
-    part = schema.at(loc)
+        better = re.sub("[^a-z0-9_-]+", "-", str(loc[-2]).lower()).strip("-_")
+        fits = names["pattern"] == params.MODEL_KEY and re.fullmatch(params.MODEL_KEY, better)
+        close = f"; {quoted(better)} would be" if fits else ""
+        return Flaw(loc[:-1], f"is not {schema.allowed(names)}{close}", on_key=True)
+    part, shown = schema.at(loc), document.shown(loc)
+    words = schema.allowed(part)
     if detail["type"] == "missing":
-        needed = part.get("description", "")
-        return Flaw(loc, f"is missing; {schema.allowed(part)}. {needed}".strip(), on_key=True)
+        meaning = f" {part['description']}" if "description" in part else ""
+        return Flaw(loc, f"is missing.{meaning} Allowed: {words}", on_key=True)
     if loc == ("track", "tracking_uri"):
         # Never repeated: it may hold a password.
-        return Flaw(loc, f"is not {schema.allowed(part)}")
-    close = ""
-    if "enum" in part and isinstance(detail["input"], str):
-        close = did_you_mean(detail["input"], part["enum"])
-    return Flaw(loc, f"{document.shown(loc)} is not {schema.allowed(part)}{close}")
+        return Flaw(loc, f"is not {words}")
+    if "enum" in part and (close := did_you_mean(str(detail["input"]), part["enum"])):
+        return Flaw(loc, f"{shown} is unknown{close} Allowed: {words}")
+    quotes = "pattern" in part and isinstance(detail["input"], int | float)
+    return Flaw(loc, f"{shown} is not {words}" + ("; put it in quotes" if quotes else ""))
 
 
 def _unknown_key(loc: Loc, parent: dict[str, Any]) -> Flaw:
     known = list(parent["properties"])
-    close = did_you_mean(str(loc[-1]), known)
-    return Flaw(loc, f"is no key here; allowed: {', '.join(known)}{close}", on_key=True)
+    close = did_you_mean(str(loc[-1]), known) or "."
+    return Flaw(loc, f"is no key here{close} Allowed: {', '.join(known)}", on_key=True)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -263,8 +277,7 @@ def _corpus_flaws(data: Any, here: Loc, model: dict[str, Any]) -> Iterator[Flaw]
         if not isinstance(name, str):
             continue
         if name not in corpora:
-            close = did_you_mean(name, corpora)
-            text = f"corpus {quoted(name)} is not declared{_declared(corpora)}{close}"
+            text = f"corpus {quoted(name)} is not declared{_instead(name, corpora)}"
             yield Flaw((*here, role), text, on_key=role not in model)
             continue
         corpus = corpora[name]
@@ -275,9 +288,10 @@ def _corpus_flaws(data: Any, here: Loc, model: dict[str, Any]) -> Iterator[Flaw]
         yield Flaw((*here, "calibration"), f"{text} makes quants look better than they are")
 
 
-def _declared(names: Iterable[str]) -> str:
-    shown = ", ".join(quoted(name) for name in list(names)[:20])
-    return f"; declared: {shown}" if shown else "; none is"
+def _instead(name: str, declared: Iterable[str]) -> str:
+    """Say which names could have been meant."""
+    shown = ", ".join(quoted(each) for each in list(declared)[:20]) or "nothing"
+    return f"{did_you_mean(name, declared) or '.'} Declared: {shown}"
 
 
 def _quant_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
@@ -287,10 +301,10 @@ def _quant_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
     for key, quant in _entries(data, "quants"):
         here: Loc = ("quants", key)
         if _is_text(quant, "model") and quant["model"] not in models:
-            close = did_you_mean(quant["model"], models)
-            text = f"model {quoted(quant['model'])} is not declared{_declared(models)}{close}"
+            name = quant["model"]
+            text = f"model {quoted(name)} is not declared{_instead(name, models)}"
             yield Flaw((*here, "model"), text)
-        if _is_text(quant, "model") and quant.get("type") in _QUANT_TYPES:
+        elif _is_text(quant, "model") and quant.get("type") in _QUANT_TYPES:
             yield from _name_flaws(here, key, quant, seen)
         yield from _imatrix_flaws(here, quant, models.get(str(quant.get("model"))))
         yield from _tensor_flaws(here, quant)

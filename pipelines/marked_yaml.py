@@ -335,7 +335,9 @@ class _Builder:
         elif str(node.tag) in _NOT_PLAIN:
             self._refuse(node, (*loc, node.value), _NOT_PLAIN[str(node.tag)])
         elif str(node.tag) != f"{_TAG}str":
-            self._refuse(node, (*loc, node.value), "is a key but no text; put it in quotes")
+            self._refuse(
+                node, (*loc, node.value), "is not text to YAML, as a key must be; put it in quotes"
+            )
         else:
             return str(node.value)
         return None
