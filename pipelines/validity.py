@@ -78,10 +78,9 @@ def cpu_times(proc: Path = _PROC) -> CpuTimes:
         first = (proc / "stat").read_text().split("\n", 1)[0].split()
     except OSError:
         return CpuTimes(busy_s=0.0, stolen_s=0.0, load=load)
-    ticks = [int(word) for word in first[1 : _STEAL_FIELD + 2]]
+    *ticks, stolen = (int(word) for word in first[1 : _STEAL_FIELD + 2])
+    busy = sum(ticks) - sum(ticks[field] for field in _IDLE_FIELDS)
     hertz = os.sysconf("SC_CLK_TCK")
-    stolen = ticks[_STEAL_FIELD] if len(ticks) > _STEAL_FIELD else 0
-    busy = sum(ticks[:_STEAL_FIELD]) - sum(ticks[field] for field in _IDLE_FIELDS)
     return CpuTimes(busy_s=busy / hertz, stolen_s=stolen / hertz, load=load)
 
 

@@ -375,7 +375,7 @@ def test_divergence_never_accepts_what_is_not_finite(data: st.DataObject) -> Non
 
 
 def test_perplexity_of_the_reference_is_found_behind_the_eta() -> None:
-    """ "Final estimate" stands in one line with "ETA", whose own end goes to the other stream."""
+    """The estimate stands in one line with "ETA", whose own end goes to the other stream."""
     stderr = recorded("base.stderr")
     assert re.search(r"ETA .*Final estimate", stderr)
 
