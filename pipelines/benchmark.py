@@ -166,7 +166,9 @@ class _Bench:
         """Name a file as the tools get it: below the checkout, so that no output holds our path."""
         return str(path.relative_to(self.at.root))
 
-    def run(self, argv: Sequence[str], on_line: Callable[[str], None]) -> proc.Completed:
+    def run(
+        self, argv: Sequence[str], on_line: Callable[[str], None], *, timed: bool = False
+    ) -> proc.Completed:
         """Run one tool where the relative names hold, without options from the environment."""
         # llama.cpp reads further options from LLAMA_ARG_*.
         env = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")}
@@ -175,7 +177,10 @@ class _Bench:
             log=self.log,
             cwd=self.at.root,
             # A tool that aborts would call a debugger, which prints paths of this machine.
-            env=env | gpu.tool_environment() | {"GGML_NO_BACKTRACE": "1"},
+            env=env
+            | gpu.tool_environment()
+            | {"GGML_NO_BACKTRACE": "1"}
+            | ({} if timed else llamacpp.UNTIMED_ENV),
             inherit_env=False,
             on_line=on_line,
         )
@@ -332,7 +337,7 @@ def measure_speed(bench: _Bench) -> _Speed:
         gpu.Watch(ours.pids) as cards,
     ):
         before = validity.cpu_times()
-        done = bench.run(argv, lambda line: _show_bench(progress, line))
+        done = bench.run(argv, lambda line: _show_bench(progress, line), timed=True)
         after = validity.cpu_times()
     return _Speed(
         results=llamacpp.parse_bench(

@@ -21,7 +21,7 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pipelines import atomic, console, gguf_header, hashing, proc, records
+from pipelines import atomic, console, dvc_state, gguf_header, hashing, llamacpp, proc, records
 from pipelines.errors import DigestError, ParamsError, ToolError
 from pipelines.gguf_header import Array
 
@@ -89,7 +89,7 @@ def calibrate(wanted: CalibrateSlice, at: Layout, tools: Toolchain) -> Calibrate
         _run_tool(wanted, wanted.corpus, imatrix, at, tools)
         content = _check(imatrix, wanted, wanted.corpus)
         digests = hashing.digest(imatrix)
-    _remember(final, digests.md5)
+    dvc_state.remember(final, digests.md5)
     file = records.FileDigest(
         name=final.name, size_bytes=digests.size_bytes, sha256=digests.sha256, md5=digests.md5
     )
@@ -156,7 +156,8 @@ def _run_tool(
             log=log,
             cwd=at.root,
             # llama.cpp reads further options from LLAMA_ARG_*.
-            env={key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")},
+            env={key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")}
+            | llamacpp.UNTIMED_ENV,
             inherit_env=False,
             on_line=lambda line: _show(progress, line),
             line_ends=b"\r\n,",
@@ -280,13 +281,6 @@ def _record(
         partial_entries_count=content.partial_entries_count,
         imatrix=imatrix,
     )
-
-
-def _remember(path: Path, md5: str) -> None:
-    """Tell DVC what it would otherwise read the whole file for."""
-    from pipelines import dvc_state  # noqa: PLC0415 - imports DVC
-
-    dvc_state.remember(path, md5)
 
 
 def _usable_cpus() -> int:
