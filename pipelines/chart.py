@@ -19,8 +19,8 @@ from pipelines import wording
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-WIDTH = 440
-HEIGHT = 320
+WIDTH = 384
+HEIGHT = 296
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 16, 46
 _FONT_PX = 12
 # All monospaced faces of the style sheet advance by 0.55 to 0.61 em.
@@ -29,6 +29,9 @@ _LINE_PX = 15
 _POINT_PX = 5
 _STEP_PX = 5
 _WANTED_TICKS = 5
+_NEAR_PX = 16
+# A label belongs to the point that is nearer by this much; otherwise a line joins them.
+_CLEARLY_PX = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ class Box:
             and other.top < self.bottom
         )
 
+    def distance(self, x: float, y: float) -> float:
+        """Return how far a point is from the nearest edge; 0 inside."""
+        return math.hypot(
+            max(self.left - x, 0, x - self.right), max(self.top - y, 0, y - self.bottom)
+        )
+
     def holds(self, other: Box) -> bool:
         """Tell whether `other` lies inside."""
         return (
@@ -59,6 +68,7 @@ class Box:
         )
 
 
+_Spot = tuple["Mark", float, float]
 PLOT = Box(_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM)
 
 
@@ -97,6 +107,7 @@ class Placed:
     low: float
     high: float
     label: Text | None
+    has_leader: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +149,7 @@ class _Scale:
 def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
     """Return an interval around the values with some air; never empty."""
     low, high = min(values), max(values)
-    air = max((high - low) * 0.1, least)
+    air = max((high - low) * 0.12, least)
     return low - air, high + air
 
 
@@ -247,7 +258,7 @@ def _text(text: str, x: float, y: float, anchor: str, kind: str = "tick") -> Tex
     return Text(text=text, x=x, y=y, anchor=anchor, kind=kind, box=box)
 
 
-def _place(spots: Sequence[tuple[Mark, float, float]], scale: _Scale) -> tuple[Placed, ...]:
+def _place(spots: Sequence[_Spot], scale: _Scale) -> tuple[Placed, ...]:
     """Give labels their places, the chosen quant first; a label may not cover any point."""
     taken = [
         Box(x - _POINT_PX - 2, y - _POINT_PX - 2, x + _POINT_PX + 2, y + _POINT_PX + 2)
@@ -255,22 +266,37 @@ def _place(spots: Sequence[tuple[Mark, float, float]], scale: _Scale) -> tuple[P
     ]
     taken += [Box(scale.at(m.low), y - 1, scale.at(m.high), y + 1) for m, _, y in spots]
     labels: dict[str, Text | None] = {}
-    for mark, x, y in sorted(spots, key=lambda spot: spot[0].verdict != "CHOSEN"):
-        free = (
-            label
-            for label in _places(mark, x, y)
-            if PLOT.holds(label.box) and not any(label.box.overlaps(box) for box in taken)
-        )
-        labels[mark.label] = next(free, None)
-        if (label := labels[mark.label]) is not None:
+    for spot in sorted(spots, key=lambda spot: spot[0].verdict != "CHOSEN"):
+        label = labels[spot[0].label] = _free_place(spot, spots, taken)
+        if label is not None:
             taken.append(label.box)
     return tuple(
         Placed(
             mark=mark, x=x, y=y, low=scale.at(mark.low), high=scale.at(mark.high),
-            label=labels[mark.label],
+            label=(label := labels[mark.label]),
+            has_leader=label is not None and not _is_plain(label, (mark, x, y), spots),
         )
         for mark, x, y in spots
     )  # fmt: skip
+
+
+def _free_place(spot: _Spot, spots: Sequence[_Spot], taken: Sequence[Box]) -> Text | None:
+    """Return the nearest free place whose owner is plain, else the nearest one for a leader."""
+    fallback = None
+    for label in _places(*spot):
+        if not PLOT.holds(label.box) or any(label.box.overlaps(box) for box in taken):
+            continue
+        if _is_plain(label, spot, spots):
+            return label
+        fallback = fallback or label
+    return fallback
+
+
+def _is_plain(label: Text, own: _Spot, spots: Sequence[_Spot]) -> bool:
+    """Tell whether a label is so near to its point, and to no other, that nobody can err."""
+    distance = label.box.distance(own[1], own[2])
+    others = (label.box.distance(x, y) for mark, x, y in spots if mark is not own[0])
+    return distance < _NEAR_PX and distance + _CLEARLY_PX < min(others, default=math.inf)
 
 
 def _places(mark: Mark, x: float, y: float) -> Iterator[Text]:
@@ -291,9 +317,7 @@ def _places(mark: Mark, x: float, y: float) -> Iterator[Text]:
         yield _text(mark.label, column, row, "middle", kind)
 
 
-def _front(
-    spots: Sequence[tuple[Mark, float, float]], *, less_x_is_better: bool
-) -> tuple[tuple[float, float], ...]:
+def _front(spots: Sequence[_Spot], *, less_x_is_better: bool) -> tuple[tuple[float, float], ...]:
     """Return the points that no other one beats in both axes of this drawing, in order of x."""
     sign = 1 if less_x_is_better else -1
     best_y = math.inf
@@ -382,8 +406,8 @@ def _draw_mark(one: Placed) -> Iterator[str]:
     kind = f"{mark.verdict.lower()}{'' if mark.on_frontier else ' dominated'}"
     if one.high - one.low > 1:
         yield _line("whisker", one.low, y, one.high, y)
-    if one.label is not None:
-        yield from _draw_leader(one.label, x, y)
+    if one.label is not None and one.has_leader:
+        yield _draw_leader(one.label, x, y)
     yield f'<g class="mark {escape(kind)}"><title>{escape(_tooltip(mark))}</title>'
     if mark.verdict == "REJECT":
         arm = _POINT_PX - 1
@@ -399,12 +423,11 @@ def _draw_mark(one: Placed) -> Iterator[str]:
         yield _draw_text(one.label)
 
 
-def _draw_leader(label: Text, x: float, y: float) -> Iterator[str]:
-    """Join a label that had to go far to its point."""
+def _draw_leader(label: Text, x: float, y: float) -> str:
+    """Join a label to its point."""
     near_x = min(max(x, label.box.left), label.box.right)
     near_y = min(max(y, label.box.top), label.box.bottom)
-    if math.hypot(near_x - x, near_y - y) > 3 * _POINT_PX:
-        yield _line("leader", x, y, near_x, near_y)
+    return _line("leader", x, y, near_x, near_y)
 
 
 def _tooltip(mark: Mark) -> str:

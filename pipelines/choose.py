@@ -412,7 +412,7 @@ class _Election:
         return f"the {self.order[0].best} of {tie}"
 
     def _effect(self) -> str:
-        return f"{wording.percent(self.metric.effect(self.slice.choose))} or the noise"
+        return f"{wording.declared(self.metric.effect(self.slice.choose) * 100)} % or the noise"
 
     def _figures(self, one: Trusted) -> str:
         return (
@@ -449,9 +449,8 @@ class _Election:
         if not turned_away:
             return ""
 
-        def distance(one: Trusted) -> tuple[int, float, str]:
-            missed = self.missed[one.type]
-            return len(missed), max(miss.excess for miss in missed), one.type
+        def distance(one: Trusted) -> tuple[float, str]:
+            return max(miss.excess for miss in self.missed[one.type]), one.type
 
         nearest = min(turned_away, key=distance)
         return f"{nearest.type} comes closest: {self._why_out(nearest)}."
@@ -581,17 +580,13 @@ def _frontier_row(one: Candidate) -> dict[str, str | float | bool | None]:
     }
 
 
-def _metrics_row(one: Candidate) -> dict[str, float | None]:
-    return {
-        "decode_tok_s": one.decode_tok_s,
-        "prefill_tok_s": one.prefill_tok_s,
-        "kld_mean_nats": one.kld_mean_nats,
-        "kld_p999_nats": one.kld_p999_nats,
-        "same_top": one.same_top,
-        "ppl_ratio": one.ppl_ratio,
-        "memory_mib": one.memory_mib,
-        "size_mib": one.size_mib,
-    }
+def _metrics_row(one: Candidate) -> dict[str, float]:
+    names = (
+        "decode_tok_s", "prefill_tok_s", "kld_mean_nats", "kld_p999_nats", "same_top", "ppl_ratio",
+        "memory_mib", "size_mib",
+    )  # fmt: skip
+    values = ((name, getattr(one, name)) for name in names)
+    return {name: value for name, value in values if value is not None}
 
 
 def committed_winners(model: str, at: Layout) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -114,6 +114,7 @@ _ENTITIES = str.maketrans(
     | {"@": "@\u200b", "#": "#\u200b"}
 )
 _LOOSE_UNDERSCORE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_UNITS = re.compile(r"(?<=\d) (?=%|tok/s|nats|MiB|GiB|tokens|quants)|(?<=at depth) (?=\d)")
 _LINK = re.compile(r"(?i)(:)(?=//)|(www)(?=\.)|(mailto|xmpp)(?=:)")
 
 
@@ -177,9 +178,14 @@ def html(report: Report) -> str:
         columns=columns,
         charts=charts,
         number=wording.number,
-        interval=_interval,
+        prose=prose,
         commands=lambda model: "\n".join(model.commands),
     )
+
+
+def prose(text: str) -> str:
+    """Keep numbers and their units on one line."""
+    return _UNITS.sub("\u00a0", text)
 
 
 def _policy(css: str, script: str) -> str:
@@ -243,7 +249,8 @@ def terminal(report: Report, width: int = 80, *, colour: bool = False) -> str:
     """Render for a person at a terminal of `width` columns; colour only if that is one."""
     width = max(width, 40)
     blocks = [_terminal_model(model, width, colour=colour) for model in report.models]
-    blocks.append([f"{report.summary}. Details: results/report.md, results/report.html"])
+    last = f"{report.summary}. Details: results/report.md, results/report.html"
+    blocks.append(_wrap(last, width))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
@@ -277,19 +284,22 @@ def _terminal_table(model: ModelReport, width: int, *, colour: bool) -> list[str
     while _table_width(shown, model.rows) > width and any(column.priority for column in shown):
         shown.remove(max(shown, key=lambda column: column.priority))
     widths = [_column_width(column, model.rows) for column in shown]
-    heads = [_cell(column, _head(column), w) for column, w in zip(shown, widths, strict=True)]
+    heads = [_cell(column, column.head, w) for column, w in zip(shown, widths, strict=True)]
     units = [_cell(column, column.unit, w) for column, w in zip(shown, widths, strict=True)]
-    lines = [_paint(("  " + "  ".join(cells)).rstrip(), "2", on=colour) for cells in (heads, units)]
+    lines = [
+        _paint(_cut(("  " + "  ".join(cells)).rstrip(), width), "2", on=colour)
+        for cells in (heads, units)
+    ]
     for row in model.rows:
         cells = [_cell(c, clean(c.text(row)), w) for c, w in zip(shown, widths, strict=True)]
         mark = "▸ " if row.is_winner else "  "
-        text = (mark + "  ".join(cells)).rstrip()
+        text = _cut((mark + "  ".join(cells)).rstrip(), width)
         lines.append(_paint(text, _COLOURS[row.verdict], on=colour and row.verdict != "PASS"))
     return lines
 
 
-def _head(column: Column) -> str:
-    return column.head
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def _column_width(column: Column, rows: Sequence[Row]) -> int:

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 # From good to bad.
 VERDICTS = ("PROMOTE", "HOLD", "REJECT", "INVALID")
+_VERDICT_WORDS = {
+    "PROMOTE": "promoted", "HOLD": "on hold", "REJECT": "rejected", "INVALID": "invalid",
+}  # fmt: skip
 _TEXT_CHARACTERS = 400
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _STALE = "the choice is older than the files that it speaks of"
@@ -56,6 +59,19 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reason:
+    """Why a quant was not chosen; `hosts` is empty if that holds for all of them."""
+
+    hosts: tuple[str, ...]
+    text: str
+
+    @property
+    def where(self) -> str:
+        """The hosts in words, with a blank in front: ` on workstation and laptop`."""
+        return f" on {wording.listed(list(self.hosts))}" if self.hosts else ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One declared quant in the table of its model. Absent numbers were not measured."""
 
@@ -64,7 +80,7 @@ class Row:
     verdict_words: str
     is_winner: bool
     on_frontier: bool
-    sentences: tuple[str, ...]
+    reasons: tuple[Reason, ...]
     size_mib: float | None = None
     bits_per_weight: float | None = None
     memory_mib: float | None = None
@@ -75,19 +91,24 @@ class Row:
     ppl_ratio: float | None = None
 
     @property
-    def reasons(self) -> tuple[str, ...]:
-        """The sentences without the name of the quant in front."""
-        return tuple(text.removeprefix(f"{self.type}: ") for text in self.sentences)
+    def sentences(self) -> tuple[str, ...]:
+        """Each reason as a sentence of its own: `Q8_0 on laptop: 412 MiB over ...`."""
+        return tuple(f"{self.type}{one.where}: {one.text}" for one in self.reasons)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostVerdict:
-    """What was decided for one host."""
+    """What was decided for one host, or for several of which the same is to be said."""
 
-    host: str
+    hosts: tuple[str, ...]
     verdict: str
     sentence: str
     details: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """The hosts in words: `workstation and laptop`."""
+        return wording.listed(list(self.hosts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +145,7 @@ class ModelReport:
         """The verdict in words, for each host: `tiny-llama: promote Q4_K_M: the fastest ...`."""
         if len(self.hosts) == 1:
             return (f"{self.name}: {self.hosts[0].sentence}.",)
-        return tuple(f"{self.name} on {one.host}: {one.sentence}." for one in self.hosts)
+        return tuple(f"{self.name} on {one.where}: {one.sentence}." for one in self.hosts)
 
     @property
     def winner(self) -> Row | None:
@@ -133,12 +154,12 @@ class ModelReport:
 
     @property
     def others(self) -> tuple[Row, ...]:
-        """The quants that were not chosen."""
-        return tuple(row for row in self.rows if not row.is_winner)
+        """The quants that were not chosen, or not on every host."""
+        return tuple(row for row in self.rows if row.reasons)
 
     @property
     def losers(self) -> tuple[str, ...]:
-        """One sentence for each quant that was not chosen."""
+        """One sentence for each quant that was not chosen, and for each host where that differs."""
         return tuple(sentence for row in self.others for sentence in row.sentences)
 
 
@@ -151,11 +172,15 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """Return `4 models: 2 promote, 1 hold, 1 invalid`."""
+        """Return `4 models: 2 promoted, 1 on hold, 1 invalid`."""
         if not self.models:
             return "No model is declared"
-        shares = ", ".join(f"{count} {verdict.lower()}" for verdict, count in self.counts)
-        return f"{wording.counted(len(self.models), 'model')}: {shares}"
+        return f"{wording.counted(len(self.models), 'model')}: {', '.join(self.shares)}"
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """How many models got which verdict, from good to bad."""
+        return tuple(f"{count} {_VERDICT_WORDS[verdict]}" for verdict, count in self.counts)
 
 
 # --- entry points -----------------------------------------------------------------------------
@@ -242,7 +267,7 @@ class _Reader:
             context_tokens=choice.context_tokens if choice else None,
             depth_tokens=choice.decode_depth_tokens if choice else None,
             limits=choice.gates if choice else {},
-            memory_limit_mib=min(limits, default=None),
+            memory_limit_mib=max(limits, default=None),
             method=self._method(),
             lineage=self._lineage(),
             files=self._files(),
@@ -257,8 +282,8 @@ class _Reader:
         if isinstance(self.choice, str) or doubt or not self.choice.hosts:
             reason = self.choice if isinstance(self.choice, str) else doubt or "no host is declared"
             sentence = f"invalid: nothing is chosen ({_tidy(reason)})"
-            return (HostVerdict(host="-", verdict="INVALID", sentence=sentence, details=()),)
-        return tuple(_host_verdict(one) for one in self.choice.hosts)
+            return (HostVerdict(hosts=(), verdict="INVALID", sentence=sentence, details=()),)
+        return _host_verdicts(self.choice.hosts)
 
     def _doubt(self) -> str:
         """Say why the choice on disk does not speak of the files on disk, if so."""
@@ -287,11 +312,15 @@ class _Reader:
         verdicts = {one.verdict for _, one in candidates}
         row = Row(
             type=type_,
-            verdict=_shown_verdict(verdicts),
+            verdict=_best_verdict(verdicts),
             verdict_words=_verdict_words(candidates),
             is_winner="CHOSEN" in verdicts,
             on_frontier=any(one.on_frontier for _, one in candidates),
-            sentences=_sentences(candidates) or (f"{type_}: {self._why_absent(type_)}.",),
+            reasons=(
+                _reasons(type_, candidates)
+                if candidates
+                else (Reason(hosts=(), text=f"{self._why_absent(type_)}."),)
+            ),
         )
         built, measured = self.built[type_], self.measured[type_]
         if isinstance(built, str):
@@ -325,7 +354,8 @@ class _Reader:
         if not days:
             return ("Nothing is measured yet.",)
         when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-        return (*lines, f"Measured {when}. Brackets hold 95 % intervals.")
+        heads = "memory at the declared context, decode at the deepest measured one"
+        return (*lines, f"Measured {when}: {heads}. Brackets hold 95 % intervals.")
 
     def _lineage(self) -> tuple[tuple[str, str], ...]:
         lines: list[tuple[str, str]] = []
@@ -396,43 +426,56 @@ def _tidy(text: str) -> str:
     return line if len(line) <= _TEXT_CHARACTERS else line[: _TEXT_CHARACTERS - 1] + "…"
 
 
-def _host_verdict(one: HostChoice) -> HostVerdict:
+def _host_verdicts(hosts: Sequence[HostChoice]) -> tuple[HostVerdict, ...]:
+    """Say what was decided; hosts of which the same is to be said are named together."""
+    together: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for one in hosts:
+        said = (one.verdict, _tidy(one.sentence).rstrip("."), _details(one))
+        together.setdefault(said, []).append(one.host)
+    return tuple(
+        HostVerdict(hosts=tuple(names), verdict=verdict, sentence=sentence, details=details)
+        for (verdict, sentence, details), names in together.items()
+    )
+
+
+def _details(one: HostChoice) -> tuple[str, ...]:
     details = [one.binding] if one.binding else []
     if one.runner_up:
         details.append(f"Runner-up: {one.runner_up}.")
     if one.winner and one.incumbent:
         same = one.incumbent == one.winner
         details.append("Nothing changes in service." if same else f"In service: {one.incumbent}.")
-    return HostVerdict(
-        host=one.host,
-        verdict=one.verdict,
-        sentence=_tidy(one.sentence).rstrip("."),
-        details=tuple(_tidy(text) for text in details),
-    )
+    return tuple(_tidy(text) for text in details)
 
 
-def _shown_verdict(verdicts: Collection[str]) -> str:
-    """Return one verdict for the colour of a row: chosen anywhere, else the worst."""
-    order = ("CHOSEN", "INVALID", "REJECT", "PASS")
+def _best_verdict(verdicts: Collection[str]) -> str:
+    """Return the verdict that a row is coloured by: the best that it gets on any host."""
+    order = ("CHOSEN", "PASS", "REJECT", "INVALID")
     return next((verdict for verdict in order if verdict in verdicts), "INVALID")
 
 
 def _verdict_words(candidates: Sequence[tuple[str, Candidate]]) -> str:
-    """Write `chosen`, or `a: chosen, b: reject` where hosts differ."""
-    verdicts = {one.verdict for _, one in candidates}
-    if not verdicts:
+    """Write `chosen`, or where that is so if not everywhere: `chosen on laptop`."""
+    if not candidates:
         return "not chosen from"
-    if len(verdicts) == 1:
-        return verdicts.pop().lower()
-    return ", ".join(f"{host}: {one.verdict.lower()}" for host, one in candidates)
+    best = _best_verdict({one.verdict for _, one in candidates})
+    where = [host for host, one in candidates if one.verdict == best]
+    if len(where) == len(candidates):
+        return best.lower()
+    place = where[0] if len(where) == 1 else f"{len(where)} of {len(candidates)} hosts"
+    return f"{best.lower()} on {place}"
 
 
-def _sentences(candidates: Sequence[tuple[str, Candidate]]) -> tuple[str, ...]:
-    """Return what is said of a quant: once if all hosts say the same, else for each host."""
-    said = dict.fromkeys(_tidy(one.sentence) for _, one in candidates)
-    if len(said) <= 1:
-        return tuple(said)
-    return tuple(f"On {host}, {_tidy(one.sentence)}" for host, one in candidates)
+def _reasons(type_: str, candidates: Sequence[tuple[str, Candidate]]) -> tuple[Reason, ...]:
+    """Return what keeps a quant out, naming hosts where that is not the same for all of them."""
+    said: dict[str, list[str]] = {}
+    for host, one in candidates:
+        if one.verdict != "CHOSEN":
+            said.setdefault(_tidy(one.sentence).removeprefix(f"{type_}: "), []).append(host)
+    return tuple(
+        Reason(hosts=() if len(hosts) == len(candidates) else tuple(hosts), text=text)
+        for text, hosts in said.items()
+    )
 
 
 def _with(row: Row, **numbers: float | Interval | None) -> Row:
@@ -470,7 +513,7 @@ def _method_line(one: BenchmarkRecord) -> str:
         f"{devices}, {wording.counted(machine.cores_count, 'core')}, {machine.memory_gib:,} GiB, "
         f"backend {machine.backend}, {wording.counted(one.threads, 'thread')}; "
         f"llama.cpp {one.llama_cpp_commit[:12]}; "
-        f"{repetitions} repetitions of each speed test, the first {first} more dropped; "
+        f"{repetitions} repetitions of each speed test after {first} that warm up; "
         f"divergence from f16 over {wording.counted(quality.chunks_count, 'chunk')} of "
         f"{wording.tokens(quality.context_tokens)} tokens of corpus "
         f"{quality.corpus_sha256[:12]} ({wording.tokens(quality.scored_tokens)} scored); "

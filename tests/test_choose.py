@@ -190,7 +190,7 @@ def test_equally_fast_quants_are_decided_by_divergence() -> None:
 
     assert only_host(choice).winner == "Q4_K_M"
     assert candidate(choice, "Q4_K_S").sentence.startswith(
-        "Q4_K_S: passes; as fast as Q4_K_M within 3.0 % or the noise, and 33 % more divergent"
+        "Q4_K_S: passes; as fast as Q4_K_M within 3 % or the noise, and 33 % more divergent"
     )
 
 
