@@ -59,7 +59,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 _PROGRESS: Final = re.compile(r"Writing:\s+(\d+)%")
-_RAISED: Final = re.compile(r"(?m)^(?:[\w.]*\.)?([A-Z]\w*(?:Error|Exception|Warning)): ?(.*)$")
+_RAISED: Final = re.compile(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception))(?:: (.*))?$")
 _CHKHSH: Final = re.compile(r"chkhsh:\s+([0-9a-f]{64})")
 
 

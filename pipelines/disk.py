@@ -38,6 +38,8 @@ _BITS_PER_WEIGHT: Final = {
     "Q2_K": 3.4, "Q2_K_S": 3.2, "IQ2_M": 3.1, "IQ2_S": 2.9, "IQ2_XS": 2.7, "IQ2_XXS": 2.5,
     "IQ1_M": 2.3, "IQ1_S": 2.1, "TQ1_0": 2.2, "TQ2_0": 2.6,
 }  # fmt: skip
+_SMALL_PARAMETERS_COUNT: Final = 1_500_000_000
+_SMALL_EXTRA_BITS: Final = 2.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +111,16 @@ def f16_bytes(parameters_count: int) -> int:
 
 
 def quant_bytes(type_: str, parameters_count: int) -> int:
-    """Upper bound of a quant of `type_`, in bytes; embeddings of small models weigh more."""
-    return int(parameters_count * _BITS_PER_WEIGHT[type_] / 8 * 1.05) + (32 << 20)
+    """
+    Upper bound of a quant of `type_`, in bytes.
+
+    Embeddings, which keep more bits, weigh more in a small model, and its rows are more often no
+    multiple of 256, so that they fall back to wider types: Qwen2.5-0.5B takes 5.5 bits as Q2_K.
+    """
+    bits = _BITS_PER_WEIGHT[type_]
+    if parameters_count < _SMALL_PARAMETERS_COUNT:
+        bits += _SMALL_EXTRA_BITS
+    return int(parameters_count * bits / 8 * 1.05) + (32 << 20)
 
 
 def plan_bytes(size: Size, types: tuple[str, ...], *, fetched: bool, converted: bool) -> Plan:

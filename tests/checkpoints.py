@@ -7,7 +7,12 @@ import math
 import shutil
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pipelines import fetch
+
+if TYPE_CHECKING:
+    from pipelines.toolchain import Toolchain
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples/tiny-llama"
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1, "F8_E4M3": 1}
@@ -95,3 +100,21 @@ def tiny(directory: Path, *, shards: int = 1, seed: int = 1, **config: Any) -> P
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+def declare(root: Path, source: Path, tools: Toolchain) -> None:
+    """Write a params.yaml with one model, `tiny`, at `source` below `root`, and one quant."""
+    spec = tools.manifest
+    (root / "params.yaml").write_text(
+        f"""\
+toolchain: {{llama_cpp_python: {spec["llama_cpp_python"]}, sha256: "{spec["sdist_sha256"]}"}}
+corpora: {{evaluation: {{path: corpora/evaluation.txt, sha256: "{"0" * 64}"}}}}
+models:
+  tiny:
+    source: path:{source.relative_to(root)}
+    revision: "{fetch.content_digest(source)}"
+    context_tokens: 256
+quants: {{tiny-Q8_0: {{model: tiny, type: Q8_0}}}}
+hosts: {{here: {{memory_mib: 8192}}}}
+"""
+    )

@@ -10,9 +10,9 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from checkpoints import PARAMETERS_COUNT, SHAPES, safetensors, tiny
+from checkpoints import PARAMETERS_COUNT, SHAPES, declare, safetensors, tiny
 
-from pipelines import disk, fetch, records
+from pipelines import fetch, records
 from pipelines.errors import DigestError, MachineError, UpstreamError
 from pipelines.fetch import LocalDirectory
 from pipelines.layout import Layout
@@ -177,7 +177,10 @@ def _edit_config(**values: Any) -> Callable[[Path], None]:
 
 
 def _write(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda source: (source / name).write_bytes(content) and None
+    def write(source: Path) -> None:
+        (source / name).write_bytes(content)
+
+    return write
 
 
 def _drop(*dropped: str) -> Callable[[Path], None]:
@@ -344,7 +347,7 @@ def test_too_small_a_disk_is_found_before_the_first_byte(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Needed, free and place are in the message, and not even a directory was made."""
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
 
     with pytest.raises(MachineError, match=r"the disk is too small: fetch tiny needs .* are free"):
         bring(source, tmp_path / "work/source")
@@ -390,8 +393,6 @@ def test_the_stage_writes_the_same_record_twice(
     tools: Toolchain,
 ) -> None:
     """`fleet fetch` twice: equal bytes of record and files, and no path of this machine in it."""
-    from test_convert import declare  # noqa: PLC0415 - the one that writes a whole params.yaml
-
     declare(tmp_path, source, tools)
     at = Layout(tmp_path)
 
