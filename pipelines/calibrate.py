@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pipelines import atomic, console, dvc_state, gguf_header, hashing, llamacpp, proc, records
-from pipelines.errors import DigestError, ParamsError, ToolError
+from pipelines.errors import DigestError, FleetError, ParamsError, ToolError
 from pipelines.gguf_header import Array
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ _NEVER: Final = 1_000_000_000
 
 _CHUNK: Final = re.compile(r"^\[(\d+)\]")
 _CHUNKS_PLANNED: Final = re.compile(r"computing over (\d+) chunks")
-_TOO_SHORT: Final = re.compile(r"tokenizes to only (\d+) tokens")
+_TOKENS: Final = re.compile(r"^Total number of tokens: (\d+)$", re.MULTILINE)
+# A text with more bytes than this for each token is not short.
+_MAX_TOKEN_BYTES: Final = 64
 _SUMS: Final = ".in_sum2"
 _COUNTS: Final = ".counts"
 _SHOWN: Final = 6
@@ -139,7 +141,7 @@ def _check_corpus(corpus: Corpus, at: Layout) -> None:
 def _run_tool(
     wanted: CalibrateSlice, corpus: Corpus, imatrix: Path, at: Layout, tools: Toolchain
 ) -> None:
-    """Run llama-imatrix with a progress line; too short a text is said in our own words."""
+    """Run llama-imatrix with a progress line."""
     argv = imatrix_argv(
         tools.tool("llama-imatrix"),
         model=at.f16(wanted.model).absolute(),
@@ -162,11 +164,42 @@ def _run_tool(
             on_line=lambda line: _show(progress, line),
             line_ends=b"\r\n,",
             ok_codes=(0, 1),
+            one_stream=True,
         )
-    if short := _TOO_SHORT.search(done.stderr):
-        raise _too_short(wanted, corpus, int(short[1]) // wanted.context_tokens)
     if done.code:
-        raise ToolError(f"llama-imatrix ended with exit code 1.\n{proc.tail(done)}", log=log)
+        raise _failure(wanted, corpus, at, tools, done)
+
+
+def _failure(
+    wanted: CalibrateSlice, corpus: Corpus, at: Layout, tools: Toolchain, done: proc.Completed
+) -> FleetError:
+    """
+    Find out why llama-imatrix ended with exit code 1.
+
+    llama.cpp hands messages to a thread and may end before that has written the last ones
+    (common/log.cpp says so), so the commonest cause is looked for and not read.
+    """
+    log = at.log("calibrate", wanted.model)
+    text = at.root / corpus.path
+    if text.stat().st_size <= 2 * wanted.context_tokens * _MAX_TOKEN_BYTES:
+        argv = tokenize_argv(tools.tool("llama-tokenize"), at.f16(wanted.model), text)
+        counted = _TOKENS.search(proc.run(argv, log=log).stdout)
+        if counted and int(counted[1]) < 2 * wanted.context_tokens:
+            return _too_short(wanted, corpus, int(counted[1]) // wanted.context_tokens)
+    return ToolError(
+        f"llama-imatrix ended with exit code 1.\n{proc.tail(done)}",
+        hint="If it does not say why: activations that are not finite end it like this, and its "
+        "last words are sometimes lost.",
+        log=log,
+    )
+
+
+def tokenize_argv(program: Path, model: Path, text: Path) -> list[str | Path]:
+    """Spell the command that counts the tokens of a text as llama-imatrix does."""
+    return [
+        program, "-m", model, "-f", text,
+        "--ids", "--show-count", "--no-parse-special", "--log-disable",
+    ]  # fmt: skip
 
 
 def _show(progress: console.Progress, line: str) -> None:

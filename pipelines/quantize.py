@@ -17,7 +17,17 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from pipelines import atomic, console, disk, gguf_header, hashing, proc, records, tensor_mix
+from pipelines import (
+    atomic,
+    console,
+    disk,
+    dvc_state,
+    gguf_header,
+    hashing,
+    proc,
+    records,
+    tensor_mix,
+)
 from pipelines.errors import ParamsError, ToolError
 
 if TYPE_CHECKING:
@@ -78,7 +88,7 @@ def quantize(wanted: QuantizeSlice, at: Layout, tools: Toolchain) -> QuantizeRec
         )
         made = check_made(part, source, mix, calibration)
         digests = hashing.digest(part)
-    _remember(final, digests.md5)
+    dvc_state.remember(final, digests.md5)
     return records.QuantizeRecord(
         key=wanted.key,
         model=wanted.model,
@@ -249,13 +259,6 @@ def _shapes(header: Header) -> dict[str, tuple[int, ...]]:
         tensor.name: tensor.shape + (1,) * (gguf_header.MAX_DIMS - len(tensor.shape))
         for tensor in header.tensors
     }
-
-
-def _remember(path: Path, md5: str) -> None:
-    """Tell DVC what it would otherwise read the whole file for."""
-    from pipelines import dvc_state  # noqa: PLC0415 - imports DVC
-
-    dvc_state.remember(path, md5)
 
 
 def _some(names: list[str]) -> str:

@@ -1,5 +1,5 @@
 """
-Small GGUF models that the real llama.cpp tools load.
+Small GGUF models that the real llama.cpp tools load, and fleets with one of them.
 
 A Llama with random weights: it predicts nothing, but it is tokenized, evaluated, calibrated,
 quantized and measured like any other. Equal arguments give equal bytes.
@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import gguf
 import numpy as np
+
+from pipelines import gguf_header, hashing, records
+from pipelines.layout import Layout
+from pipelines.params import QuantizeSlice, TensorRule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +75,49 @@ def tiny_llama_gguf(  # noqa: PLR0913 - each argument is one dimension of the mo
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def converted_model(root: Path, *, model: str = "tiny", **dimensions: Any) -> Layout:
+    """Make a folder in which `convert` of one model has run: the 16-bit GGUF and its record."""
+    at = Layout(root)
+    path = tiny_llama_gguf(at.f16(model), **dimensions)
+    header = gguf_header.read(path)
+    digests = hashing.digest(path)
+    record = records.ConvertRecord(
+        model=model,
+        revision="0" * 40,
+        architecture="llama",
+        llama_cpp_commit="f" * 40,
+        recipe=1,
+        tensors_count=len(header.tensors),
+        tensor_types=header.type_counts(),
+        context_train_tokens=header.integer("llama.context_length"),
+        gguf=records.FileDigest(
+            name=path.name, size_bytes=digests.size_bytes, sha256=digests.sha256, md5=digests.md5
+        ),
+    )
+    records.write(at.model_record("convert", model), record)
+    return at
+
+
+def quant(
+    type_: str = "Q4_K_M", rules: tuple[tuple[str, str], ...] = (), **options: Any
+) -> QuantizeSlice:
+    """Return the slice of one quant of the model `tiny`, with defaults."""
+    values = {
+        "key": f"tiny-{type_}",
+        "model": "tiny",
+        "recipe": 1,
+        "type": type_,
+        "imatrix": False,
+        "tensor_types": tuple(TensorRule(match=m, type=t) for m, t in rules),  # type: ignore[arg-type]
+        "output_tensor_type": None,
+        "token_embedding_type": None,
+        "pure": False,
+        "leave_output_tensor": False,
+        "max_fallbacks": 0,
+    }
+    return QuantizeSlice.model_validate(values | options)
 
 
 def _write_metadata(  # noqa: PLR0913, PLR0917 - as above
