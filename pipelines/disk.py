@@ -36,7 +36,7 @@ _BITS_PER_WEIGHT: Final = {
     "MXFP4_MOE": 4.8, "Q3_K_L": 4.5, "Q3_K_M": 4.2, "Q3_K_S": 3.8,
     "IQ3_M": 3.9, "IQ3_S": 3.8, "IQ3_XS": 3.6, "IQ3_XXS": 3.4,
     "Q2_K": 3.4, "Q2_K_S": 3.2, "IQ2_M": 3.1, "IQ2_S": 2.9, "IQ2_XS": 2.7, "IQ2_XXS": 2.5,
-    "IQ1_M": 2.3, "IQ1_S": 2.1, "TQ1_0": 2.2, "TQ2_0": 2.6,
+    "IQ1_M": 2.3, "IQ1_S": 2.1, "TQ1_0": 2.2, "TQ2_0": 2.6, "Q2_0": 3.0, "Q1_0": 1.9,
 }  # fmt: skip
 _SMALL_PARAMETERS_COUNT: Final = 1_500_000_000
 _SMALL_EXTRA_BITS: Final = 2.2
