@@ -2,7 +2,7 @@
 Every way in which a verb can fail, and the exit code of each.
 
     FleetError                    1   something we did not foresee is wrong
-    ├── ParamsError               2   the declaration is wrong: params.yaml, a corpus, the command line
+    ├── ParamsError               2   the declaration is wrong: params.yaml, a corpus, an argument
     ├── UpstreamError             3   the source of a model is wrong: a person has to decide
     │   └── RetryLaterError      75   the source is out of reach now: try again later
     ├── ToolError                 4   a program failed, or printed what cannot be trusted
