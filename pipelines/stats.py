@@ -1,0 +1,114 @@
+"""
+The statistics of a few repeated measurements: median, its interval, relative differences.
+
+Nothing here assumes a distribution. Throughput samples are skewed (noise only ever slows down) and
+there are three to twenty of them, too few to check any assumption and too few for a bootstrap: of
+n = 5 samples a resampled median takes at most five values. Order statistics are exact instead.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedianInterval:
+    """
+    A median and the interval [low, high] that covers the true one with probability `coverage`.
+
+    `coverage` is exact, not nominal. It reaches 0.95 from six samples on; for fewer the interval
+    is the whole range and covers less: 0.9375 of five, 0.875 of four, 0.75 of three.
+    """
+
+    median: float
+    low: float
+    high: float
+    coverage: float
+
+
+def median(samples: Sequence[float]) -> float:
+    """
+    Return the middle sample, or the mean of the two in the middle.
+
+    Raises:
+        ValueError: There are no samples, or one is not finite.
+    """
+    ordered = _ordered(samples)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> MedianInterval:
+    """
+    Return the median with the narrowest symmetric interval of order statistics that covers it.
+
+    The number of samples below the true median is Binomial(n, 1/2), whatever the (continuous)
+    distribution of a sample. So the interval from the k-th smallest to the k-th largest sample
+    misses the true median with probability 2 P(Binomial(n, 1/2) < k), and the largest k for which
+    that is at most 1 - `confidence` gives the interval. n = 9: k = 2, coverage 1 - 20/512 = 0.961.
+
+    It presumes that samples are exchangeable; a slow drift through the run makes it too narrow.
+
+    Source: David and Nagaraja, Order Statistics, 3rd edition, section 7.1.
+
+    Raises:
+        ValueError: There are no samples, or one is not finite.
+    """
+    ordered = _ordered(samples)
+    count = len(ordered)
+    rank = 1
+    while 2 * (rank + 1) <= count and _coverage(count, rank + 1) >= confidence:
+        rank += 1
+    return MedianInterval(
+        median=median(ordered),
+        low=ordered[rank - 1],
+        high=ordered[count - rank],
+        coverage=_coverage(count, rank),
+    )
+
+
+def _coverage(count: int, rank: int) -> float:
+    """Probability that the true median lies between the rank-th smallest and largest samples."""
+    missed = 2 * sum(math.comb(count, below) for below in range(rank))
+    return max(0.0, 1 - missed / (1 << count))
+
+
+def relative_difference(value: float, base: float) -> float:
+    """
+    Return (value - base) / base: +0.05 is five percent more than the base.
+
+    Raises:
+        ValueError: The base is not positive, or one of the two is not finite.
+    """
+    if not (math.isfinite(value) and math.isfinite(base) and base > 0):
+        raise ValueError(f"no relative difference between {value} and {base}")
+    return (value - base) / base
+
+
+def spread(samples: Sequence[float]) -> float:
+    """
+    Return (largest - smallest) / median of the samples, 0 if all are equal.
+
+    Raises:
+        ValueError: There are no samples, one is not finite, or the median is not positive.
+    """
+    ordered = _ordered(samples)
+    middle = median(ordered)
+    if middle <= 0:
+        raise ValueError(f"the median of {list(samples)} is not positive")
+    return (ordered[-1] - ordered[0]) / middle
+
+
+def _ordered(samples: Sequence[float]) -> list[float]:
+    if not samples:
+        raise ValueError("there are no samples")
+    if not all(math.isfinite(sample) for sample in samples):
+        raise ValueError(f"a sample is not finite: {list(samples)}")
+    return sorted(samples)

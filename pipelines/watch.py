@@ -1,0 +1,168 @@
+"""
+What the kernel counts for the programs below us while they run: memory and waiting for a core.
+
+Read from /proc ten times a second, only for our own descendants, so that watching costs less than
+a thousandth of a core. Systems without /proc (macOS) are asked through psutil, which knows the
+memory of the moment but neither its peak nor the waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SAMPLE_EVERY_S: Final = 0.1
+_PROC = Path("/proc")
+_PEAK = re.compile(rb"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """
+    What the watched programs used.
+
+    Attributes:
+        peak_rss_bytes: Largest resident memory of one program, by the kernel's own high-water
+            mark; 0 if nothing was seen.
+        on_core_s: Time that their threads ran.
+        waited_s: Time that their threads were ready to run and had no core, as the scheduler counts
+            it (/proc/PID/task/TID/schedstat); None where the kernel does not tell.
+    """
+
+    peak_rss_bytes: int
+    on_core_s: float
+    waited_s: float | None
+
+
+def descendants(of: int | None = None, proc: Path = _PROC) -> set[int]:
+    """Return the numbers of all processes below one (ours, if none is named)."""
+    root = os.getpid() if of is None else of
+    # Not on macOS, and not in kernels without CONFIG_PROC_CHILDREN.
+    if not (proc / str(root) / "task" / str(root) / "children").exists():
+        return _descendants_by_psutil(root)
+    found: set[int] = set()
+    waiting = [root]
+    while waiting:
+        for child in _children(proc / str(waiting.pop())):
+            if child not in found:
+                found.add(child)
+                waiting.append(child)
+    return found
+
+
+def _children(process: Path) -> Iterator[int]:
+    """Yield the children of each thread of a process; it may end while we look."""
+    with contextlib.suppress(OSError):
+        for task in (process / "task").iterdir():
+            with contextlib.suppress(OSError):
+                yield from map(int, (task / "children").read_text().split())
+
+
+def _descendants_by_psutil(root: int) -> set[int]:
+    import psutil  # noqa: PLC0415 - only where there is no /proc
+
+    try:
+        return {child.pid for child in psutil.Process(root).children(recursive=True)}
+    except psutil.Error:
+        return set()
+
+
+class Watch:
+    """Watches the programs called `program` below us while the block runs."""
+
+    def __init__(
+        self, program: str, *, every_s: float = SAMPLE_EVERY_S, proc: Path = _PROC
+    ) -> None:
+        """Prepare to watch the processes whose program has this name, and no other of ours."""
+        self._program = program
+        self._every_s = every_s
+        self._proc = proc
+        self._peak_rss_bytes = 0
+        # Threads end and come back under other numbers: the last reading of each is kept.
+        self._tasks: dict[tuple[int, int], tuple[int, int]] = {}
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+
+    def __enter__(self) -> Self:
+        """Start reading."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop reading."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            self.sample()
+
+    def pids(self) -> set[int]:
+        """Return the numbers of the watched processes that live now."""
+        return {pid for pid in descendants(proc=self._proc) if self._is_watched(pid)}
+
+    def _is_watched(self, pid: int) -> bool:
+        try:
+            argv = (self._proc / str(pid) / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return self._name_by_psutil(pid) == self._program
+        return os.path.basename(argv[0]).decode(errors="replace") == self._program  # noqa: PTH119 - argv
+
+    @staticmethod
+    def _name_by_psutil(pid: int) -> str:
+        import psutil  # noqa: PLC0415 - only where there is no /proc
+
+        try:
+            return psutil.Process(pid).name()
+        except psutil.Error:
+            return ""
+
+    def sample(self) -> None:
+        """Read once; also safe from another thread, at a moment that matters."""
+        with self._lock:
+            for pid in self.pids():
+                self._sample_process(pid)
+
+    def _sample_process(self, pid: int) -> None:
+        self._peak_rss_bytes = max(self._peak_rss_bytes, self._rss_bytes(pid))
+        with contextlib.suppress(OSError):
+            for task in (self._proc / str(pid) / "task").iterdir():
+                with contextlib.suppress(OSError, ValueError):
+                    ran_ns, waited_ns, _ = map(int, (task / "schedstat").read_text().split())
+                    self._tasks[pid, int(task.name)] = (ran_ns, waited_ns)
+
+    def _rss_bytes(self, pid: int) -> int:
+        try:
+            found = _PEAK.search((self._proc / str(pid) / "status").read_bytes())
+        except OSError:
+            return 0 if self._proc.is_dir() else self._rss_by_psutil(pid)
+        return int(found[1]) * 1024 if found else 0
+
+    @staticmethod
+    def _rss_by_psutil(pid: int) -> int:
+        import psutil  # noqa: PLC0415 - only where there is no /proc
+
+        try:
+            return int(psutil.Process(pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    def usage(self) -> Usage:
+        """Sum up what has been read."""
+        with self._lock:
+            return Usage(
+                peak_rss_bytes=self._peak_rss_bytes,
+                on_core_s=sum(ran for ran, _ in self._tasks.values()) / 1e9,
+                waited_s=sum(waited for _, waited in self._tasks.values()) / 1e9
+                if self._tasks
+                else None,
+            )
