@@ -232,6 +232,12 @@ def _check_options(wanted: QuantizeSlice, decided: Mapping[str, str]) -> None:
                 f"{type_}: another option of this quant decides it.",
                 hint=f"Remove {option}, or the option that beats it.",
             )
+    if wanted.type == "MXFP4_MOE" and "MXFP4" not in decided.values():
+        raise ParamsError(
+            f"quants.{wanted.key}: MXFP4_MOE stores experts as MXFP4 and all else as Q8_0, but "
+            f"{wanted.model} has no experts.",
+            hint="Declare Q8_0, which is what would be made.",
+        )
     if wanted.leave_output_tensor and _OUTPUT not in decided:
         raise ParamsError(
             f"quants.{wanted.key}.leave_output_tensor: this model has no output tensor, its "

@@ -278,6 +278,8 @@ def test_an_option_without_effect_is_an_error(at: Layout, tmp_path: Path, tools:
         quantize(quant(output_tensor_type="q8_0", leave_output_tensor=True), at, tools)
     with pytest.raises(ParamsError, match="has no output tensor"):
         quantize(quant(leave_output_tensor=True), tied, tools)
+    with pytest.raises(ParamsError, match="tiny has no experts"):
+        quantize(quant("MXFP4_MOE"), at, tools)
     kept = quantize(quant(leave_output_tensor=True), at, tools)
     assert kept.tensor_types["F16"] == 1
 
