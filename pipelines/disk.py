@@ -8,8 +8,10 @@ the declaration, and each stage asks again for its own part.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +19,7 @@ from pipelines import dvc_state, records
 from pipelines.errors import FleetError, MachineError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from pipelines.layout import Layout
@@ -98,6 +101,26 @@ def require(path: Path, needed_bytes: int, what: str) -> None:
             f"are free in {place.resolve()}.",
             hint="Make room, or declare fewer quants. Nothing was written.",
         )
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """
+    Turn what the operating system refuses while `path` is read or written into words.
+
+    Raises:
+        MachineError: The disk is full, or an operation on a file failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise MachineError(
+                f"the disk filled up while {path} was written.",
+                hint="Make room and run the same command again; nothing half-written was kept.",
+            ) from error
+        what = error.filename or path
+        raise MachineError(f"{what}: {error.strerror or error}.") from error
 
 
 def f16_bytes(parameters_count: int) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import re
 import stat
 from contextlib import suppress
@@ -105,15 +104,17 @@ class LocalDirectory:
                 hint="`path:` names a directory with the files of a model, from the repository on.",
             )
         found = []
-        for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
-            if not _is_wanted(entry.name) and not _matches(entry.name, ("*.safetensors", *PICKLES)):
+        with disk.explained(self.path):
+            names = sorted(path.name for path in self.path.iterdir())
+        for name in names:
+            wanted = _is_wanted(name)
+            if not wanted and not _matches(name, ("*.safetensors", *PICKLES)):
                 continue
-            status = self._resolved(entry.name).stat()
-            if not stat.S_ISREG(status.st_mode):
-                if not _is_wanted(entry.name):
-                    continue
-                raise UpstreamError(f"{self.path / entry.name} is no regular file.")
-            found.append(RemoteFile(name=entry.name, size_bytes=status.st_size))
+            status = self._resolved(name).stat()
+            if stat.S_ISREG(status.st_mode):
+                found.append(RemoteFile(name=name, size_bytes=status.st_size))
+            elif wanted:
+                raise UpstreamError(f"{self.path / name} is no regular file.")
         return tuple(found)
 
     def bring(self, file: RemoteFile, target: Path, progress: Callable[[int], None]) -> Digests:
@@ -394,7 +395,9 @@ class _Bringer:
         def show(size_bytes: int) -> None:
             self._progress.update(self._done_bytes + size_bytes, file.name)
 
-        return self._source.bring(file, self._into / file.name, show)
+        target = self._into / file.name
+        with disk.explained(target):
+            return self._source.bring(file, target, show)
 
 
 # --- which files ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -353,6 +354,32 @@ def test_too_small_a_disk_is_found_before_the_first_byte(
         bring(source, tmp_path / "work/source")
 
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (errno.ENOSPC, "the disk filled up while .*model.safetensors was written"),
+        (errno.EIO, "model.safetensors: Input/output error"),
+    ],
+)
+def test_a_disk_that_fails_half_way_is_said_in_words(
+    number: int, why: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 7 and the file, no traceback; nothing half-written is kept."""
+    real = fetch.copy_file
+
+    def fail(file: Any, target: Path, progress: Any) -> Any:
+        if target.name == "model.safetensors":
+            target.write_bytes(b"half")
+            raise OSError(number, os.strerror(number))
+        return real(file, target, progress)
+
+    monkeypatch.setattr(fetch, "copy_file", fail)
+    with pytest.raises(MachineError, match=why):
+        bring(source, tmp_path / "work/source")
+
+    assert names(tmp_path / "work") == []
 
 
 # --- licence ----------------------------------------------------------------------------------
