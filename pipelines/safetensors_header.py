@@ -41,6 +41,12 @@ _BITS: Final = {
 # integers), and quantizing that a second time would measure somebody else's loss as ours.
 UNQUANTIZED: Final = frozenset({"F32", "F16", "BF16"})
 
+# Buffers that older versions of transformers saved beside the weights: positions and masks, no
+# parameters. The converter drops them (conversion/base.py, bert.py, gpt2.py of the pinned commit).
+_INTEGERS: Final = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+_BUFFERS: Final = ("position_ids", "attn.bias", "attn.masked_bias", "attention.bias",
+                   "attention.masked_bias", "num_batches_tracked")  # fmt: skip
+
 # First bytes of what people really rename to .safetensors, or get instead of it.
 _DISGUISES: Final = {
     b"PK\x03\x04": "a zip archive, as PyTorch writes pickles",
@@ -66,6 +72,11 @@ class Tensor:
         """Number of elements; a scalar has one."""
         return math.prod(self.shape)
 
+    @property
+    def is_buffer(self) -> bool:
+        """Whether this is no weight but a position or a mask, stored as an integer."""
+        return self.dtype in _INTEGERS and self.name.endswith(_BUFFERS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -75,8 +86,8 @@ class Checkpoint:
 
     @property
     def parameters_count(self) -> int:
-        """Elements of all tensors; tied weights are stored, and counted, once."""
-        return sum(tensor.elements_count for tensor in self.tensors)
+        """Elements of all weights; tied ones are stored, and counted, once."""
+        return sum(tensor.elements_count for tensor in self.tensors if not tensor.is_buffer)
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -244,7 +255,7 @@ def _require_index(index: Path, home: Mapping[str, str]) -> None:
 
 
 def _require_unquantized(tensors: Sequence[Tensor]) -> None:
-    quantized = {t.dtype: t.name for t in tensors if t.dtype not in UNQUANTIZED}
+    quantized = {t.dtype: t.name for t in tensors if t.dtype not in UNQUANTIZED and not t.is_buffer}
     if quantized:
         examples = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(quantized.items()))
         raise UpstreamError(

@@ -194,3 +194,26 @@ def test_a_quantized_source_is_refused(dtype: str, tmp_path: Path) -> None:
 
     with pytest.raises(UpstreamError, match=rf"{dtype} \(b.weight\): only F32, F16 and BF16"):
         safetensors_header.read_checkpoint(tmp_path, ["model.safetensors"], None)
+
+
+def test_positions_saved_beside_the_weights_are_no_weights(tmp_path: Path) -> None:
+    """A buffer of an older transformers is neither refused as quantized nor counted."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(
+        safetensors({"embeddings.position_ids": ("I64", (1, 512)), "w": ("F32", (4, 4))})
+    )
+
+    found = safetensors_header.read_checkpoint(tmp_path, [path.name], None)
+
+    assert found.parameters_count == 16
+
+
+def test_packed_weights_are_quantized_whatever_they_are_called(tmp_path: Path) -> None:
+    """Integers under a weight's name are refused, beside a harmless buffer too."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(
+        safetensors({"embeddings.position_ids": ("I64", (1, 8)), "q.qweight": ("I32", (4, 4))})
+    )
+
+    with pytest.raises(UpstreamError, match="I32"):
+        safetensors_header.read_checkpoint(tmp_path, [path.name], None)
