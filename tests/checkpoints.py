@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipelines.toolchain import Toolchain
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples/tiny-llama"
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1, "F8_E4M3": 1}
+_ITEM_BYTES = {"I64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1, "F8_E4M3": 1}
 
 HIDDEN, HEADS, INTERMEDIATE, VOCABULARY = 64, 4, 96, 1024
 
