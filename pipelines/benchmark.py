@@ -98,7 +98,7 @@ def benchmark(
     hardware = _this_machine(at)
     with one_at_a_time(lock, wanted.key):
         started = time.monotonic()
-        bench = _Bench(
+        bench = Bench(
             wanted=wanted,
             at=at,
             tools=tools,
@@ -141,8 +141,17 @@ def benchmark(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bench:
-    """What all parts of one benchmark share."""
+class Bench:
+    """
+    What all parts of one benchmark share.
+
+    Attributes:
+        wanted: What is measured.
+        at: The checkout.
+        tools: The llama.cpp that is measured.
+        model_size_bytes: Tensor data of the quant, as its record sums it and llama-bench sees it.
+        execution: How the model is run.
+    """
 
     wanted: BenchmarkSlice
     at: Layout
@@ -152,14 +161,17 @@ class _Bench:
 
     @property
     def gguf(self) -> Path:
+        """The quant."""
         return self.at.gguf(self.wanted.model, self.wanted.key)
 
     @property
     def log(self) -> Path:
+        """Whole output of all tools."""
         return self.at.log("benchmark", self.wanted.key)
 
     @property
     def on_gpu(self) -> bool:
+        """Whether layers are to lie on a card."""
         return self.tools.backend != "cpu" and self.execution.gpu_layers > 0
 
     def named(self, path: Path) -> str:
@@ -313,7 +325,7 @@ class _Speed:
     gpu: gpu.Observation | None
 
 
-def measure_speed(bench: _Bench) -> _Speed:
+def measure_speed(bench: Bench) -> _Speed:
     """Run llama-bench over all depths, watching the machine meanwhile."""
     declared = bench.wanted.benchmark
     console.step(f"speed of {bench.wanted.key}")
@@ -352,7 +364,7 @@ def measure_speed(bench: _Bench) -> _Speed:
 
 
 def _expectation(
-    bench: _Bench, tests: tuple[llamacpp.SpeedTest, ...], repetitions: int
+    bench: Bench, tests: tuple[llamacpp.SpeedTest, ...], repetitions: int
 ) -> llamacpp.BenchExpectation:
     return llamacpp.BenchExpectation(
         model=bench.named(bench.gguf),
@@ -390,7 +402,7 @@ def _speed_record(result: SpeedResult, dropped: int) -> records.Speed:
     )
 
 
-def _judge(bench: _Bench, speed: _Speed, estimate: MemoryEstimate, peak: _Peak) -> records.Validity:
+def _judge(bench: Bench, speed: _Speed, estimate: MemoryEstimate, peak: _Peak) -> records.Validity:
     declared = bench.wanted.benchmark
     return validity.judge(
         validity.Conditions(
@@ -427,7 +439,7 @@ class _Peak:
     method: Literal["nvml", "rss"]
 
 
-def measure_memory(bench: _Bench) -> tuple[MemoryEstimate, _Peak]:
+def measure_memory(bench: Bench) -> tuple[MemoryEstimate, _Peak]:
     """
     Return the planned memory at the declared context, and the peak while it is filled.
 
@@ -479,7 +491,7 @@ def measure_memory(bench: _Bench) -> tuple[MemoryEstimate, _Peak]:
 # --- quality ----------------------------------------------------------------------------------
 
 
-def measure_quality(bench: _Bench, f16: FileDigest) -> tuple[BaseHeader, Divergence]:
+def measure_quality(bench: Bench, f16: FileDigest) -> tuple[BaseHeader, Divergence]:
     """
     Return the divergence of the quant from its f16, and the windows over which it was taken.
 
@@ -516,7 +528,7 @@ def measure_quality(bench: _Bench, f16: FileDigest) -> tuple[BaseHeader, Diverge
     return logits.header, found
 
 
-def _in_windows(bench: _Bench) -> Execution:
+def _in_windows(bench: Bench) -> Execution:
     """Run as declared, with the batch cut to whole windows, which llama-perplexity insists on."""
     quality = bench.wanted.benchmark.quality
     batch = llamacpp.window_batch(quality.context_tokens, bench.execution.batch_tokens)
@@ -536,7 +548,7 @@ class Logits:
     ppl: float
 
 
-def reference_logits(bench: _Bench, f16: FileDigest) -> Logits:
+def reference_logits(bench: Bench, f16: FileDigest) -> Logits:
     """
     Return the f16's logits over the corpus, computed unless scratch has them.
 
@@ -562,7 +574,7 @@ def reference_logits(bench: _Bench, f16: FileDigest) -> Logits:
     return _compute_logits(bench, path)
 
 
-def _logits_key(bench: _Bench, f16: FileDigest) -> str:
+def _logits_key(bench: Bench, f16: FileDigest) -> str:
     quality = bench.wanted.benchmark.quality
     return machine.facts_id(
         {
@@ -577,11 +589,11 @@ def _logits_key(bench: _Bench, f16: FileDigest) -> str:
     )[:16]
 
 
-def _reference_execution(bench: _Bench) -> Execution:
+def _reference_execution(bench: Bench) -> Execution:
     return replace(_in_windows(bench), kv_type="f16")
 
 
-def _expected_logits(bench: _Bench) -> BaseHeader:
+def _expected_logits(bench: Bench) -> BaseHeader:
     """Say what the header of the logits has to be, from the f16's own vocabulary."""
     quality = bench.wanted.benchmark.quality
     path = bench.at.f16(bench.wanted.model)
@@ -620,7 +632,7 @@ def _known_logits(path: Path, expected: BaseHeader) -> Logits | None:
     return Logits(path=path, header=expected, ppl=ppl)
 
 
-def _compute_logits(bench: _Bench, path: Path) -> Logits:
+def _compute_logits(bench: Bench, path: Path) -> Logits:
     model, corpus = bench.wanted.model, bench.wanted.corpus
     expected = _expected_logits(bench)
     size_bytes = llamacpp.base_size_bytes(expected)
@@ -641,14 +653,16 @@ def _compute_logits(bench: _Bench, path: Path) -> Logits:
         )
         done = _run_reference(bench, argv, expected.chunks)
         _check_length(done.stderr, part, expected, bench)
-        ppl = llamacpp.parse_base_run(done.stderr, bench.log)
+        llamacpp.refuse_errors("llama-perplexity", done.stderr, bench.log)
         found = llamacpp.read_base_header(part)
-        if found != expected or part.stat().st_size != size_bytes:
+        written_bytes = part.stat().st_size if part.exists() else 0
+        if found != expected or written_bytes != size_bytes:
             llamacpp.refuse(
-                f"llama-perplexity ended with exit code 0 and left {part.stat().st_size:,} bytes "
+                f"llama-perplexity ended with exit code 0 and left {written_bytes:,} bytes "
                 f"of logits ({found}); {size_bytes:,} were expected ({expected}).",
                 bench.log,
             )
+        ppl = llamacpp.parse_base_run(done.stderr, bench.log)
     stat = path.stat()
     atomic.write_json(
         _note_of(path), {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ppl": ppl}
@@ -656,7 +670,7 @@ def _compute_logits(bench: _Bench, path: Path) -> Logits:
     return Logits(path=path, header=expected, ppl=ppl)
 
 
-def _run_reference(bench: _Bench, argv: Sequence[str], chunks: int) -> proc.Completed:
+def _run_reference(bench: Bench, argv: Sequence[str], chunks: int) -> proc.Completed:
     with console.Progress(
         f"logits of {bench.wanted.model}'s f16", total=chunks, unit="windows"
     ) as progress:
@@ -673,7 +687,7 @@ def _run_reference(bench: _Bench, argv: Sequence[str], chunks: int) -> proc.Comp
 _TOO_SHORT = re.compile(r"tokenizes to only (\d+) tokens")
 
 
-def _check_length(stderr: str, part: Path, expected: BaseHeader, bench: _Bench) -> None:
+def _check_length(stderr: str, part: Path, expected: BaseHeader, bench: Bench) -> None:
     """
     Refuse a corpus with fewer windows than declared; llama.cpp takes what there is and says 0.
 

@@ -65,13 +65,14 @@ class Execution:
         ]
 
 
-# Levels and times in front of each message, by which an error is told from a result.
 # Threads that wait for each other in OpenMP's barriers sleep instead of spinning. Where other work
 # shares the cores, spinning costs a multiple: the same run of llama-perplexity on two busy cores
 # took 9.0 s spinning and 1.2 s sleeping. What comes out is the same. Not for what is timed: a
 # server spins as well.
 UNTIMED_ENV: Final = {"OMP_WAIT_POLICY": "passive"}
-_LOG_OPTIONS = ("--log-prefix", "--log-timestamps", "--log-colors", "off")
+
+# Levels and times in front of each message, by which an error is told from a result.
+_LOG_OPTIONS: Final = ("--log-prefix", "--log-timestamps", "--log-colors", "off")
 
 
 def refuse(message: str, log: Path) -> NoReturn:
@@ -603,6 +604,8 @@ _BLOCK = (
     "RMS Δp    : %6.3f ± %5.3f %%",
     "Same top p: %6.3f ± %5.3f %%",
 )  # fmt: skip
+# e^50: no text and no model is further apart, and exp() of a damaged number must not overflow.
+_LARGEST_LOG_RATIO: Final = 50.0
 _PLACEHOLDER = re.compile(r"%%|%\d+(?:\.\d+)?[df]")
 
 
@@ -709,6 +712,10 @@ def _consistent(
     (rms, rms_error), (same_top, same_top_error) = values[37:39]
     scored = scored_tokens(base.context_tokens, base.chunks)
     share = same_top / 100
+    if min(ppl, ppl_base, ratio) <= 0 or abs(ln_ratio) > _LARGEST_LOG_RATIO:
+        refuse(f"llama-perplexity printed impossible perplexities: {ppl} over {ppl_base}.", log)
+    # What the rounding of both to six decimals can make of the log of their ratio.
+    rounding = 1e-6 * (1 + 1 / ppl + 1 / ppl_base)
     printed_twice = (
         ("perplexity", last_row[1:3], (ppl, ppl_error), 1e-4),
         ("log ratio of perplexities", last_row[3:4], (ln_ratio,), 1e-5),
@@ -716,7 +723,7 @@ def _consistent(
         ("RMS of probabilities", last_row[7:9], (rms, rms_error), 1e-3),
         ("same top", last_row[9:11], (same_top, same_top_error), 1e-3),
         ("ratio of perplexities", (ratio,), (math.exp(ln_ratio),), 2e-6 * max(1.0, ratio)),
-        ("log of the ratio", (ln_ratio,), (math.log(ppl / ppl_base),), 4e-6),
+        ("log of the ratio", (ln_ratio,), (math.log(ppl / ppl_base),), rounding),
         ("difference of perplexities", (difference,), (ppl - ppl_base,), 4e-6),
         (
             "error of same top",
