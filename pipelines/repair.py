@@ -3,12 +3,13 @@ What a kill leaves behind, put right before the next run: DVC alone would refuse
 
     processes of a dead run           killed: they would write beside the new run
     .dvc/tmp/rwlock                   cut in the middle of a write, or naming owners that are dead
-    dvc.lock                          cut in the middle of a write: last committed one, or none
+    dvc.lock                          cut in the middle of a write: the newest whole one, or none
     .NAME.part, .TOKEN.tmp            half-written files of ours and of DVC that nobody has open
 
 DVC writes its lock files in place (treeverse/dvc: dvc/rwlock.py `_edit_rwlock`,
 dvc/utils/serialize/_common.py `_dump_data`), so a kill between open and write leaves an empty one.
-A dvc.lock that lost entries is safe: DVC compares digests and runs or restores what is missing.
+A dvc.lock that lost entries is safe, since DVC compares digests, but it costs hours of work again:
+so `keep` saves a copy whenever a stage starts, when DVC is not writing.
 
 Nothing here runs while another `fleet repro` works in the same checkout: the caller holds its lock.
 """
@@ -43,12 +44,15 @@ _DVC_PARTIAL = re.compile(r"\.[A-Za-z0-9_-]{22}\.tmp$")
 _RWLOCK_WITHIN_S = 3.0
 
 
-def repair(at: Layout, *, left_over_after_s: float = _LEFT_OVER_AFTER_S) -> list[str]:
+def repair(
+    at: Layout, *, died: bool = False, left_over_after_s: float = _LEFT_OVER_AFTER_S
+) -> list[str]:
     """
     Put right what a killed run left in this checkout.
 
     Args:
         at: The checkout.
+        died: The last run was killed, so a dvc.lock that is readable may still have lost its end.
         left_over_after_s: Age from which an unfinished file that nobody has open is removed.
 
     Returns:
@@ -60,7 +64,7 @@ def repair(at: Layout, *, left_over_after_s: float = _LEFT_OVER_AFTER_S) -> list
     return [
         *_end_left_over(at.root),
         *_repair_rwlock(at.root / ".dvc/tmp"),
-        *_repair_lock_files(at),
+        *_repair_lock_files(at, died=died),
         *_sweep(at.root, left_over_after_s),
     ]
 
@@ -181,48 +185,73 @@ def _holds(info: dict[str, Any]) -> bool:
 # --- dvc.lock ---------------------------------------------------------------------------------
 
 
-def _repair_lock_files(at: Layout) -> list[str]:
+def keep(at: Layout) -> None:
+    """Save copies of DVC's lock files; to be called while DVC runs a stage and so writes none."""
+    for path in _lock_files(at):
+        if path.exists():
+            atomic.write_bytes(_copy_of(path, at), path.read_bytes())
+
+
+def _lock_files(at: Layout) -> tuple[Path, Path]:
+    return at.root / "dvc.lock", at.root / "pipelines/dvc.lock"
+
+
+def _copy_of(path: Path, at: Layout) -> Path:
+    return at.root / ".dvc/tmp/fleet" / path.relative_to(at.root)
+
+
+def _repair_lock_files(at: Layout, *, died: bool) -> list[str]:
     told = []
-    for directory in (at.root, at.root / "pipelines"):
-        path = directory / "dvc.lock"
-        if not path.exists() or _is_lock_file(path.read_bytes()):
+    for path in _lock_files(at):
+        if not path.exists():
             continue
-        committed = _committed(path, at)
-        if committed is None:
-            path.unlink()
-            told.append(f"removed {path}: a kill had cut it; finished stages come from the cache")
+        stages = _stages_in(path.read_bytes())
+        copy = _copy_of(path, at)
+        kept = copy.read_bytes() if copy.exists() else b""
+        if stages is not None and not (died and (_stages_in(kept) or set()) - stages):
+            continue
+        if stages is None:
+            kept = _newest(path, copy, kept, at)
+        if kept:
+            atomic.write_bytes(path, kept)
+            told.append(f"restored {path}: a kill had cut it")
         else:
-            atomic.write_bytes(path, committed)
-            told.append(f"restored {path} from the last commit: a kill had cut it")
+            path.unlink()
+            told.append(f"removed {path}: a kill had cut it, and there is no copy")
     return told
 
 
-def _committed(path: Path, at: Layout) -> bytes | None:
-    """Return the file as HEAD has it, None without git, without a commit or if it is damaged."""
+def _newest(path: Path, copy: Path, kept: bytes, at: Layout) -> bytes:
+    """Return the newer of our copy and the committed file, of those that are whole; or nothing."""
+    candidates = []
+    if _stages_in(kept) is not None:
+        candidates.append((copy.stat().st_mtime, kept))
     try:
-        done = proc.run(
-            ["git", "show", f"HEAD:./{path.name}"], cwd=path.parent, log=at.log("repair", "fleet")
-        )
+        git = ("git", "-C", str(path.parent))
+        log = at.log("repair", "fleet")
+        committed = proc.run([*git, "show", f"HEAD:./{path.name}"], log=log).stdout.encode()
+        committed_at = float(proc.run([*git, "log", "-1", "--format=%ct"], log=log).stdout)
     except (ToolError, MachineError):
-        return None
-    data = done.stdout.encode()
-    return data if _is_lock_file(data) else None
+        committed, committed_at = b"", 0.0
+    if _stages_in(committed) is not None:
+        candidates.append((committed_at, committed))
+    return max(candidates, default=(0.0, b""))[1]
 
 
-def _is_lock_file(data: bytes) -> bool:
-    """Tell whether DVC accepts a lock file (dvc/schema.py LOCKFILE_SCHEMA)."""
+def _stages_in(data: bytes) -> set[str] | None:
+    """Return the stages of a lock file that DVC accepts (dvc/schema.py), None of another file."""
     import yaml  # noqa: PLC0415 - not at CLI start
 
     try:
         lock = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - safe
     except (yaml.YAMLError, ValueError):
-        return False
+        return None
     if not isinstance(lock, dict) or lock.get("schema") != "2.0":
-        return False
-    if not set(lock) <= {"schema", "stages", "datasets"}:
-        return False
+        return None
     stages = lock.get("stages", {})
-    return isinstance(stages, dict) and all(_is_locked_stage(stage) for stage in stages.values())
+    if not set(lock) <= {"schema", "stages", "datasets"} or not isinstance(stages, dict):
+        return None
+    return set(stages) if all(_is_locked_stage(stage) for stage in stages.values()) else None
 
 
 def _is_locked_stage(stage: object) -> bool:

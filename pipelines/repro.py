@@ -164,8 +164,8 @@ def run(
     mark = orphans.mark(at.root)
     with _stoppable() as stop:
         try:
-            with alone(at, wait=wait):
-                for line in repair.repair(at):
+            with alone(at, wait=wait) as died:
+                for line in repair.repair(at, died=died):
                     console.info(f"repaired: {line}")
                 prepare()
                 return _follow(at, plan, force=force, mark=mark)
@@ -205,9 +205,12 @@ def _stoppable() -> Iterator[_Stop]:
 
 
 @contextmanager
-def alone(at: Layout, *, wait: bool) -> Iterator[None]:
+def alone(at: Layout, *, wait: bool) -> Iterator[bool]:
     """
     Hold the checkout for this run; the kernel lets go of it when we end, however that happens.
+
+    Yields:
+        Whether the run before this one was killed: one that ends by itself empties the file.
 
     Raises:
         MachineError: Another run holds it and `wait` is false; says which and since when.
@@ -226,11 +229,13 @@ def alone(at: Layout, *, wait: bool) -> Iterator[None]:
                 while not _lock(file.fileno()):
                     progress.update(0)
                     time.sleep(_WAIT_STEP_S)
+        died = path.stat().st_size > 0
         file.truncate(0)
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         file.write(json.dumps({"pid": os.getpid(), "since": since}))
         file.flush()
-        yield
+        yield died
+        file.truncate(0)
 
 
 def _lock(handle: int) -> bool:
@@ -260,6 +265,13 @@ def _follow(at: Layout, plan: Plan, *, force: bool, mark: str) -> int:
         old.unlink(missing_ok=True)
     progress.parent.mkdir(parents=True, exist_ok=True)
     board = live.Board(plan.stages, log_of=lambda name: _log_of(at, name))
+
+    def on_line(line: str) -> None:
+        events = board.read(line, time.monotonic())
+        if any(event.stage.state == "running" for event in events):
+            repair.keep(at)
+        view.tell(events)
+
     began = time.monotonic()
     with ExitStack() as stack:
         watchdog = [sys.executable, "-I", str(Path(orphans.__file__).resolve()), mark]
@@ -275,7 +287,7 @@ def _follow(at: Layout, plan: Plan, *, force: bool, mark: str) -> int:
                 log=log,
                 cwd=at.root,
                 env=_environment(progress, mark),
-                on_line=lambda line: view.tell(board.read(line, time.monotonic())),
+                on_line=on_line,
                 # DVC has one exit code for every failure; which it was is read from its output.
                 ok_codes=range(256),
                 one_stream=True,

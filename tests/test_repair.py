@@ -224,19 +224,43 @@ def test_cut_lock_comes_back_from_the_last_commit(root: Path, cut: str) -> None:
     assert (root / "dvc.lock").read_text() == committed
 
 
-def test_cut_lock_without_a_commit_is_removed_and_the_cache_serves(root: Path) -> None:
-    """Without a committed lock it is removed, and what ran before comes from the cache."""
+def test_cut_lock_comes_back_from_the_copy_of_the_last_run(root: Path) -> None:
+    """Without a commit the copy that the last run saved is taken, and no finished stage is lost."""
     dvc(root, "repro")
+    repair.keep(Layout(root))
     (root / "dvc.lock").write_text("")
 
     told = repair.repair(Layout(root))
     after = dvc(root, "repro")
 
     assert len(told) == 1
-    assert "removed" in told[0]
-    assert after.returncode == 0
-    assert after.stdout.count("is cached") + after.stdout.count("didn't change") == 3
-    assert found(root) == wanted("0")
+    assert "restored" in told[0]
+    assert after.stdout.count("didn't change") == 3
+
+
+def test_lock_that_lost_its_end_is_whole_again_after_a_kill(root: Path) -> None:
+    """After a kill a readable lock with fewer stages than its copy is replaced by the copy."""
+    whole = "schema: '2.0'\nstages:\n  a:\n    cmd: x\n  b:\n    cmd: y\n"
+    (root / "dvc.lock").write_text(whole)
+    repair.keep(Layout(root))
+    (root / "dvc.lock").write_text(whole.partition("  b:")[0])
+
+    after_an_end = repair.repair(Layout(root))
+    after_a_kill = repair.repair(Layout(root), died=True)
+
+    assert after_an_end == []
+    assert len(after_a_kill) == 1
+    assert (root / "dvc.lock").read_text() == whole
+
+
+def test_cut_lock_without_any_copy_is_removed(root: Path) -> None:
+    """Where there is neither a commit nor a copy, DVC starts from nothing instead of refusing."""
+    (root / "dvc.lock").write_text("")
+
+    told = repair.repair(Layout(root))
+
+    assert told == [f"removed {root / 'dvc.lock'}: a kill had cut it, and there is no copy"]
+    assert not (root / "dvc.lock").exists()
 
 
 def test_whole_checkout_needs_no_repair(root: Path) -> None:
