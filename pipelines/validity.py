@@ -125,6 +125,7 @@ class Conditions:
         battery: Whether the machine lived on a battery.
         spreads: (largest - smallest) / median of the samples, by the name of the test.
         threads: Threads of the benchmark.
+        attempts: How often the speed was measured until the CPU was free, or we gave up.
     """
 
     backend: str
@@ -140,6 +141,7 @@ class Conditions:
     battery: bool
     spreads: Mapping[str, float]
     threads: int
+    attempts: int = 1
 
 
 def judge(seen: Conditions) -> Validity:
@@ -170,19 +172,28 @@ def judge(seen: Conditions) -> Validity:
     )
 
 
-def waiting_share(seen: Conditions) -> float:
+def waiting_share(usage: Usage, *, wall_s: float, threads: int) -> float:
     """
-    Share of the run in which at least one thread of the benchmark waited for a core.
+    Share of a run in which at least one thread of the benchmark waited for a core.
 
     The scheduler counts the waits of each thread. With w the share of the run that one of the
     n threads waited on average, and threads that wait independently, it is 1 - (1 - w)^n. One
     other busy program on two cores: w = 0.25, so 0.44; the benchmark then runs at about half speed.
     """
-    waited_s = seen.usage.waited_s or 0.0
-    if seen.wall_s <= 0:
+    if wall_s <= 0:
         return 0.0
-    each = min(1.0, waited_s / (seen.threads * seen.wall_s))
-    return 1 - (1 - each) ** seen.threads
+    each = min(1.0, (usage.waited_s or 0.0) / (threads * wall_s))
+    return 1 - (1 - each) ** threads
+
+
+def was_busy(
+    before: CpuTimes, after: CpuTimes, usage: Usage, *, wall_s: float, threads: int
+) -> bool:
+    """Tell whether others took so much of the CPU that the run is void: worth another try."""
+    return (
+        steal_share(before, after) > MAX_STEAL_SHARE
+        or waiting_share(usage, wall_s=wall_s, threads=threads) > MAX_WAITING_SHARE
+    )
 
 
 def _judge_cpu(seen: Conditions, reasons: list[str], notes: list[str]) -> None:
@@ -194,7 +205,7 @@ def _judge_cpu(seen: Conditions, reasons: list[str], notes: list[str]) -> None:
         )
     elif stolen > NOTED_STEAL_SHARE:
         notes.append(f"The hypervisor withheld {stolen:.0%} of the CPU time.")
-    waiting = waiting_share(seen)
+    waiting = waiting_share(seen.usage, wall_s=seen.wall_s, threads=seen.threads)
     if waiting > MAX_WAITING_SHARE:
         reasons.append(
             f"The benchmark waited for a core in {waiting:.0%} of its time (limit "
@@ -203,6 +214,8 @@ def _judge_cpu(seen: Conditions, reasons: list[str], notes: list[str]) -> None:
         )
     elif waiting > NOTED_WAITING_SHARE:
         notes.append(f"The benchmark waited for a core in {waiting:.0%} of its time.")
+    if seen.attempts > 1:
+        notes.append(f"Speed was measured {seen.attempts} times, since the machine was busy.")
     if seen.battery:
         reasons.append("The machine ran on its battery: plug it in and run it again.")
 

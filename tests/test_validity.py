@@ -106,8 +106,22 @@ def test_waiting_share_by_hand() -> None:
     """Two threads that each wait a quarter of 10 s: 1 - 0.75^2 of it some thread waits."""
     usage = Usage(peak_rss_bytes=0, on_core_s=15.0, waited_s=5.0)
 
-    assert validity.waiting_share(replace(QUIET, usage=usage)) == pytest.approx(0.4375)
-    assert validity.waiting_share(replace(QUIET, usage=usage, wall_s=0.0)) == 0.0
+    assert validity.waiting_share(usage, wall_s=10.0, threads=2) == pytest.approx(0.4375)
+    assert validity.waiting_share(usage, wall_s=0.0, threads=2) == 0.0
+    assert validity.waiting_share(usage, wall_s=1.0, threads=2) == 1.0
+
+
+def test_busy_run_is_worth_another_try() -> None:
+    """Exactly what voids the measurement on a CPU; how often it was tried is noted."""
+    quiet, waiting = QUIET.usage, replace(QUIET.usage, waited_s=15.0)
+    stolen = replace(QUIET.after, stolen_s=9.0)
+
+    assert not validity.was_busy(QUIET.before, QUIET.after, quiet, wall_s=10.0, threads=2)
+    assert validity.was_busy(QUIET.before, QUIET.after, waiting, wall_s=10.0, threads=2)
+    assert validity.was_busy(QUIET.before, stolen, quiet, wall_s=10.0, threads=2)
+    found = validity.judge(replace(QUIET, attempts=3))
+    assert found.verdict == "VALID"
+    assert found.notes == ("Speed was measured 3 times, since the machine was busy.",)
 
 
 @pytest.mark.parametrize(
