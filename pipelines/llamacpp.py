@@ -379,7 +379,7 @@ def bench_progress(line: str) -> float | None:
 
 # llama-perplexity hands its results to a thread that prints them and ends without waiting for it
 # (common/log.cpp says so at common_log_main): on a busy machine the last lines are lost with exit
-# code 0, 3 times of 7 in a test on two loaded cores. Its whole program is one function of a shared
+# code 0, 7 times of 60 in a test on two loaded cores. Its whole program is one function of a shared
 # library, so we call that from a process of our own, and wait for the printing before it ends. The
 # names are those of the Itanium C++ ABI, which Linux and macOS share.
 _FLUSHING_MAIN = """\
