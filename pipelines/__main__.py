@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn, cast
 
 from pipelines import __version__, console
 from pipelines.errors import FleetError, ParamsError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from pipelines.layout import Layout
-    from pipelines.params import Closed, Declaration
+    from pipelines.params import Closed, Declaration, ReportSlice
     from pipelines.records import Record
 
 INTERRUPTED = 130
@@ -153,7 +153,8 @@ def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_stage(verbs: argparse._SubParsersAction[argparse.ArgumentParser], stage: Stage) -> None:
     verb = _add(verbs, stage.name, stage.help, _stage)
     verb.set_defaults(stage=stage)
-    verb.add_argument("--json", action="store_true", help="print the record as JSON")
+    if stage.name != "report":
+        verb.add_argument("--json", action="store_true", help="print the record as JSON")
     if stage.name == "track":
         verb.add_argument("key", nargs="?", metavar="MODEL", help="default with --rebuild: all")
         verb.add_argument(
@@ -191,12 +192,14 @@ def _stage(args: argparse.Namespace) -> int:
     at = _layout()
     declared = _load(at)
     if args.stage.name == "track" and (args.rebuild or args.key is None):
-        return _track_all(at, declared, rebuild=args.rebuild)
+        if args.key is not None:
+            _slice(at, declared, args.stage, args.key)
+        return _track_all(at, declared, args.key, rebuild=args.rebuild)
     key = "fleet" if args.stage.keyed_by == "fleet" else args.key
     slice_ = _slice(at, declared, args.stage, key)
     module = import_module(f"pipelines.{args.stage.name}")
     if args.stage.name == "report":
-        return _report(at, slice_, strict=args.strict)
+        return _report(at, cast("ReportSlice", slice_), strict=args.strict)
     record: Record = module.run(slice_, at)
     _write(at, args.stage, slice_, record)
     if args.json:
@@ -219,13 +222,14 @@ def _slice(at: Layout, declared: Declaration, stage: Stage, key: str) -> Closed:
             stage has to run: the lock would then record values that were not used.
     """
     from pipelines import declaration  # noqa: PLC0415 - not for --help
+    from pipelines.wording import did_you_mean, quoted  # noqa: PLC0415 - the same
 
     slices = declaration.slices(declared)
     if (stage.name, key) not in slices:
         known = [name for verb, name in slices if verb == stage.name]
         raise ParamsError(
-            f"{stage.keyed_by} {console.clean(key)!r} is not declared in {at.params}"
-            f"{_did_you_mean(key, known)}.",
+            f"{stage.keyed_by} {quoted(key)} is not declared in {at.params}"
+            f"{did_you_mean(key, known) or '.'}",
             hint=f"Declared: {', '.join(known)}.",
         )
     slice_ = slices[stage.name, key]
@@ -239,13 +243,6 @@ def _slice(at: Layout, declared: Declaration, stage: Stage, key: str) -> Closed:
                 hint="Run the same command again.",
             )
     return slice_
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    from difflib import get_close_matches  # noqa: PLC0415 - only for a mistake
-
-    close = get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _write(at: Layout, stage: Stage, slice_: Closed, record: Record) -> None:
@@ -262,17 +259,18 @@ def _write(at: Layout, stage: Stage, slice_: Closed, record: Record) -> None:
     records.write(path, record)
 
 
-def _track_all(at: Layout, declared: Declaration, *, rebuild: bool) -> int:
-    from pipelines import declaration, track  # noqa: PLC0415 - mlflow
+def _track_all(at: Layout, declared: Declaration, only: str | None, *, rebuild: bool) -> int:
+    """Track every model, or that of one key."""
+    from pipelines import params, records, track  # noqa: PLC0415 - mlflow
 
-    for (stage, _), slice_ in declaration.slices(declared).items():
-        if stage == "track":
-            receipt = track.rebuild(slice_, at) if rebuild else track.run(slice_, at)
-            _write(at, next(s for s in STAGES if s.name == "track"), slice_, receipt)
+    for model in declared.models if only is None else (only,):
+        slice_ = params.track_slice(declared, model)
+        receipt = track.rebuild(slice_, at) if rebuild else track.run(slice_, at)
+        records.write(at.receipt(model), receipt)
     return 0
 
 
-def _report(at: Layout, slice_: Closed, *, strict: bool) -> int:
+def _report(at: Layout, slice_: ReportSlice, *, strict: bool) -> int:
     from pipelines import report  # noqa: PLC0415 - jinja2
 
     text = report.run(slice_, at)

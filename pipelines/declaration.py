@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-from difflib import get_close_matches
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, get_args
 from urllib.parse import urlsplit
@@ -21,7 +20,8 @@ from pydantic import ValidationError
 from pipelines import atomic, console, hashing, marked_yaml, params
 from pipelines.errors import ParamsError, Problem
 from pipelines.layout import Layout
-from pipelines.marked_yaml import Finding, quoted
+from pipelines.marked_yaml import Finding
+from pipelines.wording import did_you_mean, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -41,12 +41,10 @@ _TAKEN_NAMES = frozenset(
         Layout().scratch("model"),
         Layout().receipt("model"),
     )
-) | {"mlruns", "mlartifacts"}
+) | {"mlruns", "mlartifacts", "remote"}
 _QUANT_TYPES: tuple[str, ...] = get_args(params.QuantType)
 # The values need flash attention: llama.cpp refuses a quantized V cache without it.
 _UNQUANTIZED_KV = ("f32", "f16", "bf16")
-# A longer word is no slip of the finger, and difflib takes quadratic time.
-_LONGEST_SLIP = 100
 
 
 class Flaw(NamedTuple):
@@ -215,15 +213,6 @@ def _unknown_key(loc: Loc, parent: dict[str, Any]) -> Flaw:
     return Flaw(loc, f"is no key here{close} Allowed: {', '.join(known)}", on_key=True)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean "X"?` if one of the known words is close, else nothing."""
-    if len(word) > _LONGEST_SLIP:
-        return ""
-    by_lower = {each.lower(): each for each in known}
-    close = get_close_matches(word.lower(), by_lower, n=1)
-    return f"; did you mean {quoted(by_lower[close[0]])}?" if close else ""
-
-
 # --- what contradicts itself ------------------------------------------------------------------
 #
 # These functions see plain data that may be of any shape: whatever is not of the type that a rule
@@ -353,15 +342,19 @@ def _tensor_flaws(here: Loc, quant: dict[str, Any]) -> Iterator[Flaw]:
 
 def _gate_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
     """A percentile that is estimated from too little text is no gate."""
-    default = params.Quality.model_fields["chunks"].default
-    chunks = _mapping(data, "benchmark", "quality").get("chunks", default)
-    if not _is_whole(chunks) or chunks >= params.P999_CHUNKS:
+    fields, quality = params.Quality.model_fields, _mapping(data, "benchmark", "quality")
+    chunks = quality.get("chunks", fields["chunks"].default)
+    window = quality.get("context_tokens", fields["context_tokens"].default)
+    if not _is_whole(chunks) or not _is_whole(window):
+        return
+    least = -(-params.P999_TOKENS // max(window // 2, 1))
+    if chunks >= least:
         return
     owners: list[Loc] = [()]
     owners += [("models", key) for key, _ in _entries(data, "models")]
     for owner in owners:
         if _mapping(data, *owner, "gates").get("max_kld_p999_nats") is not None:
-            text = f"needs `benchmark.quality.chunks` of {params.P999_CHUNKS} or more, not {chunks}"
+            text = f"needs `benchmark.quality.chunks` of {least:,} or more, not {chunks:,}"
             yield Flaw((*owner, "gates", "max_kld_p999_nats"), text)
 
 

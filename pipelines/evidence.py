@@ -5,6 +5,10 @@ A quant is `Trusted` or `Doubted`; there is nothing between. Doubt falls on a re
 missing, of another file than the one that was built, not finite, outside what its unit allows,
 INVALID by its own account, or measured under other conditions than the rest. "The rest" is a
 strict majority: where two halves disagree, nobody can say which one is wrong, and both are doubted.
+
+A quant whose only fault is that its measurement calls itself INVALID never wins either, but what
+the disturbance cannot have touched may still be shown: its size, its divergence (arithmetic comes
+out the same however busy the machine is), and memory that was counted for its own process alone.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from pipelines import wording
 from pipelines.console import clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from pipelines.params import ChooseSlice
+    from pipelines.params import ChooseSlice, QuantType
     from pipelines.records import BenchmarkRecord, QuantizeRecord, Speed
 
 MIB = 1 << 20
@@ -49,17 +54,8 @@ def exactly(value: float) -> Measured:
 
 
 @dataclass(frozen=True)
-class Doubted:
-    """A declared quant of which nothing may be concluded, and why."""
-
-    key: str
-    type: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Trusted:
-    """A declared quant with records that belong together."""
+class Readings:
+    """The values of a quant that decide something, read from its two records."""
 
     key: str
     type: str
@@ -74,16 +70,13 @@ class Trusted:
     @cached_property
     def decode_tok_s(self) -> Measured:
         """Tokens generated in a second at the deepest measured depth."""
-        test = self.deepest_decode
-        return Measured(value=test.median_tok_s, low=test.low_tok_s, high=test.high_tok_s)
+        return _throughput(self.deepest_decode)
 
     @cached_property
-    def prefill_tok_s(self) -> float | None:
+    def prefill_tok_s(self) -> Measured | None:
         """Prompt tokens read in a second at depth 0, if that was measured."""
-        tests = self.benchmark.speed
-        return next(
-            (t.median_tok_s for t in tests if t.test == "prefill" and t.depth_tokens == 0), None
-        )
+        tests = (t for t in self.benchmark.speed if t.test == "prefill" and t.depth_tokens == 0)
+        return next(map(_throughput, tests), None)
 
     @cached_property
     def kld_mean_nats(self) -> Measured:
@@ -103,6 +96,57 @@ class Trusted:
         """Memory at the declared context: the worse of what was predicted and what was seen."""
         memory = self.benchmark.memory
         return exactly(max(memory.estimate_mib, memory.measured_mib))
+
+    def numbers(self) -> dict[str, str | float | None]:
+        """Return what a choice records of the quant, as the fields of a `Candidate`."""
+        return self.steady_numbers() | {
+            "memory_mib": self.memory_mib.value,
+            "decode_tok_s": self.decode_tok_s.value,
+            "prefill_tok_s": self.prefill_tok_s.value if self.prefill_tok_s else None,
+        }
+
+    def steady_numbers(self) -> dict[str, str | float | None]:
+        """Return those of them that hold whatever else the machine did meanwhile."""
+        quality, memory = self.benchmark.quality, self.benchmark.memory
+        return {
+            "gguf_sha256": self.quantized.gguf.sha256,
+            "size_mib": self.size_mib.value,
+            # The resident memory of a process is its own; on a card others may be counted in.
+            "memory_mib": self.memory_mib.value if memory.method == "rss" else None,
+            "decode_tok_s": None,
+            "prefill_tok_s": None,
+            "kld_mean_nats": self.kld_mean_nats.value,
+            "kld_p999_nats": quality.kld_p999_nats,
+            "same_top": quality.same_top,
+            "ppl_ratio": quality.ppl_ratio,
+            "bits_per_weight": self.quantized.bits_per_weight,
+        }
+
+
+def _throughput(test: Speed) -> Measured:
+    return Measured(value=test.median_tok_s, low=test.low_tok_s, high=test.high_tok_s)
+
+
+class Trusted(Readings):
+    """A declared quant with records that belong together."""
+
+
+@dataclass(frozen=True)
+class Doubted:
+    """
+    A declared quant of which nothing may be concluded, and why.
+
+    Attributes:
+        key: Its key.
+        type: Its type.
+        reason: Why, as a clause.
+        steady: Its records if their only fault is that the measurement was disturbed.
+    """
+
+    key: str
+    type: str
+    reason: str
+    steady: Readings | None = None
 
 
 Evidence = Trusted | Doubted
@@ -134,23 +178,28 @@ def examine(
 def _examine_one(
     slice_: ChooseSlice, key: str, quantized: QuantizeRecord | str, measured: BenchmarkRecord | str
 ) -> Evidence:
-    type_ = slice_.quants[key]
+    type_: QuantType = slice_.quants[key]
     if isinstance(quantized, str):
-        return Doubted(key, type_, f"not built: {clean(quantized)[:REASON_CHARACTERS]}")
+        return Doubted(key, type_, f"not built: {_brief(quantized)}")
     if isinstance(measured, str):
-        return Doubted(key, type_, f"not measured: {clean(measured)[:REASON_CHARACTERS]}")
-    named = (slice_.model, key, type_)
-    for doubt in (
-        _other_subject(named, quantized, measured),
-        _not_finite(quantized.model_dump(warnings=False), "quantize")
-        or _not_finite(measured.model_dump(warnings=False), ""),
-        _declared_invalid(measured),
-        _impossible(measured),
-        _other_context(slice_, measured),
-    ):
-        if doubt:
-            return Doubted(key, type_, doubt)
-    return Trusted(key, type_, quantized, measured)
+        return Doubted(key, type_, f"not measured: {_brief(measured)}")
+    foreign = (
+        _other_subject((slice_.model, key, type_), quantized, measured)
+        or _not_finite(quantized.model_dump(warnings=False), "quantize")
+        or _not_finite(measured.model_dump(warnings=False), "")
+    )
+    if foreign:
+        return Doubted(key, type_, foreign)
+    disturbed = _declared_invalid(measured)
+    wrong = _impossible(measured) or _other_context(slice_, measured)
+    if disturbed:
+        steady = None if wrong else Readings(key, type_, quantized, measured)
+        return Doubted(key, type_, disturbed, steady)
+    return Doubted(key, type_, wrong) if wrong else Trusted(key, type_, quantized, measured)
+
+
+def _brief(text: str) -> str:
+    return wording.shortened(clean(text), REASON_CHARACTERS)
 
 
 def _other_subject(
@@ -203,8 +252,9 @@ def _not_finite(value: object, where: str) -> str:
 def _declared_invalid(measured: BenchmarkRecord) -> str:
     if measured.validity.verdict == "VALID":
         return ""
-    reasons = "; ".join(clean(reason) for reason in measured.validity.reasons)[:REASON_CHARACTERS]
-    return f"the measurement is INVALID: {reasons or 'no reason is given'}"
+    reasons = "; ".join(wording.clause(clean(reason)) for reason in measured.validity.reasons)
+    why = f"since {_brief(reasons)}" if reasons else "and no reason is given"
+    return f"the measurement is INVALID, {why}"
 
 
 def _impossible(measured: BenchmarkRecord) -> str:
@@ -248,6 +298,11 @@ def _deepest_decode(measured: BenchmarkRecord) -> Speed:
     return max(tests, key=lambda test: test.depth_tokens)
 
 
+def _tests(measured: BenchmarkRecord) -> str:
+    """Spell the speed tests: `decode 128@0, prefill 512@0`; shorter ones run faster."""
+    return ", ".join(sorted(f"{t.test} {t.tokens}@{t.depth_tokens}" for t in measured.speed))
+
+
 # --- one quant among the others ---------------------------------------------------------------
 
 # What has to be equal for two measurements to be compared. Commit and f16 of a benchmark are those
@@ -259,24 +314,35 @@ _CONDITIONS: tuple[tuple[str, Callable[[BenchmarkRecord], str | int]], ...] = (
     ("f16 model", lambda record: record.f16_sha256),
     ("number of threads", lambda record: record.threads),
     ("decode depth", lambda record: _deepest_decode(record).depth_tokens),
+    ("set of speed tests", _tests),
     ("evaluation corpus", lambda record: record.quality.corpus_sha256),
     ("evaluation window", lambda record: record.quality.context_tokens),
     ("number of chunks", lambda record: record.quality.chunks_count),
+    ("way to count memory", lambda record: record.memory.method),
 )
 
 
 def _doubt_the_odd_ones(evidence: Sequence[Evidence]) -> tuple[Evidence, ...]:
-    """Doubt every record whose conditions are not those of the strict majority."""
+    """
+    Doubt every record whose conditions are not those of the strict majority.
+
+    Disturbed measurements have no vote; measured otherwise than the majority, nothing of them is
+    shown beside the others.
+    """
     trusted = [one for one in evidence if isinstance(one, Trusted)]
+    disturbed = [one.steady for one in evidence if isinstance(one, Doubted) and one.steady]
     odd: dict[str, str] = {}
     for what, read in _CONDITIONS:
-        found = {one.key: read(one.benchmark) for one in trusted}
-        common = _majority(found.values())
-        for key, value in found.items():
-            if value != common and key not in odd:
-                odd[key] = _say_odd(what, value, common)
-    return tuple(Doubted(one.key, one.type, odd[one.key]) if one.key in odd else one
-                 for one in evidence)  # fmt: skip
+        common = _majority(read(one.benchmark) for one in trusted or disturbed)
+        for one in (*trusted, *disturbed):
+            value = read(one.benchmark)
+            if value != common and one.key not in odd:
+                odd[one.key] = _say_odd(what, value, common)
+    return tuple(_doubt(one, odd[one.key]) if one.key in odd else one for one in evidence)
+
+
+def _doubt(one: Evidence, reason: str) -> Doubted:
+    return Doubted(one.key, one.type, one.reason if isinstance(one, Doubted) else reason)
 
 
 def _majority(values: Iterable[str | int]) -> str | int | None:

@@ -10,7 +10,6 @@ C stack of the parser, in DVC too), and every byte that is not visible text.
 
 from __future__ import annotations
 
-import json
 import re
 import stat
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines import console
 from pipelines.errors import ParamsError, Problem
+from pipelines.wording import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -29,7 +29,6 @@ MAX_BYTES = 256 * 1024
 MAX_DEPTH = 16
 # The longest number that means something: 1e12 as an integer, a float with all its digits.
 _MAX_NUMBER_CHARACTERS = 40
-_MAX_SHOWN_CHARACTERS = 60
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = frozenset({f"{_TAG}int", f"{_TAG}float"})
@@ -101,13 +100,6 @@ class Document:
         while loc and loc not in marks:
             loc = loc[:-1]
         return marks.get(loc, Mark(1, 1))
-
-
-def quoted(text: str) -> str:
-    """Show text from the file: ASCII, escaped, short, and without a command for the CI runner."""
-    if len(text) > _MAX_SHOWN_CHARACTERS:
-        text = text[: _MAX_SHOWN_CHARACTERS - 3] + "..."
-    return console.clean(json.dumps(text))
 
 
 def spell(loc: Loc) -> str:

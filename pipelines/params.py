@@ -62,8 +62,9 @@ QuantType = Literal[
 NEEDS_IMATRIX = frozenset(
     {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 )
-# Windows that a gate on the 99.9th percentile needs: 400 x 256 scored tokens leave 102 above it.
-P999_CHUNKS = 400
+# Tokens that a gate on the 99.9th percentile needs: 102 of them lie above it. llama-perplexity
+# scores the second half of each window, so these are 400 windows of 512.
+P999_TOKENS = 400 * 256
 # Fewer samples have no median that one disturbance could not move.
 MIN_SAMPLES = 3
 # Not quantized: rules for single tensors have no effect on them.
@@ -153,7 +154,7 @@ class Gates(Closed):
         None, description="Mean KL divergence from the f16 model, nats for each token."
     )
     max_kld_p999_nats: Positive | None = Field(
-        None, description="99.9th percentile of the KL divergence; needs 400 chunks or more."
+        None, description="99.9th percentile of the KL divergence; needs 400 chunks of 512 tokens."
     )
     min_same_top: Share | None = Field(
         None, description="Share of tokens at which f16 and quant agree on the most likely one."

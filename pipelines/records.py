@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipelines import atomic
+from pipelines import atomic, console
 from pipelines.errors import FleetError
 
 if TYPE_CHECKING:
@@ -223,20 +223,25 @@ class BenchmarkRecord(Record):
 
 
 class Candidate(Part):
-    """The measured values of one quant that the choice looks at."""
+    """
+    The measured values of one quant that the choice looks at.
+
+    None is what nobody may look at. A candidate that is INVALID only since its measurement was
+    disturbed keeps the values that do not depend on that; it is never chosen.
+    """
 
     key: str
     type: str
-    gguf_sha256: str | None
-    size_mib: Finite | None
-    memory_mib: Finite | None
-    decode_tok_s: Finite | None
-    prefill_tok_s: Finite | None
-    kld_mean_nats: Finite | None
-    kld_p999_nats: Finite | None
-    same_top: Finite | None
-    ppl_ratio: Finite | None
-    bits_per_weight: Finite | None
+    gguf_sha256: str | None = None
+    size_mib: Finite | None = None
+    memory_mib: Finite | None = None
+    decode_tok_s: Finite | None = None
+    prefill_tok_s: Finite | None = None
+    kld_mean_nats: Finite | None = None
+    kld_p999_nats: Finite | None = None
+    same_top: Finite | None = None
+    ppl_ratio: Finite | None = None
+    bits_per_weight: Finite | None = None
     verdict: Literal["CHOSEN", "PASS", "REJECT", "INVALID"]
     on_frontier: bool
     sentence: str
@@ -314,11 +319,22 @@ def read(path: Path, kind: type[R]) -> R:
         raise RecordError(f"{path} does not exist.", hint="fleet repro") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        # A place is spelt by the keys of the file, which a stranger may have written.
+        where = console.clean(" ".join(".".join(map(str, first["loc"])).split()))
         raise RecordError(
             f"{path} is not a {kind.__name__} of this version: {where}: {first['msg']}.",
             hint="Remove it and run `fleet repro`.",
         ) from error
+
+
+def read_or_reason(path: Path, kind: type[R]) -> R | str:
+    """Read a record, or say as a clause why there is none, without the folder it should be in."""
+    try:
+        return read(path, kind)
+    except RecordError as error:
+        return error.message.replace(str(path), path.name).rstrip(".")
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
 
 
 def write(path: Path, record: Record) -> None:

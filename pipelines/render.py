@@ -23,12 +23,13 @@ from markupsafe import Markup
 
 from pipelines import chart, wording
 from pipelines.console import clean
-from pipelines.report import VERDICTS
+from pipelines.report_tree import VERDICTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pipelines.report import Interval, ModelReport, Report, Row
+    from pipelines.evidence import Measured
+    from pipelines.report_tree import ModelReport, Report, Row
 
 # GitHub takes 65,536 characters in a comment; the sticky marker and the footer need some.
 MARKDOWN_LIMIT = 60_000
@@ -94,11 +95,11 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else share * 100
 
 
-def _value(measured: Interval | None) -> float | None:
+def _value(measured: Measured | None) -> float | None:
     return None if measured is None else measured.value
 
 
-def _interval(value: Interval | None) -> str:
+def _interval(value: Measured | None) -> str:
     if value is None:
         return wording.ABSENT
     low, high = wording.number(value.low), wording.number(value.high)
@@ -202,7 +203,11 @@ def _source_digest(text: str) -> str:
 
 def charts(model: ModelReport, index: int) -> list[Markup]:
     """Draw divergence over memory and over speed; empty if fewer than two quants have both."""
-    shown = [row for row in model.rows if row.kld_mean_nats is not None and row.memory_mib]
+    shown = [
+        row
+        for row in model.rows
+        if row.verdict != "INVALID" and row.kld_mean_nats is not None and row.memory_mib
+    ]
     if len(shown) < 2:  # noqa: PLR2004 - a single point shows no trade
         return []
     kld_limit = model.limits.get("max_kld_mean_nats")
@@ -230,7 +235,7 @@ def charts(model: ModelReport, index: int) -> list[Markup]:
     ]
 
 
-def _mark(row: Row, x: float, interval: Interval | None) -> chart.Mark:
+def _mark(row: Row, x: float, interval: Measured | None) -> chart.Mark:
     return chart.Mark(
         label=row.type,
         x=x,

@@ -1,10 +1,11 @@
 """
-What the records say, as one tree of words and numbers that three renderers show.
+What the records say, as one tree of words and numbers (`pipelines.report_tree`).
 
 `build` reads and never judges: verdicts are those of `choose`. It is fail-closed in the same way,
-though. A choice that is missing, unreadable or older than the files that it speaks of counts as
-INVALID, and a number whose record is missing is shown as not measured, with the reason. Nothing
-here depends on the clock: equal records give equal bytes.
+though. A choice that is missing, unreadable or older than the files and measurements that it
+speaks of counts as INVALID, and a number whose record is missing is shown as not measured, with
+the reason. Of an INVALID quant only those numbers are shown that the choice kept. Nothing here
+depends on the clock: equal records give equal bytes.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import re
 import shutil
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipelines import atomic, records, wording
 from pipelines.console import clean
 from pipelines.errors import GateError
-from pipelines.evidence import MIB
+from pipelines.evidence import MIB, Readings
 from pipelines.records import (
     BenchmarkRecord,
     CalibrateRecord,
@@ -28,159 +29,27 @@ from pipelines.records import (
     ConvertRecord,
     FetchRecord,
     QuantizeRecord,
-    RecordError,
+)
+from pipelines.report_tree import (
+    VERDICTS,
+    File,
+    HostVerdict,
+    ModelReport,
+    Reason,
+    Report,
+    Row,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from pathlib import Path
 
     from pipelines.layout import Layout
     from pipelines.params import ReportSlice
-    from pipelines.records import HostChoice, Speed
+    from pipelines.records import HostChoice
 
-# From good to bad.
-VERDICTS = ("PROMOTE", "HOLD", "REJECT", "INVALID")
-_VERDICT_WORDS = {
-    "PROMOTE": "promoted", "HOLD": "on hold", "REJECT": "rejected", "INVALID": "invalid",
-}  # fmt: skip
-_TEXT_CHARACTERS = 400
+_TEXT_CHARACTERS = 600
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_STALE = "the choice is older than the files that it speaks of"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A measured value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reason:
-    """Why a quant was not chosen; `hosts` is empty if that holds for all of them."""
-
-    hosts: tuple[str, ...]
-    text: str
-
-    @property
-    def where(self) -> str:
-        """The hosts in words, with a blank in front: ` on workstation and laptop`."""
-        return f" on {wording.listed(list(self.hosts))}" if self.hosts else ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One declared quant in the table of its model. Absent numbers were not measured."""
-
-    type: str
-    verdict: str
-    verdict_words: str
-    is_winner: bool
-    on_frontier: bool
-    reasons: tuple[Reason, ...]
-    size_mib: float | None = None
-    bits_per_weight: float | None = None
-    memory_mib: float | None = None
-    decode_tok_s: Interval | None = None
-    prefill_tok_s: Interval | None = None
-    kld_mean_nats: float | None = None
-    same_top: float | None = None
-    ppl_ratio: float | None = None
-
-    @property
-    def sentences(self) -> tuple[str, ...]:
-        """Each reason as a sentence of its own: `Q8_0 on laptop: 412 MiB over ...`."""
-        return tuple(f"{self.type}{one.where}: {one.text}" for one in self.reasons)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostVerdict:
-    """What was decided for one host, or for several of which the same is to be said."""
-
-    hosts: tuple[str, ...]
-    verdict: str
-    sentence: str
-    details: tuple[str, ...]
-
-    @property
-    def where(self) -> str:
-        """The hosts in words: `workstation and laptop`."""
-        return wording.listed(list(self.hosts))
-
-
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """One file of the lineage."""
-
-    name: str
-    made: str
-    size_mib: float
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelReport:
-    """Everything that is told about one model."""
-
-    name: str
-    verdict: str
-    hosts: tuple[HostVerdict, ...]
-    rows: tuple[Row, ...]
-    objective: str
-    context_tokens: int | None
-    depth_tokens: int | None
-    limits: Mapping[str, float]
-    memory_limit_mib: float | None
-    method: tuple[str, ...]
-    lineage: tuple[tuple[str, str], ...]
-    files: tuple[File, ...]
-    notes: tuple[str, ...]
-    commands: tuple[str, ...]
-
-    @property
-    def headlines(self) -> tuple[str, ...]:
-        """The verdict in words, for each host: `tiny-llama: promote Q4_K_M: the fastest ...`."""
-        if len(self.hosts) == 1:
-            return (f"{self.name}: {self.hosts[0].sentence}.",)
-        return tuple(f"{self.name} on {one.where}: {one.sentence}." for one in self.hosts)
-
-    @property
-    def winner(self) -> Row | None:
-        """The quant that is shown first: that of the first host with a winner."""
-        return next((row for row in self.rows if row.is_winner), None)
-
-    @property
-    def others(self) -> tuple[Row, ...]:
-        """The quants that were not chosen, or not on every host."""
-        return tuple(row for row in self.rows if row.reasons)
-
-    @property
-    def losers(self) -> tuple[str, ...]:
-        """One sentence for each quant that was not chosen, and for each host where that differs."""
-        return tuple(sentence for row in self.others for sentence in row.sentences)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """The whole fleet, in the order of the declaration."""
-
-    models: tuple[ModelReport, ...]
-    counts: tuple[tuple[str, int], ...] = field(default=())
-
-    @property
-    def summary(self) -> str:
-        """Return `4 models: 2 promoted, 1 on hold, 1 invalid`."""
-        if not self.models:
-            return "No model is declared"
-        return f"{wording.counted(len(self.models), 'model')}: {', '.join(self.shares)}"
-
-    @property
-    def shares(self) -> tuple[str, ...]:
-        """How many models got which verdict, from good to bad."""
-        return tuple(f"{count} {_VERDICT_WORDS[verdict]}" for verdict, count in self.counts)
+_STALE = "the choice is older than the records that it speaks of"
 
 
 # --- entry points -----------------------------------------------------------------------------
@@ -240,16 +109,20 @@ class _Reader:
         self.at = at
         self.name = model
         self.quants = quants
-        self.fetched = _read(at.model_record("fetch", model), FetchRecord)
-        self.converted = _read(at.model_record("convert", model), ConvertRecord)
-        self.calibrated = _read(at.model_record("calibrate", model), CalibrateRecord)
-        self.choice = _read(at.model_record("choose", model), ChoiceRecord)
+        self.fetched = records.read_or_reason(at.model_record("fetch", model), FetchRecord)
+        self.converted = records.read_or_reason(at.model_record("convert", model), ConvertRecord)
+        self.calibrated = records.read_or_reason(
+            at.model_record("calibrate", model), CalibrateRecord
+        )
+        self.choice = records.read_or_reason(at.model_record("choose", model), ChoiceRecord)
         self.built = {
-            type_: _read(at.quant_record("quantize", model, type_), QuantizeRecord)
+            type_: records.read_or_reason(at.quant_record("quantize", model, type_), QuantizeRecord)
             for type_ in quants.values()
         }
         self.measured = {
-            type_: _read(at.quant_record("benchmark", model, type_), BenchmarkRecord)
+            type_: records.read_or_reason(
+                at.quant_record("benchmark", model, type_), BenchmarkRecord
+            )
             for type_ in quants.values()
         }
 
@@ -290,14 +163,39 @@ class _Reader:
         if isinstance(self.choice, str):
             return ""
         for host in self.choice.hosts:
-            chosen = {one.type: one.gguf_sha256 for one in host.candidates}
-            if set(chosen) != set(self.quants.values()) or self.choice.model != self.name:
+            spoken_of = {one.type for one in host.candidates}
+            if spoken_of != set(self.quants.values()) or self.choice.model != self.name:
                 return _STALE
-            for type_, digest in chosen.items():
-                built = self.built[type_]
-                if digest and (isinstance(built, str) or built.gguf.sha256 != digest):
-                    return _STALE
+            if not all(self._speaks_of(one) for one in host.candidates):
+                return _STALE
         return ""
+
+    def _speaks_of(self, one: Candidate) -> bool:
+        """Tell whether a candidate has the numbers of the records on disk, or none."""
+        if one.gguf_sha256 is None:
+            return True
+        read = self._readings(one.type)
+        if read is None:
+            return False
+        if one.verdict == "INVALID":
+            # A limit that cannot be judged, or numbers that a disturbance does not touch.
+            wanted = read.numbers() if one.decode_tok_s is not None else read.steady_numbers()
+        elif read.benchmark.validity.verdict != "VALID":
+            return False
+        else:
+            wanted = read.numbers()
+        return all(getattr(one, name) == value for name, value in wanted.items())
+
+    def _readings(self, type_: str) -> Readings | None:
+        """Return the two records of a quant if they are there and of one file."""
+        built, measured = self.built[type_], self.measured[type_]
+        if isinstance(built, str) or isinstance(measured, str):
+            return None
+        if measured.gguf_sha256 != built.gguf.sha256 or not any(
+            test.test == "decode" for test in measured.speed
+        ):
+            return None
+        return Readings(built.key, type_, built, measured)
 
     def _candidates(self, type_: str) -> list[tuple[str, Candidate]]:
         if isinstance(self.choice, str) or self._doubt():
@@ -319,20 +217,20 @@ class _Reader:
             reasons=(
                 _reasons(type_, candidates)
                 if candidates
-                else (Reason(hosts=(), text=f"{self._why_absent(type_)}."),)
+                else (Reason(hosts=(), text=wording.sentence(self._why_absent(type_))),)
             ),
         )
-        built, measured = self.built[type_], self.measured[type_]
+        built, read = self.built[type_], self._readings(type_)
         if isinstance(built, str):
             return row
-        row = _with(row, size_mib=built.gguf.size_bytes / MIB,
-                    bits_per_weight=built.bits_per_weight)  # fmt: skip
-        if isinstance(measured, str) or measured.gguf_sha256 != built.gguf.sha256:
+        row = replace(
+            row, size_mib=built.gguf.size_bytes / MIB, bits_per_weight=built.bits_per_weight
+        )
+        if read is None:
             return row
-        if verdicts == {"INVALID"} or measured.validity.verdict == "INVALID":
-            # A number that is not to be trusted is not shown: somebody would compare it.
-            return row
-        return _with_measured(row, measured)
+        if verdicts == {"INVALID"} or read.benchmark.validity.verdict == "INVALID":
+            return _with_kept(row, [one for _, one in candidates])
+        return _with_measured(row, read)
 
     def _why_absent(self, type_: str) -> str:
         built, measured = self.built[type_], self.measured[type_]
@@ -410,20 +308,10 @@ class _Reader:
 # --- parts ------------------------------------------------------------------------------------
 
 
-def _read(path: Path, kind: type[records.R]) -> records.R | str:
-    """Return a record, or why there is none."""
-    try:
-        return records.read(path, kind)
-    except RecordError as error:
-        return error.message.replace(str(path), path.name).rstrip(".")
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
-
-
 def _tidy(text: str) -> str:
     """Make text of a record, which may come from a stranger, one short harmless line."""
     line = " ".join(clean(text).split())
-    return line if len(line) <= _TEXT_CHARACTERS else line[: _TEXT_CHARACTERS - 1] + "…"
+    return wording.shortened(line, _TEXT_CHARACTERS)
 
 
 def _host_verdicts(hosts: Sequence[HostChoice]) -> tuple[HostVerdict, ...]:
@@ -478,28 +366,30 @@ def _reasons(type_: str, candidates: Sequence[tuple[str, Candidate]]) -> tuple[R
     )
 
 
-def _with(row: Row, **numbers: float | Interval | None) -> Row:
-    return Row(**{**row.__dict__, **numbers})
-
-
-def _with_measured(row: Row, measured: BenchmarkRecord) -> Row:
-    decode = [one for one in measured.speed if one.test == "decode"]
-    prefill = [one for one in measured.speed if one.test == "prefill" and one.depth_tokens == 0]
-    return _with(
+def _with_measured(row: Row, read: Readings) -> Row:
+    return replace(
         row,
-        memory_mib=max(measured.memory.measured_mib, measured.memory.estimate_mib),
-        decode_tok_s=_interval(max(decode, key=lambda one: one.depth_tokens, default=None)),
-        prefill_tok_s=_interval(prefill[0] if prefill else None),
-        kld_mean_nats=max(measured.quality.kld_mean_nats, 0.0),
-        same_top=measured.quality.same_top,
-        ppl_ratio=measured.quality.ppl_ratio,
+        memory_mib=read.memory_mib.value,
+        decode_tok_s=read.decode_tok_s,
+        prefill_tok_s=read.prefill_tok_s,
+        kld_mean_nats=read.kld_mean_nats.value,
+        same_top=read.benchmark.quality.same_top,
+        ppl_ratio=read.benchmark.quality.ppl_ratio,
     )
 
 
-def _interval(test: Speed | None) -> Interval | None:
-    if test is None:
-        return None
-    return Interval(value=test.median_tok_s, low=test.low_tok_s, high=test.high_tok_s)
+def _with_kept(row: Row, candidates: Sequence[Candidate]) -> Row:
+    """Show what the choice kept of a measurement that it does not trust; the rest stays absent."""
+    kept = next((one for one in candidates if one.gguf_sha256 is not None), None)
+    if kept is None:
+        return row
+    return replace(
+        row,
+        memory_mib=kept.memory_mib,
+        kld_mean_nats=kept.kld_mean_nats,
+        same_top=kept.same_top,
+        ppl_ratio=kept.ppl_ratio,
+    )
 
 
 def _method_line(one: BenchmarkRecord) -> str:

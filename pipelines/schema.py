@@ -16,7 +16,7 @@ from pipelines import atomic
 from pipelines.params import (
     MIN_SAMPLES,
     NEEDS_IMATRIX,
-    P999_CHUNKS,
+    P999_TOKENS,
     PATTERN_WORDS,
     Declaration,
 )
@@ -51,8 +51,9 @@ Between the keys:
   {needs_imatrix}.
 - `calibration` and `evaluation` of a model are different texts: a matrix fitted to the text on
   which it is judged makes a quant look better than it is.
-- `max_kld_p999_nats` needs `benchmark.quality.chunks` of {p999_chunks} or more, and
-  `benchmark.repetitions` must leave {min_samples} samples after `dropped_repetitions`.
+- `max_kld_p999_nats` needs {p999_tokens:,} scored tokens; `benchmark.quality` scores half of
+  `context_tokens` in each of its `chunks`.
+- `benchmark.repetitions` must leave {min_samples} samples after `dropped_repetitions`.
 - A host has `vram_mib` or `memory_mib`.
 """
 
@@ -188,7 +189,7 @@ def generate_docs() -> str:
     """Return the text of docs/params.md."""
     introduction = _INTRODUCTION.format(
         needs_imatrix=", ".join(sorted(NEEDS_IMATRIX)),
-        p999_chunks=P999_CHUNKS,
+        p999_tokens=P999_TOKENS,
         min_samples=MIN_SAMPLES,
     )
     return introduction + "".join(

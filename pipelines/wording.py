@@ -1,13 +1,22 @@
 """
 Numbers as people read them: three significant digits, thousands separators, units beside them.
 
+And sentences as they are put together from the parts of others.
+
 Two numbers that decide something are never shown as equal when they are not: `beyond`
 and `pair` add digits until a reader sees the difference that the code saw.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from typing import TYPE_CHECKING
+
+from pipelines import console
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ABSENT = "—"
 _DIGITS = 3
@@ -15,6 +24,9 @@ _DIGITS = 3
 _MAX_DIGITS = 17
 _LARGEST_WRITTEN_OUT = 1e12
 _SMALLEST_WRITTEN_OUT = 1e-6
+_MAX_QUOTED_CHARACTERS = 60
+# A longer word is no slip of the finger, and difflib takes quadratic time.
+_LONGEST_SLIP = 100
 
 
 def number(value: float | None, digits: int = _DIGITS) -> str:
@@ -83,3 +95,39 @@ def listed(words: list[str]) -> str:
 def counted(count: int, noun: str) -> str:
     """Write `1 quant`, `3 quants`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def clause(sentence: str) -> str:
+    """Make a sentence a part of another one: `The card was hot.` becomes `the card was hot`."""
+    text = sentence.strip().rstrip(".")
+    word = text.split(" ", 1)[0]
+    # Names such as NVIDIA and Q4_K_M keep their letters.
+    return text[:1].lower() + text[1:] if word[1:].islower() or word == "A" else text
+
+
+def sentence(text: str) -> str:
+    """End a text with a full stop unless it has an end."""
+    return text if text.endswith((".", "…", "!", "?")) else f"{text}."
+
+
+def shortened(text: str, characters: int) -> str:
+    """Cut a text that is longer than `characters`, so that the cut is seen."""
+    return text if len(text) <= characters else text[: characters - 1].rstrip() + "…"
+
+
+def quoted(text: str) -> str:
+    """Show text from outside: ASCII, escaped, short, and without a command for the CI runner."""
+    if len(text) > _MAX_QUOTED_CHARACTERS:
+        text = text[: _MAX_QUOTED_CHARACTERS - 3] + "..."
+    return console.clean(json.dumps(text))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean "X"?` if one of the known words is close, else nothing."""
+    from difflib import get_close_matches  # noqa: PLC0415 - only for a mistake
+
+    if len(word) > _LONGEST_SLIP:
+        return ""
+    by_lower = {each.lower(): each for each in known}
+    close = get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {quoted(by_lower[close[0]])}?" if close else ""

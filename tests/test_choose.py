@@ -248,16 +248,19 @@ def test_nothing_valid_means_invalid() -> None:
     assert (host.winner, host.verdict) == (None, "INVALID")
 
 
-def test_a_tail_gate_needs_enough_chunks() -> None:
-    """A 99.9th percentile from 100 chunks is no evidence, however good it looks; 400 are."""
+def test_a_tail_gate_needs_enough_tokens() -> None:
+    """A 99.9th percentile of 25,600 tokens is no evidence, however good it looks; 102,400 are."""
     slice_ = choose_slice(["Q4_K_M"], gates={"max_kld_p999_nats": 2.0})
     enough = benchmark_record(quality=quality(chunks_count=400, scored_tokens=400 * 256))
+    short = benchmark_record(quality=quality(chunks_count=400, scored_tokens=400 * 4))
 
     few = only_host(elect({"Q4_K_M": {}}, slice_))
     many = only_host(elect({"Q4_K_M": {}}, slice_, replaced={"Q4_K_M": enough}))
 
     assert (few.winner, few.verdict) == (None, "INVALID")
-    assert "fewer than 400 chunks" in few.candidates[0].sentence
+    assert "fewer than 100,000 tokens" in few.candidates[0].sentence
+    windows = only_host(elect({"Q4_K_M": {}}, slice_, replaced={"Q4_K_M": short}))
+    assert windows.winner is None
     assert many.winner == "Q4_K_M"
 
 
@@ -290,6 +293,10 @@ _DOUBTFUL: dict[str, tuple[dict[str, Any], str]] = {
     "other threads": ({"threads": 64}, "threads"),
     "another corpus": ({"quality": quality(corpus_sha256=sha256("other"))}, "corpus"),
     "other chunks": ({"quality": quality(chunks_count=8)}, "chunks"),
+    "shorter tests": (
+        {"speed": (speed("decode", 256, 99999.0).model_copy(update={"tokens": 1}),)}, "speed tests",
+    ),
+    "memory of another kind": ({"memory": memory(method="nvml")}, "memory"),
     "another depth": ({"speed": (speed("decode", 8, 99999.0),)}, "depth"),
     "another context": ({"memory": memory(context_tokens=64)}, "context"),
     "no decode test": ({"speed": (speed("prefill", 0, 99999.0),)}, "decode speed is measured"),
@@ -312,6 +319,62 @@ def test_a_record_that_does_not_fit_never_wins(what: str) -> None:
     assert candidate(choice, "Q3_K_M").verdict == "INVALID"
     assert words in candidate(choice, "Q3_K_M").sentence
     assert candidate(choice, "Q3_K_M").decode_tok_s is None
+
+
+def test_a_disturbed_measurement_keeps_what_no_load_can_change() -> None:
+    """An INVALID quant never wins, yet its size, divergence and own memory can still be read."""
+    busy = validity("The benchmark waited for a core in 63 % of its time: run it again.")
+    record = benchmark_record("Q5_K_M", decode_tok_s=9000, size_mib=4, validity=busy)
+
+    disturbed = candidate(elect(FLEET, replaced={"Q5_K_M": record}), "Q5_K_M")
+
+    assert (disturbed.verdict, disturbed.on_frontier) == ("INVALID", False)
+    assert (disturbed.decode_tok_s, disturbed.prefill_tok_s) == (None, None)
+    assert disturbed.kld_mean_nats == 0.031
+    assert disturbed.memory_mib == 42.0
+    assert disturbed.sentence == (
+        "Q5_K_M: the measurement is INVALID, since the benchmark waited for a core in 63 % of its "
+        "time: run it again; size, divergence and memory do not depend on that."
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quality": quality(corpus_sha256=sha256("other"))},
+        {"quality": quality(same_top=97.1)},
+        {"gguf_sha256": sha256("other")},
+        {"memory": memory(context_tokens=64)},
+    ],
+)
+def test_a_disturbed_measurement_with_another_fault_keeps_nothing(changes: dict[str, Any]) -> None:
+    """What was measured on something else as well is not shown beside the others."""
+    busy = benchmark_record("Q5_K_M", size_mib=4, validity=validity("busy"))
+    record = busy.model_copy(update=changes)
+
+    kept = candidate(elect(FLEET, replaced={"Q5_K_M": busy}), "Q5_K_M")
+    none = candidate(elect(FLEET, replaced={"Q5_K_M": record}), "Q5_K_M")
+
+    assert kept.kld_mean_nats is not None
+    assert none.kld_mean_nats is None
+
+
+def test_disturbed_memory_of_a_card_is_not_kept() -> None:
+    """What a driver counts on a card may be other programs', so it goes with the speed."""
+    record = benchmark_record(validity=validity("busy"), memory=memory(method="nvml"))
+
+    disturbed = candidate(elect({"Q4_K_M": {}}, replaced={"Q4_K_M": record}), "Q4_K_M")
+
+    assert disturbed.memory_mib is None
+    assert disturbed.kld_mean_nats == 0.031
+
+
+def test_memory_measured_on_the_other_kind_of_hardware_is_noted() -> None:
+    """A host with cards that is judged by the memory of a CPU run is named in the record."""
+    choice = elect({"Q4_K_M": {}}, choose_slice(hosts={"a": {"vram_mib": 24576}}))
+
+    assert "Memory was measured on a CPU; on the cards of a it differs" in choice.notes[0]
+    assert elect({"Q4_K_M": {}}).notes == ()
 
 
 def test_two_halves_that_disagree_are_both_doubted() -> None:

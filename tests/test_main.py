@@ -60,7 +60,7 @@ def test_an_unknown_key_gets_a_suggestion(fleet: Fleet, checkout: Path) -> None:
     done = fleet("quantize", "tiny-llama-Q4_K_N", cwd=checkout)
 
     assert done.returncode == 2
-    assert "did you mean 'tiny-llama-Q4_K_M'?" in done.stderr
+    assert 'did you mean "tiny-llama-Q4_K_M"?' in done.stderr
 
 
 def test_an_edit_during_a_run_is_noticed(fleet: Fleet, checkout: Path) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from pipelines.report import Report
+    from pipelines.report_tree import Report
 
 FLEET: dict[str, dict[str, float]] = {
     "Q8_0": {"decode_tok_s": 412, "kld_mean_nats": 0.0014, "memory_mib": 60, "size_mib": 5},
@@ -158,13 +158,22 @@ def test_a_missing_record_is_shown_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_to_be_trusted_are_not_shown(tmp_path: Path) -> None:
-    """An INVALID measurement shows its reason and no figure that somebody could compare."""
-    changes = {"Q5_K_M": {"decode_tok_s": 87654.0, "validity": validity("another process ran")}}
+    """An INVALID measurement shows its reason and no speed, but what no load can change."""
+    changes = {
+        "Q5_K_M": {
+            "decode_tok_s": 87654.0,
+            "kld_mean_nats": 0.0777,
+            "validity": validity("Another process ran."),
+        }
+    }
     built = small_report(tmp_path, changes=changes)
 
     for text in (render.terminal(built, 300), render.markdown(built), render.html(built)):
-        assert "another process ran" in text
+        assert "INVALID, since another process ran; size, divergence and memory do not" in text
         assert "87,7" not in text
+        assert "0.0777" in text
+        assert not re.search(r"[a-z]\.\.(?!\w)", text)
+    assert all("Q5_K_M" not in drawing for drawing in render.charts(built.models[0], 1))
 
 
 def test_a_choice_older_than_its_files_is_invalid(tmp_path: Path) -> None:
@@ -177,6 +186,23 @@ def test_a_choice_older_than_its_files_is_invalid(tmp_path: Path) -> None:
     assert report.worst_verdict(report.build(fewer, at)) == "INVALID"
     records.write(at.quant_record("quantize", MODEL, "Q8_0"), other)
     assert report.worst_verdict(report.build(ReportSlice(models={MODEL: quants}), at)) == "INVALID"
+
+
+def test_a_choice_older_than_its_measurements_is_invalid(tmp_path: Path) -> None:
+    """A quant that was measured again, to another result or to none, is not promoted by habit."""
+    at = Layout(tmp_path)
+    slice_ = ReportSlice(models={MODEL: write_fleet(at)})
+    path = at.quant_record("benchmark", MODEL, "Q4_K_M")
+    fresh = records.read(path, records.BenchmarkRecord)
+    verdicts = [report.worst_verdict(report.build(slice_, at))]
+    for change in (
+        {"validity": validity("busy")},
+        {"quality": fresh.quality.model_copy(update={"same_top": 0.5})},
+    ):
+        records.write(path, fresh.model_copy(update=change))
+        verdicts.append(report.worst_verdict(report.build(slice_, at)))
+
+    assert verdicts == ["PROMOTE", "INVALID", "INVALID"]
 
 
 def test_strict_is_red_unless_all_is_promoted(tmp_path: Path) -> None:
@@ -341,6 +367,8 @@ def test_a_digest_that_is_none_goes_into_no_command(tmp_path: Path) -> None:
         record = json.loads(path.read_text())
         record["gguf"]["sha256"] = evil
         path.write_text(json.dumps(record))
+        path = at.quant_record("benchmark", MODEL, type_)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"gguf_sha256": evil}))
     path = at.model_record("choose", MODEL)
     choice = json.loads(path.read_text())
     for one in choice["hosts"][0]["candidates"]:

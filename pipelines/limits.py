@@ -1,0 +1,142 @@
+"""
+What a quant has to keep: the declared gates, and the memory of a host.
+
+A limit that cannot be judged is not kept, but it is no miss either: the quant is in doubt.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipelines import wording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pipelines.evidence import Trusted
+    from pipelines.params import ChooseSlice, Gates, Host
+    from pipelines.records import QualityResult
+
+
+# Fewer leave too few above a 99.9th percentile. 400 chunks of 512 tokens score 102,000 to 102,400.
+P999_LEAST_TOKENS = 100_000
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One limit of the declaration: what it limits, in words and in numbers."""
+
+    words: str
+    unit: str
+    read: Callable[[Trusted], float | None]
+    is_floor: bool = False
+
+
+def _tail(quality: QualityResult) -> float | None:
+    """Return the percentile if it rests on enough tokens."""
+    return quality.kld_p999_nats if quality.scored_tokens >= P999_LEAST_TOKENS else None
+
+
+GATES: dict[str, Gate] = {
+    "max_kld_mean_nats": Gate("mean divergence", " nats", lambda q: q.kld_mean_nats.value),
+    "max_kld_p999_nats": Gate(
+        "99.9th percentile of the divergence",
+        " nats",
+        lambda q: _tail(q.benchmark.quality),
+    ),
+    "min_same_top": Gate(
+        "share of equal top tokens", "", lambda q: q.benchmark.quality.same_top, is_floor=True
+    ),
+    "max_ppl_ratio": Gate("perplexity ratio", "", lambda q: q.benchmark.quality.ppl_ratio),
+    "min_decode_tok_s": Gate(
+        "decode speed", " tok/s", lambda q: q.decode_tok_s.value, is_floor=True
+    ),
+    "min_prefill_tok_s": Gate(
+        "prefill speed",
+        " tok/s",
+        lambda q: q.prefill_tok_s.value if q.prefill_tok_s else None,
+        is_floor=True,
+    ),
+    "max_size_mib": Gate("file size", " MiB", lambda q: q.size_mib.value),
+}
+_WHY_UNJUDGED = {
+    "max_kld_p999_nats": f"fewer than {P999_LEAST_TOKENS:,} tokens were scored",
+    "min_prefill_tok_s": "prefill was not measured at depth 0",
+}
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A limit that is not kept, and by how much of itself."""
+
+    text: str
+    excess: float
+
+
+def misses(quant: Trusted, gates: Gates) -> tuple[list[Miss], list[str]]:
+    """Return the limits that a quant misses, and those that nobody can judge."""
+    missed: list[Miss] = []
+    unjudged: list[str] = []
+    for name, limit in gates.model_dump(exclude_none=True).items():
+        gate = GATES[name]
+        value = gate.read(quant)
+        if value is None:
+            unjudged.append(f"{name} cannot be judged: {_WHY_UNJUDGED[name]}")
+        elif gate.is_floor and not value >= limit:
+            missed.append(Miss(_say_miss(gate, name, value, limit), limit / max(value, 1e-9) - 1))
+        elif not gate.is_floor and not value <= limit:
+            missed.append(Miss(_say_miss(gate, name, value, limit), value / limit - 1))
+    return missed, unjudged
+
+
+def _say_miss(gate: Gate, name: str, value: float, limit: float) -> str:
+    side = "under" if gate.is_floor else "over"
+    return (
+        f"{gate.words} {wording.beyond(value, limit)}{gate.unit} is {side} "
+        f"the limit {wording.declared(limit)} ({name})"
+    )
+
+
+def memory_miss(quant: Trusted, slice_: ChooseSlice, host: str) -> list[Miss]:
+    """Say by how many MiB a quant exceeds a host; a host without a limit takes everything."""
+    spec = slice_.hosts[host]
+    limit = memory_limit_mib(spec)
+    if limit is None:
+        return []
+    needed = quant.memory_mib.value + spec.margin_mib
+    if needed <= limit:
+        return []
+    # Rounded up, since "0 MiB over" would be no reason.
+    text = (
+        f"{wording.mib(math.ceil(needed - limit))} over the {wording.mib(limit)} of host {host} "
+        f"at {wording.tokens(slice_.context_tokens)} tokens"
+    )
+    if spec.margin_mib:
+        text += f", of which {wording.mib(spec.margin_mib)} stay free"
+    return [Miss(text, needed / limit - 1)]
+
+
+def memory_limit_mib(spec: Host) -> int | None:
+    """Return the memory of a host that counts: that of its cards if it has some."""
+    return spec.vram_mib if spec.vram_mib is not None else spec.memory_mib
+
+
+def memory_notes(trusted: Sequence[Trusted], hosts: Mapping[str, Host]) -> tuple[str, ...]:
+    """Say for which hosts memory was measured on hardware of the other kind."""
+    methods = {one.benchmark.memory.method for one in trusted}
+    on_cpu = [host for host, spec in hosts.items() if spec.vram_mib is not None]
+    on_card = [host for host, spec in hosts.items() if spec.vram_mib is None]
+    notes = []
+    if "rss" in methods and on_cpu:
+        notes.append(
+            f"Memory was measured on a CPU; on the cards of {wording.listed(on_cpu)} it differs by "
+            "the buffers of the backend, for which the margin has to be enough."
+        )
+    if "nvml" in methods and on_card:
+        notes.append(
+            f"Memory was measured on a card; in the main memory of {wording.listed(on_card)} it "
+            "differs by the buffers of the backend, for which the margin has to be enough."
+        )
+    return tuple(notes)
