@@ -3,7 +3,8 @@ Files that are either whole or absent.
 
 Every file that another program may read gets its final name only after its bytes are on the disk:
 temporary name in the same directory, fsync, rename, fsync of the directory. A kill at any moment
-leaves the old file, the new file, or a `.part` that nobody reads and the next run removes.
+leaves the old file, the new file, or a `.part` that nobody reads and the next run removes. A
+directory cannot be renamed over another one: between two renames there is neither, never a half.
 """
 
 from __future__ import annotations
@@ -27,17 +28,13 @@ def part_name(path: Path) -> Path:
     return path.with_name(f".{path.name}{PART_SUFFIX}")
 
 
-def sync_dir(directory: Path) -> None:
-    """Make renames inside `directory` survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _gone_name(path: Path) -> Path:
+    """Name that an old directory has while it is removed; a `.part` to whoever finds it."""
+    return path.with_name(f".{path.name}.old{PART_SUFFIX}")
 
 
-def sync_file(path: Path) -> None:
-    """Put the bytes of `path` on the disk."""
+def sync(path: Path) -> None:
+    """Put the bytes of a file, or the names in a directory, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,15 +52,19 @@ def remove(path: Path) -> None:
 
 def put_in_place(part: Path, path: Path) -> None:
     """Give a finished temporary file or directory its final name, replacing what was there."""
+    gone = _gone_name(path)
     if part.is_dir():
-        for file in sorted(part.rglob("*")):
-            if file.is_file():
-                sync_file(file)
-        remove(path)
-    else:
-        sync_file(part)
+        for inside in sorted(part.rglob("*")):
+            if inside.is_file() or inside.is_dir():
+                sync(inside)
+        # Not removed in place: a kill would leave some of its files under the final name.
+        remove(gone)
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(gone)
+    sync(part)
     part.replace(path)
-    sync_dir(path.parent)
+    sync(path.parent)
+    remove(gone)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ anywhere in it, on both streams, and llama.cpp prints strings of the model that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 # Colour codes, cursor moves, and everything else that a terminal would act on.
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
+)
+_COMMANDS = re.compile(r":(?=:)|#(?=#\[)")
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "dim": "2", "bold": "1"}
 _SECONDS_BETWEEN_UPDATES = 0.2
 _SECONDS_BETWEEN_PLAIN_LINES = 15.0
@@ -46,7 +50,7 @@ def clean(text: str) -> str:
     exactly these, finds nothing while people read the same text.
     """
     text = _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\t", " ")))
-    return text.replace("::", ":\u200b:").replace("##[", "#\u200b#[")
+    return _COMMANDS.sub(lambda found: f"{found[0]}\u200b", text)
 
 
 def paint(text: str, colour: str) -> str:
@@ -132,7 +136,11 @@ class Progress:
         self._last_shown = now
         text = self._text(done, now - self._started, detail)
         if sink:
-            with open(sink, "a", encoding="utf-8") as file:  # noqa: PTH123 - hot path, no Path
+            # A sink that is gone or full must not cost an hour of work.
+            with (
+                contextlib.suppress(OSError),
+                open(sink, "a", encoding="utf-8") as file,  # noqa: PTH123 - hot path, no Path
+            ):
                 file.write(json.dumps({"text": text, "pid": os.getpid()}) + "\n")
         elif is_terminal():
             sys.stderr.write(f"\r\x1b[K{paint(text, 'dim')}")

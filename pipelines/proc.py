@@ -114,7 +114,8 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
 
     Raises:
         ToolError: Another exit code, a signal, or the time-out; carries the last lines and the log.
-        MachineError: The program does not exist.
+        MachineError: The program does not exist, or is none for this machine.
+        Exception: Whatever `on_line` raised, after the program has ended.
     """
     words = [str(word) for word in argv]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,9 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
         except BaseException:
             stop(child)
             raise
+    for reader in readers:
+        if reader.failure is not None:
+            raise reader.failure
     stdout, stderr = (*(reader.text() for reader in readers), "")[:2]
     done = Completed(
         argv=tuple(words),
@@ -209,9 +213,7 @@ def _start(
             # Safe here: the hook only calls prctl, no lock and no allocation of Python's.
             preexec_fn=die_with_parent if _libc is not None else None,
         )
-    except FileNotFoundError as error:
-        raise MachineError(f"{words[0]} cannot be started: {error.strerror}.") from error
-    except PermissionError as error:
+    except OSError as error:
         raise MachineError(f"{words[0]} cannot be started: {error.strerror}.") from error
 
 
@@ -237,6 +239,7 @@ class _Reader:
         self._line_ends = re.compile(b"[" + re.escape(line_ends) + b"]")
         self._kept = bytearray()
         self._rest = b""
+        self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._copy, daemon=True)
         self.thread.start()
 
@@ -247,16 +250,23 @@ class _Reader:
                 self._kept += chunk
             if self._on_line is not None:
                 self._split(chunk)
-        if self._on_line is not None and self._rest:
-            self._on_line(console.clean(self._rest.decode(errors="replace")))
+        self._tell(self._rest)
         self._stream.close()
 
     def _split(self, chunk: bytes) -> None:
         *lines, rest = self._line_ends.split(self._rest + chunk)
         self._rest = rest[-_LINE_LIMIT_BYTES:]
         for line in lines:
-            if line.strip() and self._on_line is not None:
-                self._on_line(console.clean(line.decode(errors="replace")))
+            self._tell(line)
+
+    def _tell(self, line: bytes) -> None:
+        """Hand a line to the listener; one that fails is heard of later, for the pipe must flow."""
+        if self._on_line is None or not line.strip():
+            return
+        try:
+            self._on_line(console.clean(line.decode(errors="replace")))
+        except Exception as error:  # noqa: BLE001 - raised again by `run`
+            self.failure, self._on_line = error, None
 
     def text(self) -> str:
         return self._kept.decode(errors="replace")

@@ -321,8 +321,9 @@ def read(path: Path, kind: type[R]) -> R:
         first = error.errors(include_url=False)[0]
         # A place is spelt by the keys of the file, which a stranger may have written.
         where = console.clean(" ".join(".".join(map(str, first["loc"])).split()))
+        place = f"{where[:100]}: " if where else ""
         raise RecordError(
-            f"{path} is not a {kind.__name__} of this version: {where}: {first['msg']}.",
+            f"{path} is not a {kind.__name__} of this version: {place}{first['msg']}.",
             hint="Remove it and run `fleet repro`.",
         ) from error
 

@@ -525,7 +525,7 @@ def _sdist(spec: ToolchainSpec, root: Path, log: Path, *, offline: bool) -> Path
         got = hashing.digest(downloaded).sha256
         if got != spec.sha256:
             raise _wrong_sdist(spec, downloaded.name, got)
-        atomic.sync_file(downloaded)
+        atomic.sync(downloaded)
         downloaded.replace(kept)
     atomic.remove(kept.parent / f"{kept.name}.dir")
     return kept

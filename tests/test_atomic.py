@@ -7,10 +7,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pipelines import atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -49,6 +53,41 @@ def test_a_directory_is_replaced_as_one(tmp_path: Path) -> None:
             (part / name).write_text(name)
 
     assert [p.name for p in path.iterdir()] == ["second"]
+
+
+def test_a_directory_is_never_half_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever anything is removed or renamed, the final name holds all files of a version."""
+    path = tmp_path / "source"
+    seen: list[set[str]] = []
+
+    def look() -> None:
+        seen.append({p.name for p in path.iterdir()} if path.exists() else set())
+
+    for version in ("old", "new"):
+        with atomic.replacing(path) as part:
+            part.mkdir()
+            for name in ("a", "b", "c"):
+                (part / f"{version}-{name}").write_text(name)
+            monkeypatch.setattr(os, "unlink", _after(look, os.unlink))
+            monkeypatch.setattr(os, "rename", _after(look, os.rename))
+            monkeypatch.setattr(os, "replace", _after(look, os.replace))
+
+    whole = [{f"{version}-{name}" for name in "abc"} for version in ("old", "new")]
+    assert len(seen) > 3
+    assert all(names in [set(), *whole] for names in seen)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def _after(look: Callable[[], None], call: Callable[..., None]) -> Callable[..., None]:
+    """Make a system call of ours that is looked at after each use."""
+
+    def both(*args: object, **kwargs: object) -> None:
+        call(*args, **kwargs)
+        look()
+
+    return both
 
 
 def test_read_only_output_of_dvc_is_replaced(tmp_path: Path) -> None:

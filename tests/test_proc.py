@@ -102,6 +102,36 @@ def test_a_child_left_behind_does_not_block(tmp_path: Path) -> None:
     assert time.monotonic() - started < 60
 
 
+def test_a_listener_that_fails_does_not_hang_the_tool(tmp_path: Path) -> None:
+    """A bug in what shows progress is raised, and the tool's output is still read to its end."""
+    heard: list[str] = []
+
+    def fail(line: str) -> None:
+        heard.append(line)
+        raise KeyError(line[:1])
+
+    with pytest.raises(KeyError, match="y"):
+        proc.run(
+            ["sh", "-c", "yes | head -c 1000000"],
+            log=tmp_path / "a.log",
+            on_line=fail,
+            timeout_s=60,
+        )
+
+    assert heard == ["y"]
+    assert (tmp_path / "a.log").stat().st_size > 1_000_000
+
+
+def test_a_program_for_another_machine_is_named(tmp_path: Path) -> None:
+    """A file that no kernel can execute is an error in words, not a traceback."""
+    program = tmp_path / "llama-quantize"
+    program.write_bytes(b"\x7fELF but not really")
+    program.chmod(0o755)
+
+    with pytest.raises(MachineError, match="llama-quantize cannot be started"):
+        proc.run([program], log=tmp_path / "a.log")
+
+
 def test_a_full_log_disk_does_not_hang_the_tool(tmp_path: Path) -> None:
     """When the log cannot be written, the tool's output is still read to its end."""
     if not Path("/dev/full").exists():

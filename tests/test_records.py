@@ -44,6 +44,19 @@ def test_another_shape_is_refused_by_name(
         records.read(path, records.TrackReceipt)
 
 
+def test_a_key_of_a_stranger_is_shown_harmless(tmp_path: Path) -> None:
+    """The place of a mistake is spelt by the file itself; no command of it reaches the runner."""
+    path = tmp_path / "a.json"
+    hostile = {"\n::set-output name=x::y\x1b[31m": 1}
+    path.write_text(json.dumps(json.loads(RECEIPT.model_dump_json()) | hostile))
+
+    with pytest.raises(records.RecordError) as info:
+        records.read(path, records.TrackReceipt)
+
+    assert not {"\n", "\x1b"}.intersection(info.value.message)
+    assert "::" not in info.value.message
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
 def test_a_cut_record_is_an_error_with_a_next_step(tmp_path: Path, content: bytes) -> None:
     """An empty or cut file names itself and says what to do."""
