@@ -9,6 +9,7 @@ it returns. Modules are imported when their verb runs, so that `fleet --help` co
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, cast
 
 from pipelines import __version__, console
-from pipelines.errors import FleetError, ParamsError
+from pipelines.errors import FleetError, MachineError, ParamsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pipelines.records import Record
 
 INTERRUPTED = 130
+_FAULTS_OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO})
 # Set by `fleet repro` for everything below it: a stage must not outlive the run that wanted it.
 REPRO_ENV = "GGUF_FLEET_REPRO"
 
@@ -76,6 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our stdout (`| head`) has seen enough; that is no failure of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _FAULTS_OF_THE_DISK:
+            raise
+        _explain(_disk_error(error))
+        return MachineError.exit_code
+
+
+def _disk_error(error: OSError) -> MachineError:
+    """Put what the disk refuses into words; no bug of ours, so no traceback."""
+    where = f": {error.filename}" if error.filename else ""
+    return MachineError(
+        f"{error.strerror}{where}. Nothing unfinished has a final name.",
+        hint="Make room, or make it writable, and run the same command again.",
+    )
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -198,6 +214,7 @@ def _stage(args: argparse.Namespace) -> int:
     key = "fleet" if args.stage.keyed_by == "fleet" else args.key
     slice_ = _slice(at, declared, args.stage, key)
     module = import_module(f"pipelines.{args.stage.name}")
+    at.log(args.stage.name, key).unlink(missing_ok=True)  # programs append; a log is of one run
     if args.stage.name == "report":
         return _report(at, cast("ReportSlice", slice_), strict=args.strict)
     record: Record = module.run(slice_, at)
