@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from pipelines import atomic, console, proc
 from pipelines.errors import FleetError, MachineError, ToolError
@@ -30,6 +31,10 @@ LOCK = ROOT / "requirements.lock"
 # (200 MB) where PyTorch's own index answers, else the CUDA build (5 GB on disk, runs on a CPU).
 TORCH = "torch==2.13.0"
 OLDEST_PYTHON = (3, 11)
+# Used where the machine has none; it checks every other package against the lock.
+UV = "uv==0.13.8"
+# The interpreter behind the environment that may be active: `.venv` cannot be made from itself.
+PYTHON = getattr(sys, "_base_executable", None) or sys.executable
 
 
 def main() -> int:
@@ -69,7 +74,7 @@ def set_up(profile: str) -> None:
     done = _read_stamp()
     if done.get("lock") == wanted and profile in done.get("profiles", ()):
         return
-    if done.get("python") != sys.prefix:
+    if done.get("python") != sys.base_prefix:
         shutil.rmtree(VENV, ignore_errors=True)
         done = {}
     uv = _uv()
@@ -77,7 +82,7 @@ def set_up(profile: str) -> None:
         console.step("Python packages into .venv (about 1 minute the first time)")
         _install(uv, "--require-hashes", "-r", str(LOCK))
         _install(uv, "--no-deps", "-e", str(ROOT))
-        done = {"lock": wanted, "python": sys.prefix, "profiles": ["base"]}
+        done = {"lock": wanted, "python": sys.base_prefix, "profiles": ["base"]}
         atomic.write_json(STAMP, done)
     if profile == "convert":
         _install_torch(uv)
@@ -90,7 +95,7 @@ def _lock_digest() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def _read_stamp() -> dict[str, object] | dict[str, list[str]]:
+def _read_stamp() -> dict[str, Any]:
     """What an earlier run finished; nothing if it was cut."""
     try:
         stamp = json.loads(STAMP.read_text())
@@ -108,20 +113,20 @@ def _uv() -> list[str]:
     own = shutil.which("uv")
     if own:
         if not (VENV / "bin/python").exists():
-            _run([own, "venv", "--quiet", "--python", sys.executable, str(VENV)])
+            _run([own, "venv", "--quiet", "--python", PYTHON, str(VENV)])
         return [own]
     try:
         import ensurepip  # noqa: F401, PLC0415 - Debian ships venv without it
     except ImportError:
         raise MachineError(
-            f"{sys.executable} has no venv module.",
+            f"{PYTHON} has no venv module.",
             hint="Debian, Ubuntu: sudo apt-get install python3-venv; or install uv.",
         ) from None
     inside = VENV / "bin/uv"
     if not inside.exists():
         console.step("uv into .venv, since this machine has none (a few seconds)")
-        _run([sys.executable, "-m", "venv", str(VENV)])
-        _run([str(VENV / "bin/python"), "-m", "pip", "install", "--quiet", "uv"])
+        _run([PYTHON, "-m", "venv", str(VENV)])
+        _run([str(VENV / "bin/python"), "-m", "pip", "install", "--quiet", UV])
     return [str(inside)]
 
 

@@ -290,12 +290,18 @@ class TrackedRun(Part):
 
 
 class TrackReceipt(Record):
-    """What the tracking server has been told; `pending` means that it could not be reached."""
+    """
+    What the tracking server has been told; `pending` means that it could not be reached.
+
+    `choice_sha256` is the digest of the choice that it speaks of. The report depends on receipts
+    alone (DVC cannot list a file for each model), so they have to change whenever a choice does.
+    """
 
     stage: Literal["track"] = "track"
     model: str
     status: Literal["tracked", "pending"]
     reason: str
+    choice_sha256: str | None = None
     runs: tuple[TrackedRun, ...]
 
 

@@ -173,7 +173,7 @@ class _Reader:
     def _speaks_of(self, one: Candidate) -> bool:
         """Tell whether a candidate has the numbers of the records on disk, or none."""
         if one.gguf_sha256 is None:
-            return True
+            return one.verdict == "INVALID"
         read = self._readings(one.type)
         if read is None:
             return False

@@ -20,7 +20,7 @@ import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict
@@ -295,7 +295,7 @@ def _verdict(key: str, choice: ChoiceRecord) -> dict[str, str]:
 
 def _tell(slice_: TrackSlice, specs: tuple[RunSpec, ...], at: Layout) -> TrackReceipt:
     if not specs:
-        return _receipt(slice_, (), "")
+        return _receipt(slice_, at, (), "")
     uri, secrets, artifacts = _store(slice_.track.tracking_uri, at.root)
     is_remote = not uri.startswith(_SQLITE)
     task = Task(
@@ -329,12 +329,20 @@ def _tell(slice_: TrackSlice, specs: tuple[RunSpec, ...], at: Layout) -> TrackRe
             f"{without_credentials(uri)} was not told about {slice_.model}: {reason}. "
             "The next `fleet repro` tries again."
         )
-    return _receipt(slice_, told, reason)
+    return _receipt(slice_, at, told, reason)
 
 
-def _receipt(slice_: TrackSlice, told: tuple[TrackedRun, ...], reason: str) -> TrackReceipt:
-    status: Literal["tracked", "pending"] = "pending" if reason else "tracked"
-    return TrackReceipt(model=slice_.model, status=status, reason=reason, runs=told)
+def _receipt(
+    slice_: TrackSlice, at: Layout, told: tuple[TrackedRun, ...], reason: str
+) -> TrackReceipt:
+    choice = at.model_record("choose", slice_.model)
+    return TrackReceipt(
+        model=slice_.model,
+        status="pending" if reason else "tracked",
+        reason=reason,
+        choice_sha256=hashlib.sha256(choice.read_bytes()).hexdigest() if choice.exists() else None,
+        runs=told,
+    )
 
 
 def _store(uri: str, root: Path) -> tuple[str, dict[str, str], str | None]:

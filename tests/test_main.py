@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pipelines import atomic
 from pipelines.__main__ import STAGES, main
 
 if TYPE_CHECKING:
@@ -75,6 +78,25 @@ def test_an_edit_during_a_run_is_noticed(fleet: Fleet, checkout: Path) -> None:
 
     assert done.returncode == 2
     assert "was edited while DVC was running" in done.stderr
+
+
+def test_a_full_disk_is_named_without_a_traceback(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the disk refuses is said with the file and the next step; exit 7."""
+
+    def refuse(path: Path, _text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.chdir(checkout)
+    monkeypatch.setattr(atomic, "write_text", refuse)
+
+    code = main(["schema", "--write"])
+
+    said = capsys.readouterr().err
+    assert code == 7
+    assert "No space left on device: params.schema.json" in said
+    assert "Make room" in said
 
 
 def test_an_unknown_verb_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

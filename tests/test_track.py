@@ -195,7 +195,7 @@ def test_telling_twice_makes_no_second_run(at: Layout, receipt: records.TrackRec
 def test_verdict_follows_the_choice_and_the_run_stays(
     at: Layout, receipt: records.TrackReceipt
 ) -> None:
-    """Another choice from the same numbers changes tags and the kept choice, and makes no run."""
+    """Another choice changes tags, the kept choice and the receipt, on which reports depend."""
     records.write(at.model_record("choose", "tiny"), choice_record("Q8_0"))
 
     again = track.run(slice_of(), at)
@@ -208,6 +208,7 @@ def test_verdict_follows_the_choice_and_the_run_stays(
     }
     kept = at.root / "work/mlartifacts" / again.runs[0].run_id / "artifacts/records/choice.json"
     assert again.runs == receipt.runs
+    assert again.choice_sha256 != receipt.choice_sha256
     assert verdicts == {"tiny-Q8_0": "CHOSEN", "tiny-Q4_0": "PASS"}
     assert kept.read_bytes() == at.model_record("choose", "tiny").read_bytes()
 
