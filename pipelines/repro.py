@@ -1,9 +1,9 @@
 """
 `fleet repro`: `dvc repro --keep-going`, with what an operator needs around it.
 
-Before: the declaration is checked, what a kill left is repaired, the disk is measured, the
-toolchain is built. During: one line for each stage. After: a table, and the report, also when a
-model failed, so that the others are seen.
+Before: the declaration is checked, what a kill left is repaired, the disk is measured, INVALID
+measurements are withdrawn, the toolchain is built. During: one line for each stage. After: a
+table, and the report, also when a model failed, so that the others are seen.
 
 DVC and everything below it end with us: on Ctrl-C or SIGTERM within 5 s by their process group
 and by the mark in their environment; on `kill -9` by PR_SET_PDEATHSIG and the watchdog of
@@ -82,6 +82,7 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
 
     def prepare() -> None:
         disk.check_disk(declared, at)
+        withdraw_invalid(at, declared, plan)
         toolchain.ensure(toolchain.spec_of(declared))
 
     code = run(at, plan, force=force, wait=wait, prepare=prepare)
@@ -92,6 +93,27 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
         for model in plan.models:
             atomic.remove(at.scratch(model))
     return code
+
+
+def withdraw_invalid(at: Layout, declared: Declaration, plan: Plan) -> None:
+    """
+    Remove measurements that were not to be trusted, so that DVC measures again.
+
+    DVC alone would keep them: nothing that it compares has changed when a machine has become quiet.
+    """
+    from pipelines import records  # noqa: PLC0415 - pydantic
+
+    for key, quant in declared.quants.items():
+        path = at.quant_record("benchmark", quant.model, quant.type)
+        if f"benchmark@{key}" not in plan.stages or not path.exists():
+            continue
+        try:
+            valid = records.read(path, records.BenchmarkRecord).validity.verdict == "VALID"
+        except records.RecordError:
+            valid = False
+        if not valid:
+            path.unlink()
+            console.info(f"measuring again: benchmark@{key} was not valid")
 
 
 def plan_of(declared: Declaration, targets: Sequence[str]) -> Plan:

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from record_factory import benchmark_record, validity
 
-from pipelines import live, orphans, params, repro
+from pipelines import live, orphans, params, records, repro
+from pipelines.declaration import load
 from pipelines.errors import MachineError, ParamsError
 from pipelines.layout import Layout
 
@@ -544,3 +546,28 @@ def test_plan_has_no_stage_twice() -> None:
     plan = repro.plan_of(declaration(), [])
 
     assert len(live.Board(plan.stages).stages) == len(plan.stages)
+
+
+def test_what_was_not_measured_well_is_measured_again(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An INVALID benchmark is withdrawn before DVC starts; a valid one and other quants stay."""
+    at = Layout(checkout)
+    declared = load(at.params)
+    kept = at.quant_record("benchmark", "tiny-llama", "Q8_0")
+    withdrawn = at.quant_record("benchmark", "tiny-llama", "Q4_K_M")
+    unreadable = at.quant_record("benchmark", "tiny-llama", "Q2_K")
+    other = at.quant_record("benchmark", "tiny-llama", "Q6_K")
+    records.write(kept, benchmark_record("Q8_0"))
+    for path in (withdrawn, other):
+        records.write(path, benchmark_record(path.stem, validity=validity("The box was busy.")))
+    unreadable.write_text("{")
+    targets = [f"tiny-llama-{path.stem}" for path in (kept, withdrawn, unreadable)]
+
+    repro.withdraw_invalid(at, declared, repro.plan_of(declared, targets))
+
+    assert [path.exists() for path in (kept, withdrawn, unreadable, other)] == [
+        True, False, False, True,
+    ]  # fmt: skip
+    told = capsys.readouterr().err
+    assert "measuring again: benchmark@tiny-llama-Q4_K_M was not valid" in told
