@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-llama"
 CORPORA = ROOT / "corpora"
 K_QUANT_BLOCK = 256
+# Threads wait for each other actively: beside any other load, two are many times slower than one.
+torch.set_num_threads(1)
+
 CONTROL_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
@@ -198,7 +201,7 @@ def test_the_model_answers_and_stops(name: str, tokenizer: Any, model: Any) -> N
 def test_perplexity_is_what_the_model_card_states_and_far_below_a_unigram_model(
     train: Any,
 ) -> None:
-    """The weights are really trained: on unseen text they are 5 times as good as word counts."""
+    """The weights are really trained: on unseen text they are 10 times as good as word counts."""
     card = (MODEL / "README.md").read_text(encoding="utf-8")
     stated = re.search(r"\| perplexity per token \| ([\d.]+) \| ([\d.]+) \|", card)
 
@@ -207,7 +210,7 @@ def test_perplexity_is_what_the_model_card_states_and_far_below_a_unigram_model(
     assert stated is not None
     assert measured["model_perplexity"] == pytest.approx(float(stated[1]), rel=0.002)
     assert measured["unigram_perplexity"] == pytest.approx(float(stated[2]), rel=0.002)
-    assert measured["model_perplexity"] * 5 < measured["unigram_perplexity"]
+    assert measured["model_perplexity"] * 10 < measured["unigram_perplexity"]
 
 
 def test_the_model_card_declares_licence_and_data_for_the_hub() -> None:

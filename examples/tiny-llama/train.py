@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     Tokens = NDArray[np.int64]
 
 HERE = Path(__file__).resolve().parent
-CORPORA = HERE.parent.parent / "corpora"
+ROOT = HERE.parent.parent
+CORPORA = ROOT / "corpora"
 
 SEED = 20_260_101
 VOCAB_SIZE = 1_024
@@ -283,6 +284,7 @@ def export(model: LlamaForCausalLM, folder: Path) -> None:
     copy.generation_config = model.generation_config
     copy.to(torch.bfloat16).save_pretrained(scratch)
     for path in scratch.iterdir():
+        path.chmod(0o644)  # safetensors lets only the owner read what it writes
         path.replace(folder / path.name)
     scratch.rmdir()
 
@@ -461,7 +463,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["corpora", "train", "evaluate"])
-    parser.add_argument("--work", type=Path, default=Path("work"), help="archives and checkpoint")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "work" / "train-tiny-llama",
+        help="folder of the archives and the checkpoint (default: %(default)s)",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="train for this many steps")
     length.add_argument("--minutes", type=float, default=60.0, help="train this long (default: 60)")
