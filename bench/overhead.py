@@ -28,10 +28,13 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import atomic, console, declaration, machine
 from pipelines.layout import Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = 20
@@ -39,6 +42,7 @@ QUANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q2_K")
 # Large enough that reading the weights would show among the bytes read, small enough to make.
 FAKE_WEIGHTS_BYTES = 4 << 20
 BLOCK_BYTES = 512
+CONVERTER = "convert_hf_to_gguf.py"
 REPEATS = 5
 
 
@@ -158,18 +162,60 @@ def artifact_bytes(root: Path) -> int:
 
 def replay(root: Path) -> list[tuple[Path, list[str]]]:
     """
-    Commands that the stages ran, in order, with the folders they ran in.
+    Commands of llama.cpp that the stages ran, in order, with the folders they ran in.
 
-    Their outputs go to names of their own, so that nothing of DVC's is overwritten.
+    They write to the temporary names that the stages gave them, so that nothing of DVC's is
+    overwritten.
     """
     logs = sorted((root / "work/logs").glob("*.log"), key=lambda path: path.stat().st_mtime_ns)
-    found = []
+    found: list[tuple[Path, list[str]]] = []
     for log in logs:
-        for line in log.read_text(errors="replace").splitlines():
-            if match := re.match(r"\+ (?:cd (.+?) && )?(.*llama.*)$", line):
-                folder = (root / match[1].strip("'")) if match[1] else root
-                found.append((folder, shlex.split(match[2])))
+        for folder, words in logged(log.read_text(errors="replace")):
+            argv = by_hand(words)
+            if argv:
+                found.append((root / folder, argv))
+    parts = {word for _, argv in found for word in argv if atomic.PART_SUFFIX in word}
+    for cwd, argv in found:
+        for index, word in enumerate(argv):
+            if word in parts:
+                (cwd / word).parent.mkdir(parents=True, exist_ok=True)
+            # Logits of the 16-bit model are removed after the run: read those of the replay.
+            part = str(atomic.part_name(Path(word))) if word.endswith(".kld") else ""
+            argv[index] = part if part in parts and not (cwd / word).exists() else word
     return found
+
+
+def logged(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (folder, argv) of each command in a log; a quoted argument may hold line ends."""
+    lines = iter(text.splitlines(keepends=True))
+    for line in lines:
+        if not line.startswith("+ "):
+            continue
+        command = line[2:]
+        while (words := unquoted(command)) is None:
+            command += next(lines)
+        yield (words[1], words[3:]) if words[0] == "cd" else ("", words)
+
+
+def unquoted(command: str) -> list[str] | None:
+    """Split a command into words; None if a quotation goes on in the next line."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return None
+
+
+def by_hand(words: list[str]) -> list[str]:
+    """Return what a person would type in place of a logged command; nothing if it is not a tool."""
+    names = [Path(word).name for word in words]
+    if CONVERTER in names:
+        # We call it through a launcher and under a name of its own, with metadata of ours.
+        script = names.index(CONVERTER)
+        scratch, options = Path(words[script + 1]), words[script + 2 : words.index("--metadata")]
+        source = scratch.parents[3] / scratch.name / "source"
+        return [sys.executable, words[script], str(source), *options]
+    tools = [i for i, name in enumerate(names) if re.fullmatch(r"llama-[a-z-]+", name)]
+    return words[tools[0] :] if tools and "pipelines.mlflow_runs" not in words else []
 
 
 def python_start_s(root: Path) -> float:
