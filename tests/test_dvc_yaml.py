@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(name="stages")
-def _stages(checkout: Path) -> dict[str, Any]:
+def _stages(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Every stage of the real graph as DVC resolves it, by its address."""
     from dvc.repo import Repo  # noqa: PLC0415 - heavy
 
+    # DVC names stages by their way from the working directory.
+    monkeypatch.chdir(checkout)
     with Repo(str(checkout)) as repo:
         return {stage.addressing: stage for stage in repo.index.stages}
 
