@@ -68,7 +68,7 @@ def edit(root: Path, change: Callable[[str], str], name: str = "params.yaml") ->
 def quick(text: str) -> str:
     """Make the benchmark of params.yaml short."""
     for key, value in QUICK.items():
-        text, count = re.subn(rf"(\b{key}: )[^,}}\n#]*(\[[^\]]*\])?", rf"\g<1>{value}", text)
+        text, count = re.subn(rf"\b({key}: )(?:\[[^\]]*\]|[^,}}\n#]+)", rf"\g<1>{value}", text)
         assert count, key
     return text
 
