@@ -94,6 +94,8 @@ def error(text: str, *, where: Problem | None = None) -> None:
     """Tell why the work stops; under Actions as an annotation, on its line if it has one."""
     if in_actions():
         _annotate("error", text, where)
+        # The annotation is encoded; this line, or one inside it, could still be a command.
+        text = clean(text)
     _say(paint("error: ", "red") + text if where is None else str(where))
 
 

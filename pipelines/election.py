@@ -130,7 +130,13 @@ class Election:
         if len(self.doubts) == 1:
             type_, reason = next(iter(self.doubts.items()))
             return f"{type_} cannot be judged ({reason})"
-        return f"{wording.listed(list(self.doubts))} cannot be judged"
+        disturbed = {o.type for o in self.evidence if isinstance(o, Doubted) and o.steady}
+        why = (
+            " (their measurements were disturbed: `fleet repro` on a quiet machine repeats them)"
+            if disturbed.issuperset(self.doubts)
+            else ""
+        )
+        return f"{wording.listed(list(self.doubts))} cannot be judged{why}"
 
     def _praise(self, *, leads: bool = False) -> str:
         """Say who wins and why: `Q4_K_M: the fastest of 3 quants that pass (598 tok/s ...)`."""

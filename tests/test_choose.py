@@ -338,6 +338,22 @@ def test_a_disturbed_measurement_keeps_what_no_load_can_change() -> None:
     )
 
 
+def test_a_busy_machine_is_named_in_the_headline() -> None:
+    """When every measurement was disturbed, the verdict says so and what to type next."""
+    busy = {
+        type_: measured_record(type_, values).model_copy(update={"validity": validity("busy")})
+        for type_, values in FLEET.items()
+    }
+
+    host = only_host(elect(FLEET, replaced={**busy}))
+
+    assert (host.winner, host.verdict) == (None, "INVALID")
+    assert host.sentence.endswith(
+        "cannot be judged (their measurements were disturbed: `fleet repro` on a quiet machine "
+        "repeats them)"
+    )
+
+
 @pytest.mark.parametrize(
     "changes",
     [

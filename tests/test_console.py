@@ -67,6 +67,19 @@ def test_an_annotation_cannot_be_left(
     assert capsys.readouterr().err == "::warning::first%0A::set-output name=x::y\n"
 
 
+def test_an_error_is_no_command_below_its_annotation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The readable copy of an error does not run what its annotation has encoded."""
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+
+    console.error("first\n::set-output name=x::y")
+
+    annotation, *copy = capsys.readouterr().err.splitlines()
+    assert annotation.startswith("::error::first%0A")
+    assert not any(_COMMAND_V2.search(line) for line in copy)
+
+
 def test_progress_below_repro_is_a_line_of_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

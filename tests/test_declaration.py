@@ -276,6 +276,11 @@ MISTAKES = {
         "chunks: 399",
         "gates.max_kld_p999_nats: needs `benchmark.quality.chunks` of 400 or more, not 399",
     ),
+    "percentile of short windows": (
+        "context_tokens: 512\n    chunks: 400",
+        "context_tokens: 8\n    chunks: 400",
+        "gates.max_kld_p999_nats: needs `benchmark.quality.chunks` of 25,600 or more, not 400",
+    ),
     "physical batch above the logical": (
         "ubatch_tokens: 512",
         "ubatch_tokens: 4096",
@@ -338,6 +343,7 @@ TOLD_ELSEWHERE = {
     "tensor rule on a type without quantization": "tensor_types:",
     "output tensor declared twice": "output_tensor_type:",
     "percentile of too little text": "max_kld_p999_nats:",
+    "percentile of short windows": "max_kld_p999_nats:",
     "quantized cache without flash attention": "kv_type:",
 }
 
