@@ -126,17 +126,17 @@ def memory_limit_mib(spec: Host) -> int | None:
 def memory_notes(trusted: Sequence[Trusted], hosts: Mapping[str, Host]) -> tuple[str, ...]:
     """Say for which hosts memory was measured on hardware of the other kind."""
     methods = {one.benchmark.memory.method for one in trusted}
-    on_cpu = [host for host, spec in hosts.items() if spec.vram_mib is not None]
-    on_card = [host for host, spec in hosts.items() if spec.vram_mib is None]
+    with_cards = [host for host, spec in hosts.items() if spec.vram_mib is not None]
+    without_cards = [host for host, spec in hosts.items() if spec.vram_mib is None]
     notes = []
-    if "rss" in methods and on_cpu:
+    if "rss" in methods and with_cards:
         notes.append(
-            f"Memory was measured on a CPU; on the cards of {wording.listed(on_cpu)} it differs by "
+            f"Memory was measured on a CPU; on the cards of {wording.listed(with_cards)} it differs by "
             "the buffers of the backend, for which the margin has to be enough."
         )
-    if "nvml" in methods and on_card:
+    if "nvml" in methods and without_cards:
         notes.append(
-            f"Memory was measured on a card; in the main memory of {wording.listed(on_card)} it "
+            f"Memory was measured on a card; in the main memory of {wording.listed(without_cards)} it "
             "differs by the buffers of the backend, for which the margin has to be enough."
         )
     return tuple(notes)
