@@ -128,15 +128,10 @@ def memory_notes(trusted: Sequence[Trusted], hosts: Mapping[str, Host]) -> tuple
     methods = {one.benchmark.memory.method for one in trusted}
     with_cards = [host for host, spec in hosts.items() if spec.vram_mib is not None]
     without_cards = [host for host, spec in hosts.items() if spec.vram_mib is None]
-    notes = []
-    if "rss" in methods and with_cards:
-        notes.append(
-            f"Memory was measured on a CPU; on the cards of {wording.listed(with_cards)} it differs by "
-            "the buffers of the backend, for which the margin has to be enough."
-        )
-    if "nvml" in methods and without_cards:
-        notes.append(
-            f"Memory was measured on a card; in the main memory of {wording.listed(without_cards)} it "
-            "differs by the buffers of the backend, for which the margin has to be enough."
-        )
-    return tuple(notes)
+    pairs = (("rss", "a CPU", with_cards), ("nvml", "a card", without_cards))
+    return tuple(
+        f"Memory was measured on {where}; on {wording.listed(hosts_of_other_kind)} it differs by the "
+        "buffers of the backend, for which the margin has to be enough."
+        for method, where, hosts_of_other_kind in pairs
+        if method in methods and hosts_of_other_kind
+    )

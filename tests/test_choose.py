@@ -389,7 +389,7 @@ def test_memory_measured_on_the_other_kind_of_hardware_is_noted() -> None:
     """A host with cards that is judged by the memory of a CPU run is named in the record."""
     choice = elect({"Q4_K_M": {}}, choose_slice(hosts={"a": {"vram_mib": 24576}}))
 
-    assert "Memory was measured on a CPU; on the cards of a it differs" in choice.notes[0]
+    assert "Memory was measured on a CPU; on a it differs" in choice.notes[0]
     assert elect({"Q4_K_M": {}}).notes == ()
 
 
