@@ -130,8 +130,8 @@ def memory_notes(trusted: Sequence[Trusted], hosts: Mapping[str, Host]) -> tuple
     without_cards = [host for host, spec in hosts.items() if spec.vram_mib is None]
     pairs = (("rss", "a CPU", with_cards), ("nvml", "a card", without_cards))
     return tuple(
-        f"Memory was measured on {where}; on {wording.listed(hosts_of_other_kind)} it differs by the "
+        f"Memory was measured on {where}; on {wording.listed(others)} it differs by the "
         "buffers of the backend, for which the margin has to be enough."
-        for method, where, hosts_of_other_kind in pairs
-        if method in methods and hosts_of_other_kind
+        for method, where, others in pairs
+        if method in methods and others
     )
