@@ -2,7 +2,7 @@
 The stage `benchmark`: speed, divergence from f16 and memory of one quant on this machine.
 
 One benchmark runs at a time on a machine. Each of its four parts is one run of a llama.cpp tool
-whose output is believed only as far as `pipelines.llamacpp` can prove it, and the record is made
+whose output is believed only as far as its parser can prove it, and the record is made
 when all are done: a stop at any moment leaves no half a number, and the next run goes on with
 whatever scratch is whole.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -29,9 +30,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pipelines import (
     atomic,
     console,
+    corpora,
     gguf_header,
     gpu,
-    hashing,
+    llama_bench,
+    llama_fit_params,
+    llama_perplexity,
     llamacpp,
     machine,
     proc,
@@ -47,8 +51,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipelines.layout import Layout
-    from pipelines.llamacpp import BaseHeader, Divergence, Execution, MemoryEstimate, SpeedResult
-    from pipelines.params import Benchmark, BenchmarkSlice, Corpus
+    from pipelines.llama_bench import SpeedResult
+    from pipelines.llama_fit_params import MemoryEstimate
+    from pipelines.llama_perplexity import BaseHeader, Divergence
+    from pipelines.llamacpp import Execution
+    from pipelines.params import Benchmark, BenchmarkSlice
     from pipelines.records import BenchmarkRecord, FileDigest
     from pipelines.toolchain import Toolchain
     from pipelines.watch import Usage
@@ -109,8 +116,7 @@ def benchmark(
                 wanted.benchmark, tools.backend, cores=hardware["cpu"]["cores_count"]
             ),
         )
-        bench.log.unlink(missing_ok=True)
-        _check_corpus(wanted.corpus, at)
+        corpora.require(wanted.corpus, at, "evaluation text")
         prove(bench.gguf, quantized.gguf)
         speed = measure_speed_in_peace(bench)
         estimate, peak = measure_memory(bench)
@@ -183,18 +189,12 @@ class Bench:
     def run(
         self, argv: Sequence[str], on_line: Callable[[str], None], *, timed: bool = False
     ) -> proc.Completed:
-        """Run one tool where the relative names hold, without options from the environment."""
-        # llama.cpp reads further options from LLAMA_ARG_*.
-        env = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")}
+        """Run one tool where the relative names hold."""
         return proc.run(
             argv,
             log=self.log,
             cwd=self.at.root,
-            # A tool that aborts would call a debugger, which prints paths of this machine.
-            env=env
-            | gpu.tool_environment()
-            | {"GGML_NO_BACKTRACE": "1"}
-            | ({} if timed else llamacpp.UNTIMED_ENV),
+            env=llamacpp.environment(self.tools, timed=timed),
             inherit_env=False,
             on_line=on_line,
         )
@@ -272,21 +272,6 @@ def prove(path: Path, recorded: FileDigest) -> None:
         )
 
 
-def _check_corpus(corpus: Corpus, at: Layout) -> None:
-    path = at.root / corpus.path
-    if not path.is_file():
-        raise ParamsError(
-            f"the evaluation text {corpus.path} does not exist.",
-            hint="Put it there, or correct `path` under `corpora` in params.yaml.",
-        )
-    found = hashing.digest(path).sha256
-    if found != corpus.sha256:
-        raise DigestError(
-            f"{corpus.path} has sha256 {found}, declared is {corpus.sha256}.",
-            hint="Restore the file, or declare the new digest if the change is meant.",
-        )
-
-
 @contextmanager
 def one_at_a_time(directory: Path, key: str) -> Iterator[None]:
     """
@@ -356,7 +341,7 @@ def measure_speed(bench: Bench) -> _Speed:
     """Run llama-bench over all depths, watching the machine meanwhile."""
     declared = bench.wanted.benchmark
     console.step(f"speed of {bench.wanted.key}")
-    argv = llamacpp.speed_argv(
+    argv = llama_bench.speed_argv(
         bench.tools,
         bench.named(bench.gguf),
         prompt_tokens=declared.prompt_tokens,
@@ -365,7 +350,7 @@ def measure_speed(bench: Bench) -> _Speed:
         repetitions=declared.repetitions,
         execution=bench.execution,
     )
-    tests = llamacpp.speed_tests(
+    tests = llama_bench.speed_tests(
         prompt_tokens=declared.prompt_tokens,
         generate_tokens=declared.generate_tokens,
         depths=declared.depths,
@@ -379,7 +364,7 @@ def measure_speed(bench: Bench) -> _Speed:
         done = bench.run(argv, lambda line: _show_bench(progress, line), timed=True)
         after = validity.cpu_times()
     return _Speed(
-        results=llamacpp.parse_bench(
+        results=llama_bench.parse_bench(
             done.stdout, _expectation(bench, tests, declared.repetitions), bench.log
         ),
         usage=ours.usage(),
@@ -391,9 +376,9 @@ def measure_speed(bench: Bench) -> _Speed:
 
 
 def _expectation(
-    bench: Bench, tests: tuple[llamacpp.SpeedTest, ...], repetitions: int
-) -> llamacpp.BenchExpectation:
-    return llamacpp.BenchExpectation(
+    bench: Bench, tests: tuple[llama_bench.SpeedTest, ...], repetitions: int
+) -> llama_bench.BenchExpectation:
+    return llama_bench.BenchExpectation(
         model=bench.named(bench.gguf),
         model_size_bytes=bench.model_size_bytes,
         commit=bench.tools.commit,
@@ -405,7 +390,7 @@ def _expectation(
 
 
 def _show_bench(progress: console.Progress, line: str) -> None:
-    if (share := llamacpp.bench_progress(line)) is not None:
+    if (share := llama_bench.bench_progress(line)) is not None:
         progress.update(share)
 
 
@@ -472,7 +457,7 @@ def measure_memory(bench: Bench) -> tuple[MemoryEstimate, _Peak]:
     Return the planned memory at the declared context, and the peak while it is filled.
 
     The measured run is llama-bench reading one prompt as long as the context
-    (`llamacpp.memory_argv`): it creates exactly that context, and every cell of its cache is
+    (`llama_bench.memory_argv`): it creates exactly that context, and every cell of its cache is
     written, as by a conversation that fills it. On a GPU the peak is what the driver says our
     processes hold on all cards. On a CPU it is the kernel's high-water mark of llama-bench alone
     (VmHWM in /proc/PID/status); wait4's ru_maxrss would also count the Python that forked it.
@@ -484,15 +469,15 @@ def measure_memory(bench: Bench) -> tuple[MemoryEstimate, _Peak]:
     console.step(f"memory of {bench.wanted.key} at {context_tokens:,} tokens")
     model = bench.named(bench.gguf)
     planned = bench.run(
-        llamacpp.estimate_argv(
+        llama_fit_params.estimate_argv(
             bench.tools, model, context_tokens=context_tokens, execution=bench.execution
         ),
         lambda _: None,
     )
-    estimate = llamacpp.parse_estimate(
+    estimate = llama_fit_params.parse_estimate(
         planned.stdout, planned.stderr, on_gpu=bench.on_gpu, log=bench.log
     )
-    argv = llamacpp.memory_argv(
+    argv = llama_bench.memory_argv(
         bench.tools, model, context_tokens=context_tokens, execution=bench.execution
     )
     with (
@@ -507,8 +492,8 @@ def measure_memory(bench: Bench) -> tuple[MemoryEstimate, _Peak]:
             _show_bench(progress, line)
 
         done = bench.run(argv, look)
-    tests = llamacpp.memory_tests(context_tokens)
-    llamacpp.parse_bench(done.stdout, _expectation(bench, tests, 1), bench.log)
+    tests = llama_bench.memory_tests(context_tokens)
+    llama_bench.parse_bench(done.stdout, _expectation(bench, tests, 1), bench.log)
     by_driver = bench.on_gpu and cards.sees_cards
     mib = cards.observation().peak_mib if by_driver else ours.usage().peak_rss_bytes / MIB
     if mib <= 0:
@@ -528,7 +513,7 @@ def measure_quality(bench: Bench, f16: FileDigest) -> tuple[BaseHeader, Divergen
     """
     logits = reference_logits(bench, f16)
     console.step(f"divergence of {bench.wanted.key} from f16")
-    argv = llamacpp.divergence_argv(
+    argv = llama_perplexity.divergence_argv(
         bench.tools,
         bench.named(bench.gguf),
         base=bench.named(logits.path),
@@ -540,12 +525,14 @@ def measure_quality(bench: Bench, f16: FileDigest) -> tuple[BaseHeader, Divergen
     ) as progress:
 
         def show(line: str) -> None:
-            if (windows := llamacpp.divergence_progress(line)) is not None:
+            if (windows := llama_perplexity.divergence_progress(line)) is not None:
                 progress.update(windows)
 
         done = bench.run(argv, show)
-    found = llamacpp.parse_divergence(done.stdout, done.stderr, base=logits.header, log=bench.log)
-    if abs(found.ppl_base / logits.ppl - 1) > _PPL_TOLERANCE:
+    found = llama_perplexity.parse_divergence(
+        done.stdout, done.stderr, base=logits.header, log=bench.log
+    )
+    if not math.isclose(found.ppl_base, logits.ppl, rel_tol=_PPL_TOLERANCE):
         atomic.remove(logits.path)
         raise ToolError(
             f"the logits of the f16 give perplexity {found.ppl_base}, {logits.ppl} was measured "
@@ -559,7 +546,7 @@ def measure_quality(bench: Bench, f16: FileDigest) -> tuple[BaseHeader, Divergen
 def _in_windows(bench: Bench) -> Execution:
     """Run as declared, with the batch cut to whole windows, which llama-perplexity insists on."""
     quality = bench.wanted.benchmark.quality
-    batch = llamacpp.window_batch(quality.context_tokens, bench.execution.batch_tokens)
+    batch = llama_perplexity.window_batch(quality.context_tokens, bench.execution.batch_tokens)
     return replace(
         bench.execution,
         batch_tokens=batch,
@@ -628,7 +615,7 @@ def _expected_logits(bench: Bench) -> BaseHeader:
     tokens = gguf_header.read(path).metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, gguf_header.Array):
         raise ToolError(f"{path} has no vocabulary: its divergence cannot be measured.")
-    return llamacpp.BaseHeader(
+    return llama_perplexity.BaseHeader(
         context_tokens=quality.context_tokens,
         vocabulary_tokens=tokens.count,
         chunks=quality.chunks,
@@ -654,8 +641,8 @@ def _known_logits(path: Path, expected: BaseHeader) -> Logits | None:
         ppl = float(note["ppl"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = stat.st_size == llamacpp.base_size_bytes(expected)
-    if not (same and whole and llamacpp.read_base_header(path) == expected):
+    whole = stat.st_size == llama_perplexity.base_size_bytes(expected)
+    if not (same and whole and llama_perplexity.read_base_header(path) == expected):
         return None
     return Logits(path=path, header=expected, ppl=ppl)
 
@@ -663,13 +650,13 @@ def _known_logits(path: Path, expected: BaseHeader) -> Logits | None:
 def _compute_logits(bench: Bench, path: Path) -> Logits:
     model, corpus = bench.wanted.model, bench.wanted.corpus
     expected = _expected_logits(bench)
-    size_bytes = llamacpp.base_size_bytes(expected)
+    size_bytes = llama_perplexity.base_size_bytes(expected)
     path.parent.mkdir(parents=True, exist_ok=True)
     _require_room(path.parent, size_bytes, expected)
     console.step(f"logits of {model}'s f16 ({size_bytes:,} bytes of scratch)")
     atomic.remove(_note_of(path))
     with atomic.replacing(path) as part:
-        argv = llamacpp.base_argv(
+        argv = llama_perplexity.base_argv(
             bench.tools,
             bench.named(bench.at.f16(model)),
             corpus=corpus.path,
@@ -682,7 +669,7 @@ def _compute_logits(bench: Bench, path: Path) -> Logits:
         done = _run_reference(bench, argv, expected.chunks)
         _check_length(done.stderr, part, expected, bench)
         llamacpp.refuse_errors("llama-perplexity", done.stderr, bench.log)
-        found = llamacpp.read_base_header(part)
+        found = llama_perplexity.read_base_header(part)
         written_bytes = part.stat().st_size if part.exists() else 0
         if found != expected or written_bytes != size_bytes:
             llamacpp.refuse(
@@ -690,7 +677,7 @@ def _compute_logits(bench: Bench, path: Path) -> Logits:
                 f"of logits ({found}); {size_bytes:,} were expected ({expected}).",
                 bench.log,
             )
-        ppl = llamacpp.parse_base_run(done.stderr, bench.log)
+        ppl = llama_perplexity.parse_base_run(done.stderr, bench.log)
     stat = path.stat()
     atomic.write_json(
         _note_of(path), {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ppl": ppl}
@@ -706,7 +693,7 @@ def _run_reference(bench: Bench, argv: Sequence[str], chunks: int) -> proc.Compl
 
         def show(line: str) -> None:
             nonlocal windows
-            windows += llamacpp.is_base_row(line)
+            windows += llama_perplexity.is_base_row(line)
             progress.update(windows)
 
         return bench.run(argv, show)
@@ -722,7 +709,7 @@ def _check_length(stderr: str, part: Path, expected: BaseHeader, bench: Bench) -
     Raises:
         ParamsError: Says how many windows there are.
     """
-    found = llamacpp.read_base_header(part)
+    found = llama_perplexity.read_base_header(part)
     if short := _TOO_SHORT.search(stderr):
         windows = int(short[1]) // expected.context_tokens
     elif found is not None and found.chunks < expected.chunks:
@@ -755,7 +742,7 @@ def _quality_record(
         corpus_sha256=wanted.corpus.sha256,
         context_tokens=header.context_tokens,
         chunks_count=header.chunks,
-        scored_tokens=llamacpp.scored_tokens(header.context_tokens, header.chunks),
+        scored_tokens=llama_perplexity.scored_tokens(header.context_tokens, header.chunks),
         kld_mean_nats=found.kld_mean_nats,
         kld_mean_error_nats=found.kld_mean_error_nats,
         kld_p999_nats=found.kld_p999_nats,

@@ -2,8 +2,9 @@
 The stage `calibrate`: which inputs of each matrix matter, measured on a calibration text.
 
 llama-imatrix runs the 16-bit model over the text and sums the squared inputs of every matrix;
-llama-quantize spends its bits by them. The result depends on the model, the text, the window and
-the number of windows, and on nothing else: not on the threads, not on the folder.
+llama-quantize spends its bits by them. For one build of the tools the result depends on the model,
+the text, the window and the number of windows, and on nothing else: not on the threads, not on the
+folder. A card sums in another order than a CPU, so another backend gives other last digits.
 
 llama-imatrix writes the name of the text into its file as it is given, and llama-quantize copies
 that into every GGUF made with it. So it gets the path as declared, below the repository; another
@@ -15,15 +16,26 @@ Source: tools/imatrix/imatrix.cpp of the pinned llama.cpp.
 from __future__ import annotations
 
 import math
-import os
 import re
 from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pipelines import atomic, console, dvc_state, gguf_header, hashing, llamacpp, proc, records
-from pipelines.errors import DigestError, FleetError, ParamsError, ToolError
+from pipelines import (
+    atomic,
+    console,
+    corpora,
+    dvc_state,
+    gguf_header,
+    hashing,
+    llamacpp,
+    machine,
+    proc,
+    records,
+)
+from pipelines.errors import FleetError, ParamsError, ToolError
 from pipelines.gguf_header import Array
+from pipelines.wording import first_few
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +60,6 @@ _TOKENS: Final = re.compile(r"^Total number of tokens: (\d+)$", re.MULTILINE)
 _MAX_TOKEN_BYTES: Final = 64
 _SUMS: Final = ".in_sum2"
 _COUNTS: Final = ".counts"
-_SHOWN: Final = 6
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,8 @@ def calibrate(wanted: CalibrateSlice, at: Layout, tools: Toolchain) -> Calibrate
         console.info(f"{wanted.model}: no calibration is declared, so there is no imatrix.")
         return _record(wanted, convert, tools, _Content(0, 0, 0), imatrix=None)
 
-    _check_corpus(wanted.corpus, at)
+    corpora.require(wanted.corpus, at, "calibration text")
+    _require_model(at.f16(wanted.model), convert)
     final = at.imatrix(wanted.model)
     with atomic.replacing(final.parent) as part:
         part.mkdir()
@@ -98,6 +110,16 @@ def calibrate(wanted: CalibrateSlice, at: Layout, tools: Toolchain) -> Calibrate
     return _record(wanted, convert, tools, content, imatrix=file)
 
 
+def _require_model(f16: Path, convert: ConvertRecord) -> None:
+    """Refuse a model that is plainly not the one of the record whose digest we pass on."""
+    size_bytes = f16.stat().st_size if f16.is_file() else 0
+    if size_bytes != convert.gguf.size_bytes:
+        raise ToolError(
+            f"{f16} has {size_bytes:,} bytes, its record says {convert.gguf.size_bytes:,}.",
+            hint="fleet repro: it makes the file again.",
+        )
+
+
 def imatrix_argv(  # noqa: PLR0913 - each is one option of the tool
     program: Path,
     *,
@@ -110,7 +132,7 @@ def imatrix_argv(  # noqa: PLR0913 - each is one option of the tool
 ) -> list[str | Path]:
     """Spell the command: every option that can change a byte is there, whatever its default."""
     batch = str(min(context_tokens, _BATCH_TOKENS))
-    threads = str(_usable_cpus())
+    threads = str(machine.usable_cores())  # they change no byte of the result
     return [
         program, "-m", model, "-f", corpus,
         "-o", output, "--output-format", "gguf",
@@ -121,21 +143,6 @@ def imatrix_argv(  # noqa: PLR0913 - each is one option of the tool
         # A model too large for the card still runs, with some layers on the CPU.
         *(("-ngl", "auto", "--fit", "on") if on_gpu else ("-ngl", "0", "--fit", "off")),
     ]  # fmt: skip
-
-
-def _check_corpus(corpus: Corpus, at: Layout) -> None:
-    path = at.root / corpus.path
-    if not path.is_file():
-        raise ParamsError(
-            f"the calibration text {corpus.path} does not exist.",
-            hint="Put it there, or correct `path` under `corpora` in params.yaml.",
-        )
-    found = hashing.digest(path).sha256
-    if found != corpus.sha256:
-        raise DigestError(
-            f"{corpus.path} has sha256 {found}, declared is {corpus.sha256}.",
-            hint="Restore the file, or declare the new digest if the change is meant.",
-        )
 
 
 def _run_tool(
@@ -157,9 +164,7 @@ def _run_tool(
             argv,
             log=log,
             cwd=at.root,
-            # llama.cpp reads further options from LLAMA_ARG_*.
-            env={key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")}
-            | llamacpp.UNTIMED_ENV,
+            env=llamacpp.environment(tools),
             inherit_env=False,
             on_line=lambda line: _show(progress, line),
             line_ends=b"\r\n,",
@@ -183,7 +188,8 @@ def _failure(
     text = at.root / corpus.path
     if text.stat().st_size <= 2 * wanted.context_tokens * _MAX_TOKEN_BYTES:
         argv = tokenize_argv(tools.tool("llama-tokenize"), at.f16(wanted.model), text)
-        counted = _TOKENS.search(proc.run(argv, log=log).stdout)
+        tokenized = proc.run(argv, log=log, env=llamacpp.environment(tools), inherit_env=False)
+        counted = _TOKENS.search(tokenized.stdout)
         if counted and int(counted[1]) < 2 * wanted.context_tokens:
             return _too_short(wanted, corpus, int(counted[1]) // wanted.context_tokens)
     return ToolError(
@@ -239,6 +245,8 @@ def _check(imatrix: Path, wanted: CalibrateSlice, corpus: Corpus) -> _Content:
     chunks = header.integer("imatrix.chunk_count")
     if chunks < (wanted.chunks or 1):
         raise _too_short(wanted, corpus, chunks)
+    if wanted.chunks is not None and chunks > wanted.chunks:
+        raise ToolError(f"llama-imatrix read {chunks} windows instead of {wanted.chunks}.")
     entries, partial = _check_entries(header)
     return _Content(entries_count=entries, partial_entries_count=partial, chunks_count=chunks)
 
@@ -263,13 +271,14 @@ def _check_entries(header: Header) -> tuple[int, int]:
     if useless:
         raise ToolError(
             f"the importance matrix has zeros only, or values that are not finite, in "
-            f"{_some(useless)}.",
+            f"{first_few(useless)}.",
             hint="The 16-bit model is damaged, or its activations overflow: look at its outputs.",
         )
     if partial:
         console.warn(
-            f"the calibration text did not reach every expert: {_some(partial)}. Weights of the "
-            "others are quantized without an importance matrix; a longer or more varied text helps."
+            f"the calibration text did not reach every expert: {first_few(partial)}. Weights of "
+            "the others are quantized without an importance matrix; a longer or more varied text "
+            "helps."
         )
     return len(names), len(partial)
 
@@ -314,15 +323,3 @@ def _record(
         partial_entries_count=content.partial_entries_count,
         imatrix=imatrix,
     )
-
-
-def _usable_cpus() -> int:
-    """CPUs that this process may use; decides the time that it takes, not a byte of the result."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

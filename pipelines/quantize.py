@@ -15,6 +15,7 @@ Source: tools/quantize/quantize.cpp and src/llama-quant.cpp of the pinned llama.
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pipelines import (
@@ -24,13 +25,16 @@ from pipelines import (
     dvc_state,
     gguf_header,
     hashing,
+    llamacpp,
     proc,
     records,
     tensor_mix,
 )
 from pipelines.errors import ParamsError, ToolError
+from pipelines.wording import first_few
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from pipelines.gguf_header import Header
@@ -45,11 +49,12 @@ _METADATA_GROWTH_BYTES: Final = 4096
 
 _TENSOR_DONE: Final = re.compile(r"^\[ *(\d+)/ *\d+\]")
 _NO_WEIGHTS: Final = re.compile(r"did not find weights for (\S+)")
+# What llama-quantize itself says about the file.
+_OWN_METADATA: Final = frozenset({"general.file_type", "general.quantization_version"})
 # llama-imatrix never looks at these (but for --process-output); quantizing them without is normal.
 _NEVER_CALIBRATED: Final = frozenset(
     {"token_embd.weight", "output.weight", "per_layer_token_embd.weight"}
 )
-_SHOWN: Final = 6
 
 
 def run(slice_: QuantizeSlice, at: Layout) -> QuantizeRecord:
@@ -78,14 +83,16 @@ def quantize(wanted: QuantizeSlice, at: Layout, tools: Toolchain) -> QuantizeRec
     cwd = at.imatrix_dir(wanted.model) if calibration else at.f16(wanted.model).parent
 
     tensor_mix.check_forced_types(source, wanted)
-    plan = proc.run(quantize_argv(tools, wanted, source, output=None), log=log, cwd=cwd)
+    run_tool = partial(
+        proc.run, log=log, cwd=cwd, env=llamacpp.environment(tools), inherit_env=False
+    )
+    plan = run_tool(quantize_argv(tools, wanted, source, output=None))
     mix = tensor_mix.predict(source, wanted, plan.stderr)
     disk.require(final, size_limit(source, mix), f"quantize {wanted.key}")
 
     with atomic.replacing(final) as part:
-        _run_tool(
-            wanted, quantize_argv(tools, wanted, source, output=part), log, cwd, len(mix.types)
-        )
+        argv = quantize_argv(tools, wanted, source, output=part)
+        _make(wanted, partial(run_tool, argv), len(mix.types))
         made = check_made(part, source, mix, calibration)
         digests = hashing.digest(part)
     dvc_state.remember(final, digests.md5)
@@ -165,15 +172,31 @@ def check_made(
         )
     if wrong := tensor_mix.differences(mix.types, made):
         raise ToolError(
-            f"llama-quantize did not do what it announced in {len(wrong)} tensors: {_some(wrong)}."
+            f"llama-quantize did not do what it announced in {len(wrong)} tensors: "
+            f"{first_few(wrong)}."
         )
     if _shapes(made) != _shapes(source):
         raise ToolError("llama-quantize changed the shape of a tensor.")
-    for key in ("general.architecture", "tokenizer.ggml.model"):
-        if made.metadata.get(key) != source.metadata.get(key):
-            raise ToolError(f"llama-quantize changed {key}.")
+    if changed := _changed_metadata(source, made):
+        raise ToolError(f"llama-quantize changed {first_few(changed)}.")
     _check_imatrix(made, calibration)
     return made
+
+
+def _changed_metadata(source: Header, made: Header) -> list[str]:
+    """Name the metadata that differ, but for those that say how the file was quantized."""
+
+    def comparable(header: Header) -> dict[str, object]:
+        return {
+            key: (value.element, value.count, value.size_bytes)
+            if isinstance(value, gguf_header.Array)
+            else value
+            for key, value in header.metadata.items()
+            if key not in _OWN_METADATA and not key.startswith("quantize.imatrix.")
+        }
+
+    before, after = comparable(source), comparable(made)
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 
 def _check_imatrix(made: Header, calibration: CalibrateRecord | None) -> None:
@@ -223,8 +246,9 @@ def _calibration(
             hint=f"Declare `calibration` in models.{wanted.model}, or remove `imatrix`.",
         )
     path = at.imatrix(wanted.model)
-    size_bytes = path.stat().st_size if path.is_file() else 0
-    if record.f16_sha256 != convert.gguf.sha256 or size_bytes != record.imatrix.size_bytes:
+    # All of it, unlike the 16-bit model: it is small, and no later stage would notice a wrong one.
+    found = hashing.digest(path).sha256 if path.is_file() else None
+    if record.f16_sha256 != convert.gguf.sha256 or found != record.imatrix.sha256:
         raise ToolError(
             f"{path} is not the importance matrix of the present 16-bit model.",
             hint="fleet repro: it makes the file again.",
@@ -232,9 +256,7 @@ def _calibration(
     return record
 
 
-def _run_tool(
-    wanted: QuantizeSlice, argv: list[str | Path], log: Path, cwd: Path, tensors_count: int
-) -> None:
+def _make(wanted: QuantizeSlice, tool: Callable[..., proc.Completed], tensors_count: int) -> None:
     """Run llama-quantize with a progress line; say which tensors it treats without the imatrix."""
     with console.Progress(
         f"quantize {wanted.key}", total=tensors_count, unit="tensors"
@@ -244,11 +266,11 @@ def _run_tool(
             if tensor := _TENSOR_DONE.match(line):
                 progress.update(int(tensor[1]))
 
-        done = proc.run(argv, log=log, cwd=cwd, on_line=show)
+        done = tool(on_line=show)
     without = sorted(set(_NO_WEIGHTS.findall(done.stderr)) - _NEVER_CALIBRATED)
     if without:
         console.warn(
-            f"{wanted.key}: the importance matrix has nothing about {_some(without)}; they are "
+            f"{wanted.key}: the importance matrix has nothing about {first_few(without)}; they are "
             "quantized without one."
         )
 
@@ -259,8 +281,3 @@ def _shapes(header: Header) -> dict[str, tuple[int, ...]]:
         tensor.name: tensor.shape + (1,) * (gguf_header.MAX_DIMS - len(tensor.shape))
         for tensor in header.tensors
     }
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(console.clean(name) for name in names[:_SHOWN]) + more

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines.errors import UpstreamError
+from pipelines.wording import first_few, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES: Final = 100_000_000
 _LENGTH: Final = struct.Struct("<Q")
+_MAX_ELEMENTS: Final = (1 << 63) - 1
 
 # Bits of one element. Below eight they are packed; a tensor still ends on a byte.
 _BITS: Final = {
@@ -141,7 +143,8 @@ def read_checkpoint(directory: Path, shards: Sequence[str], index: Path | None) 
         for tensor in read(directory / shard):
             if tensor.name in home:
                 raise UpstreamError(
-                    f"tensor {tensor.name} is in {home[tensor.name]} and again in {shard}."
+                    f"tensor {first_few([tensor.name])} is in {home[tensor.name]} and again "
+                    f"in {shard}."
                 )
             home[tensor.name] = shard
             tensors.append(tensor)
@@ -179,7 +182,7 @@ def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
-            raise ValueError(f"{twice!r} comes twice")
+            raise ValueError(f"{quoted(twice)} comes twice")
         return found
 
     try:
@@ -194,21 +197,24 @@ def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
 def _tensor(path: Path, name: str, entry: object) -> tuple[int, Tensor]:
     """Check one entry; return where its data begins, and the tensor."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _refused(path, f"tensor {name!r} has not exactly dtype, shape and data_offsets")
+        raise _refused(path, f"tensor {quoted(name)} has not exactly dtype, shape and data_offsets")
     dtype = entry["dtype"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise _refused(path, f"tensor {name!r} is of the unknown dtype {dtype!r}")
+        raise _refused(path, f"tensor {quoted(name)} is of the unknown dtype {quoted(str(dtype))}")
     shape = _naturals(entry["shape"])
     offsets = _naturals(entry["data_offsets"])
     if shape is None or offsets is None or len(offsets) != 2:  # noqa: PLR2004 - begin and end
-        raise _refused(path, f"tensor {name!r} has a malformed shape or data_offsets")
+        raise _refused(path, f"tensor {quoted(name)} has a malformed shape or data_offsets")
     begin, end = offsets
-    wanted_bits = math.prod(shape) * _BITS[dtype]
+    elements = math.prod(shape)
+    if elements > _MAX_ELEMENTS:
+        raise _refused(path, f"tensor {quoted(name)} claims {len(shape)} axes of impossible length")
+    wanted_bits = elements * _BITS[dtype]
     if (end - begin) * 8 != wanted_bits:
         raise _refused(
             path,
-            f"tensor {name!r} of {dtype} {list(shape)} needs {wanted_bits / 8:g} bytes and has "
-            f"{end - begin}",
+            f"tensor {quoted(name)} of {dtype} {list(shape)} needs {wanted_bits / 8:g} bytes and "
+            f"has {end - begin}",
         )
     return begin, Tensor(name=name, dtype=dtype, shape=shape, size_bytes=end - begin)
 
@@ -228,7 +234,7 @@ def _require_cover(path: Path, tensors: list[tuple[int, Tensor]], data_bytes: in
     for begin, tensor in tensors:
         if begin != position:
             what = "overlaps the one before it" if begin < position else "leaves a gap before it"
-            raise _refused(path, f"the data of tensor {tensor.name!r} {what}")
+            raise _refused(path, f"the data of tensor {quoted(tensor.name)} {what}")
         position += tensor.size_bytes
     if position > data_bytes:
         raise _refused(path, f"it is truncated: {position - data_bytes} bytes are missing")
@@ -249,7 +255,7 @@ def _require_index(index: Path, home: Mapping[str, str]) -> None:
     ):
         if names:
             raise UpstreamError(
-                f"{index.name}: {len(names)} tensor(s) {what}: {_some(names)}.",
+                f"{index.name}: {len(names)} tensor(s) {what}: {first_few(names)}.",
                 hint="The upload is incomplete or mixed: take another revision.",
             )
 
@@ -257,15 +263,13 @@ def _require_index(index: Path, home: Mapping[str, str]) -> None:
 def _require_unquantized(tensors: Sequence[Tensor]) -> None:
     quantized = {t.dtype: t.name for t in tensors if t.dtype not in UNQUANTIZED and not t.is_buffer}
     if quantized:
-        examples = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(quantized.items()))
+        examples = ", ".join(
+            f"{dtype} ({first_few([name])})" for dtype, name in sorted(quantized.items())
+        )
         raise UpstreamError(
             f"the model is stored in {examples}: only F32, F16 and BF16 are quantized from.",
             hint="Take the original, unquantized repository of this model.",
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")  # noqa: PLR2004 - enough to recognise them
 
 
 def _disguise(start: bytes) -> str:

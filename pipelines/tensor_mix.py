@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 from pipelines.errors import ParamsError, ToolError
 from pipelines.gguf_header import BLOCKS
 from pipelines.records import Fallback, RuleHits
+from pipelines.wording import first_few
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,7 +51,6 @@ _NEEDS_IMATRIX: Final = "will require an imatrix!"
 
 _OUTPUT: Final = "output.weight"
 _EMBEDDINGS: Final = "token_embd.weight"
-_SHOWN: Final = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def _types(header: Header, dry_run: str) -> dict[str, str]:
             raise _distrust(f"{types[name]} cannot hold rows of {source.shape[0]:,} ({name})")
     missing = [name for name in sources if name not in types]
     if missing:
-        raise _distrust(f"it does not name {_some(missing)}")
+        raise _distrust(f"it does not name {first_few(missing)}")
     return types
 
 
@@ -196,7 +196,7 @@ def _rules(wanted: QuantizeSlice, decided: Mapping[str, str], dry_run: str) -> t
         if not count:
             raise ParamsError(
                 f"quants.{wanted.key}.tensor_types: {rule.match} -> {rule.type} decides no tensor; "
-                f"names look like {_some(_examples(list(decided)))}.",
+                f"names look like {first_few(_examples(list(decided)))}.",
                 hint="A rule before it may win, or no name holds the pattern; norms and, with an "
                 "option of their own, embeddings and output are never decided by rules.",
             )
@@ -252,7 +252,7 @@ def _check_fallbacks(wanted: QuantizeSlice, fallbacks: tuple[Fallback, ...]) -> 
     lines = [f"{item.tensor}: {item.got} instead of {item.wanted}" for item in fallbacks]
     raise ParamsError(
         f"quants.{wanted.key}: {len(fallbacks)} tensors have rows that do not fit the type of "
-        f"{wanted.type}, {wanted.max_fallbacks} are allowed: {_some(lines)}.",
+        f"{wanted.type}, {wanted.max_fallbacks} are allowed: {first_few(lines)}.",
         hint=f"Declare `max_fallbacks: {len(fallbacks)}` if that is fine, or a rule in "
         "`tensor_types` that names a type with blocks of 32.",
     )
@@ -281,9 +281,3 @@ def _examples(names: list[str]) -> list[str]:
     """Pick the names that say most: one of each kind, by dropping the number of the block."""
     kinds = {re.sub(r"\d+", "N", name): name for name in reversed(names)}
     return list(kinds.values())
-
-
-def _some(names: Sequence[str]) -> str:
-    """Join the first few and count the rest."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

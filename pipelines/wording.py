@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pipelines import console
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 ABSENT = "—"
 _DIGITS = 3
@@ -25,6 +25,8 @@ _MAX_DIGITS = 17
 _LARGEST_WRITTEN_OUT = 1e12
 _SMALLEST_WRITTEN_OUT = 1e-6
 _MAX_QUOTED_CHARACTERS = 60
+_MAX_NAMES = 6
+_MAX_NAME = 120
 # A longer word is no slip of the finger, and difflib takes quadratic time.
 _LONGEST_SLIP = 100
 
@@ -90,6 +92,14 @@ def listed(words: list[str]) -> str:
     if len(words) < 2:  # noqa: PLR2004 - nothing to join
         return "".join(words)
     return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Join the first names of a list from outside, cleaned, and count the rest: `a and 3 more`."""
+    more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+    return (
+        ", ".join(shortened(console.clean(name), _MAX_NAME) for name in names[:_MAX_NAMES]) + more
+    )
 
 
 def counted(count: int, noun: str) -> str:

@@ -26,7 +26,17 @@ import pytest
 from fake_tools import with_fake
 from gguf_factory import converted_model, tiny_llama_gguf
 
-from pipelines import benchmark, console, gguf_header, hashing, llamacpp, proc, records, validity
+from pipelines import (
+    benchmark,
+    console,
+    gguf_header,
+    hashing,
+    llama_bench,
+    llama_perplexity,
+    proc,
+    records,
+    validity,
+)
 from pipelines.benchmark import Bench
 from pipelines.errors import DigestError, FleetError, MachineError, ParamsError, ToolError
 from pipelines.layout import Layout
@@ -158,7 +168,7 @@ def bench_of(at: Layout, tools: Toolchain, type_: str = "Q8_0", **changes: Any) 
     )
 
 
-def divergence(bench: Bench) -> llamacpp.Divergence:
+def divergence(bench: Bench) -> llama_perplexity.Divergence:
     """Measure the quality of a quant."""
     return benchmark.measure_quality(bench, file_digest(bench.at.f16("tiny")))[1]
 
@@ -295,8 +305,8 @@ def test_logits_are_computed_once_for_a_model(at: Layout, tools: Toolchain) -> N
     divergence(bench_of(at, tools, "Q2_K"))
 
     assert [path.stat().st_mtime_ns for path in logits(at)] == [written]
-    header = llamacpp.BaseHeader(context_tokens=64, vocabulary_tokens=512, chunks=4)
-    assert first.stat().st_size == llamacpp.base_size_bytes(header)
+    header = llama_perplexity.BaseHeader(context_tokens=64, vocabulary_tokens=512, chunks=4)
+    assert first.stat().st_size == llama_perplexity.base_size_bytes(header)
 
 
 @real
@@ -680,7 +690,7 @@ def test_stopped_in_any_part_the_next_run_goes_on(  # noqa: PLR0913, PLR0917 - f
 
     assert psutil.wait_procs(below, timeout=10)[1] == []
     for path in logits(at):
-        assert llamacpp.read_base_header(path) is not None
+        assert llama_perplexity.read_base_header(path) is not None
     assert divergence(bench_of(at, tools)).ppl > 1
     assert list(at.scratch("tiny").glob(".*")) == []
 
@@ -697,8 +707,8 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 def test_first_repetitions_are_kept_and_do_not_count() -> None:
     """Dropped 10; the median of 20, 40, 30 is 30, between all that are left."""
-    result = llamacpp.SpeedResult(
-        test=llamacpp.SpeedTest(test="decode", tokens=128, depth_tokens=4096),
+    result = llama_bench.SpeedResult(
+        test=llama_bench.SpeedTest(test="decode", tokens=128, depth_tokens=4096),
         samples_tok_s=(10.0, 20.0, 40.0, 30.0),
         cpu_info="",
         gpu_info="",

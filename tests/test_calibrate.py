@@ -17,7 +17,7 @@ from fake_tools import with_fake
 from gguf_factory import converted_model
 
 from pipelines import calibrate as stage
-from pipelines import console, gguf_header, hashing
+from pipelines import console, gguf_header, hashing, machine
 from pipelines.calibrate import calibrate
 from pipelines.errors import DigestError, ParamsError, ToolError
 from pipelines.params import CalibrateSlice, Corpus
@@ -53,7 +53,7 @@ def declared(at: Layout, *, chunks: int | None = 4, context_tokens: int = 128) -
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads of llama.cpp wait for one another by spinning, which stalls a shared machine."""
-    monkeypatch.setattr(stage, "_usable_cpus", lambda: 1)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_two_folders_and_any_number_of_threads_give_the_same_bytes(
     here, there = fleet(tmp_path / "a/fleet"), fleet(tmp_path / "elsewhere/b/c")
 
     first = calibrate(declared(here), here, tools)
-    monkeypatch.setattr(stage, "_usable_cpus", lambda: 2)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     second = calibrate(declared(there), there, tools)
 
     assert first == second
@@ -111,8 +111,20 @@ def test_variables_of_llama_cpp_have_no_effect(
     first = calibrate(declared(at), at, tools)
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "64")
     monkeypatch.setenv("LLAMA_ARG_SWA_FULL", "nonsense")
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
 
     assert calibrate(declared(at), at, tools) == first
+
+
+def test_a_model_that_is_not_the_converted_one_is_refused(at: Layout, tools: Toolchain) -> None:
+    """The record passes on the digest of the 16-bit model, so that has to be the file."""
+    with at.f16("tiny").open("ab") as file:
+        file.write(b"more")
+
+    with pytest.raises(ToolError, match="its record says"):
+        calibrate(declared(at), at, tools)
+
+    assert not at.imatrix_dir("tiny").exists()
 
 
 def test_the_whole_text_is_read_if_no_number_is_declared(tmp_path: Path, tools: Toolchain) -> None:
@@ -325,11 +337,11 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
-from test_calibrate import calibrate, declared, stage
+from test_calibrate import calibrate, declared, machine
 from pipelines.layout import Layout
 from pipelines.toolchain import open_prefix
 at = Layout(Path({fleet!r}))
-stage._usable_cpus = lambda: 1
+machine.usable_cores = lambda: 1
 calibrate(declared(at, chunks=None), at, open_prefix(Path({prefix!r})))
 """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines import llamacpp, proc
+from pipelines import llama_bench, llama_fit_params, llama_perplexity, llamacpp, proc
 from pipelines.errors import ToolError
-from pipelines.llamacpp import BaseHeader, BenchExpectation, Execution
+from pipelines.llama_bench import BenchExpectation
+from pipelines.llama_perplexity import BaseHeader
+from pipelines.llamacpp import Execution
+from pipelines.toolchain import Toolchain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pipelines.llamacpp import Divergence, MemoryEstimate, SpeedResult
-    from pipelines.toolchain import Toolchain
+    from pipelines.llama_bench import SpeedResult
+    from pipelines.llama_fit_params import MemoryEstimate
+    from pipelines.llama_perplexity import Divergence
 
 DATA = Path(__file__).parent / "data"
 LOG = Path("work/logs/benchmark-tiny.log")
@@ -45,7 +50,7 @@ EXPECTED = BenchExpectation(
     backend="cpu",
     repetitions=4,
     execution=RUN,
-    tests=llamacpp.speed_tests(prompt_tokens=64, generate_tokens=16, depths=(0, 128)),
+    tests=llama_bench.speed_tests(prompt_tokens=64, generate_tokens=16, depths=(0, 128)),
 )
 BASE = BaseHeader(context_tokens=128, vocabulary_tokens=1024, chunks=6)
 
@@ -66,18 +71,18 @@ def recorded(name: str) -> str:
 
 def bench(text: str, expected: BenchExpectation = EXPECTED) -> tuple[SpeedResult, ...]:
     """Parse the output of llama-bench."""
-    return llamacpp.parse_bench(text, expected, LOG)
+    return llama_bench.parse_bench(text, expected, LOG)
 
 
 def divergence(stdout: str, stderr: str | None = None, base: BaseHeader = BASE) -> Divergence:
     """Parse the output of llama-perplexity --kl-divergence."""
     messages = recorded("divergence.stderr") if stderr is None else stderr
-    return llamacpp.parse_divergence(stdout, messages, base=base, log=LOG)
+    return llama_perplexity.parse_divergence(stdout, messages, base=base, log=LOG)
 
 
 def estimate(text: str, *, on_gpu: bool = False) -> MemoryEstimate:
     """Parse the output of llama-fit-params."""
-    return llamacpp.parse_estimate(text, "", on_gpu=on_gpu, log=LOG)
+    return llama_fit_params.parse_estimate(text, "", on_gpu=on_gpu, log=LOG)
 
 
 # --- llama-bench ------------------------------------------------------------------------------
@@ -122,6 +127,7 @@ def test_bench_samples_are_read_from_the_nanoseconds() -> None:
         ("samples_ns", [226736122, 185167585, 148974814, -532312019]),
         ("samples_ns", [226736122, 185167585, 148974814, "532312019"]),
         ("samples_ns", [226736122, 185167585, 148974814, True]),
+        ("samples_ns", [226736122, 185167585, 148974814, 10**400]),
         ("samples_ts", [1.0, 2.0, 3.0, 4.0]),
         ("avg_ns", 1),
         ("avg_ts", 1.0),
@@ -136,6 +142,19 @@ def test_bench_line_of_another_run_is_refused(field: str, value: object) -> None
 
     with pytest.raises(ToolError, match="llama-bench"):
         bench("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 200_000, '{"n_gen": ' + "9" * 5_000 + "}", '{"n_gen": "' + "x" * 100_000],
+    ids=["deep", "long number", "long text"],
+)
+def test_bench_line_that_overstrains_a_parser_is_refused(line: str) -> None:
+    """Depth, length and size end in the same short error."""
+    with pytest.raises(ToolError, match="no JSON") as caught:
+        bench(f"{line}\n" * 4)
+
+    assert len(caught.value.message) < 500
 
 
 @pytest.mark.parametrize("field", ["n_prompt", "samples_ns", "samples_ts", "avg_ns", "model_size"])
@@ -224,12 +243,12 @@ def test_bench_progress_is_read_from_real_messages() -> None:
     """Each message of `--progress` maps to a share that never falls and ends below one."""
     lines = recorded("bench.stderr").splitlines()
 
-    shares = [share for line in lines if (share := llamacpp.bench_progress(line)) is not None]
+    shares = [share for line in lines if (share := llama_bench.bench_progress(line)) is not None]
 
     assert len(shares) == len(lines)
     assert 0 <= shares[0] < 0.1
     assert 0.9 < max(shares) < 1
-    assert llamacpp.bench_progress("llama-bench: error: failed to load model 'x'") is None
+    assert llama_bench.bench_progress("llama-bench: error: failed to load model 'x'") is None
 
 
 # --- llama-perplexity -------------------------------------------------------------------------
@@ -323,6 +342,16 @@ def test_divergence_with_a_damaged_number_is_refused(old: str, new: str) -> None
         divergence(text.replace(old, new))
 
 
+@pytest.mark.parametrize("number", ["   6", " nan", " inf", "9" * 400, "-  6", " 6.5"])
+def test_divergence_with_a_row_without_a_number_is_refused(number: str) -> None:
+    """The number of a window is a whole one; anything else is an error and no crash."""
+    text = recorded("divergence.stdout")
+    assert text.count("\n   5  ") == 1
+
+    with pytest.raises(ToolError, match="llama-perplexity"):
+        divergence(text.replace("\n   5  ", f"\n{number}  "))
+
+
 @pytest.mark.parametrize("line", range(2, 48))
 def test_divergence_without_any_one_line_is_refused(line: int) -> None:
     """From the head of the table to the last statistic every line is needed, once, in place."""
@@ -382,7 +411,7 @@ def test_perplexity_of_the_reference_is_found_behind_the_eta() -> None:
     stderr = recorded("base.stderr")
     assert re.search(r"ETA .*Final estimate", stderr)
 
-    assert llamacpp.parse_base_run(stderr, LOG) == 28.5137
+    assert llama_perplexity.parse_base_run(stderr, LOG) == 28.5137
 
 
 @pytest.mark.parametrize(
@@ -398,7 +427,7 @@ def test_perplexity_of_the_reference_is_found_behind_the_eta() -> None:
 def test_reference_without_one_finite_estimate_is_refused(change: Callable[[str], str]) -> None:
     """Lost, cut, not a number, twice, or in company of an error."""
     with pytest.raises(ToolError, match="llama-perplexity"):
-        llamacpp.parse_base_run(change(recorded("base.stderr")), LOG)
+        llama_perplexity.parse_base_run(change(recorded("base.stderr")), LOG)
 
 
 def test_error_is_seen_behind_an_unfinished_line() -> None:
@@ -413,7 +442,7 @@ def test_error_is_seen_behind_an_unfinished_line() -> None:
 def test_text_that_is_too_short_is_an_error_of_the_real_tool() -> None:
     """The run ended with exit code 0 and left 12 bytes of logits."""
     with pytest.raises(ToolError, match="you need at least 256 tokens"):
-        llamacpp.parse_base_run(recorded("base-short.stderr"), LOG)
+        llama_perplexity.parse_base_run(recorded("base-short.stderr"), LOG)
 
 
 @pytest.mark.parametrize(
@@ -430,16 +459,20 @@ def test_file_that_is_no_logits_has_no_header(tmp_path: Path, data: bytes) -> No
     """Empty, cut off in the header as after a short text, other magic, impossible counts."""
     (tmp_path / "base").write_bytes(data)
 
-    assert llamacpp.read_base_header(tmp_path / "base") is None
-    assert llamacpp.read_base_header(tmp_path / "absent") is None
+    assert llama_perplexity.read_base_header(tmp_path / "base") is None
+    assert llama_perplexity.read_base_header(tmp_path / "absent") is None
 
 
 def test_size_of_logits_by_hand() -> None:
     """20 bytes, then 6 windows of 128 tokens and 63 rows of 1,024 values and two floats."""
-    assert llamacpp.scored_tokens(128, 6) == 6 * 63
-    assert llamacpp.base_size_bytes(BASE) == 20 + 6 * (4 * 128 + 63 * 2 * (1024 + 4)) == 780_260
+    assert llama_perplexity.scored_tokens(128, 6) == 6 * 63
+    assert (
+        llama_perplexity.base_size_bytes(BASE)
+        == 20 + 6 * (4 * 128 + 63 * 2 * (1024 + 4))
+        == 780_260
+    )
     odd = BaseHeader(context_tokens=4, vocabulary_tokens=5, chunks=1)
-    assert llamacpp.base_size_bytes(odd) == 20 + 16 + 1 * 2 * (6 + 4)
+    assert llama_perplexity.base_size_bytes(odd) == 20 + 16 + 1 * 2 * (6 + 4)
 
 
 @pytest.mark.parametrize(
@@ -448,16 +481,16 @@ def test_size_of_logits_by_hand() -> None:
 )
 def test_batch_is_whole_windows_or_part_of_one(context: int, declared: int, batch: int) -> None:
     """Anything else ends llama-perplexity with an assertion."""
-    assert llamacpp.window_batch(context, declared) == batch
+    assert llama_perplexity.window_batch(context, declared) == batch
 
 
 def test_progress_of_both_perplexity_runs_is_read_from_real_output() -> None:
     """One line for each window of the reference, one row for each window of the comparison."""
-    base = [llamacpp.is_base_row(line) for line in recorded("base.stdout").splitlines()]
+    base = [llama_perplexity.is_base_row(line) for line in recorded("base.stdout").splitlines()]
     rows = [
         windows
         for line in recorded("divergence.stdout").splitlines()
-        if (windows := llamacpp.divergence_progress(line)) is not None
+        if (windows := llama_perplexity.divergence_progress(line)) is not None
     ]
 
     assert sum(base) == 6
@@ -494,6 +527,7 @@ def test_estimate_of_gpus_is_the_sum_of_their_lines() -> None:
         "Host 2 1 7 9 \n",
         "Host 2 1 7.5 \n",
         "Host 2 nan 7 \n",
+        f"Host {'9' * 5_000} 1 7 \n",
         "Host -2 1 7 \n",
         "Host 0 0 0 \n",
         "Host 2 1 7 \nHost 2 1 7 \n",
@@ -515,6 +549,46 @@ def test_estimate_without_a_gpu_is_refused_where_one_is_used() -> None:
         estimate(recorded("estimate.stdout"), on_gpu=True)
 
 
+# --- environment ------------------------------------------------------------------------------
+
+
+def test_tools_see_nothing_that_changes_a_number_and_no_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of our environment they have home and devices; what they report would hide the rest."""
+    for name in (
+        "OMP_THREAD_LIMIT", "OMP_DYNAMIC", "GOMP_CPU_AFFINITY", "LLAMA_ARG_CTX_SIZE", "LD_PRELOAD",
+        "GGML_CUDA_FORCE_CUBLAS", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "ACTIONS_RUNTIME_TOKEN",
+    ):  # fmt: skip
+        monkeypatch.setenv(name, "canary")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    nowhere = Toolchain(prefix=Path("prefix"), manifest={})
+
+    found = llamacpp.environment(nowhere)
+
+    assert "canary" not in found.values()
+    assert found["CUDA_VISIBLE_DEVICES"] == "1"
+    assert found["GGML_NO_BACKTRACE"] == "1"
+    assert found["OMP_WAIT_POLICY"] == "passive"
+    assert "OMP_WAIT_POLICY" not in llamacpp.environment(nowhere, timed=True)
+
+
+@pytest.mark.toolchain
+@pytest.mark.skipif(sys.platform != "linux", reason="other loaders, other variables")
+def test_libraries_of_another_llama_cpp_are_not_loaded(
+    tools: Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LD_LIBRARY_PATH comes before the RUNPATH of our programs; ours come before both."""
+    for library in (tools.prefix / "lib").glob("lib*.so*"):
+        (tmp_path / library.name).write_bytes(b"another one")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    argv: list[str | Path] = [tools.tool("llama-bench"), "--help"]
+
+    with pytest.raises(ToolError):
+        proc.run(argv, log=tmp_path / "log")
+    proc.run(argv, log=tmp_path / "log", env=llamacpp.environment(tools), inherit_env=False)
+
+
 # --- the real tools ---------------------------------------------------------------------------
 
 
@@ -523,7 +597,7 @@ def test_every_option_is_one_that_the_pinned_tools_know(tools: Toolchain, tmp_pa
     """Each option on our command lines stands in the help of its tool."""
     lines = {
         "llama-bench": [
-            *llamacpp.speed_argv(
+            *llama_bench.speed_argv(
                 tools,
                 "m.gguf",
                 prompt_tokens=1,
@@ -532,10 +606,10 @@ def test_every_option_is_one_that_the_pinned_tools_know(tools: Toolchain, tmp_pa
                 repetitions=1,
                 execution=RUN,
             ),
-            *llamacpp.memory_argv(tools, "m.gguf", context_tokens=1, execution=RUN),
+            *llama_bench.memory_argv(tools, "m.gguf", context_tokens=1, execution=RUN),
         ],
         "llama-perplexity": [
-            *llamacpp.base_argv(
+            *llama_perplexity.base_argv(
                 tools,
                 "m.gguf",
                 corpus="c.txt",
@@ -545,9 +619,11 @@ def test_every_option_is_one_that_the_pinned_tools_know(tools: Toolchain, tmp_pa
                 execution=RUN,
                 place_by_memory=True,
             ),
-            *llamacpp.divergence_argv(tools, "m.gguf", base="b", context_tokens=1, execution=RUN),
+            *llama_perplexity.divergence_argv(
+                tools, "m.gguf", base="b", context_tokens=1, execution=RUN
+            ),
         ],
-        "llama-fit-params": llamacpp.estimate_argv(
+        "llama-fit-params": llama_fit_params.estimate_argv(
             tools, "m.gguf", context_tokens=1, execution=RUN
         ),
     }
@@ -566,7 +642,7 @@ def test_perplexity_hands_on_its_last_words_and_its_exit_code(
     tools: Toolchain, tmp_path: Path
 ) -> None:
     """The program runs in a process of ours that waits for its printing, and fails as it does."""
-    program = llamacpp.perplexity_program(tools)
+    program = llama_perplexity.perplexity_program(tools)
     assert len(program) > 1
 
     for _ in range(5):

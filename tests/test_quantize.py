@@ -18,8 +18,7 @@ import pytest
 from fake_tools import with_fake
 from gguf_factory import converted_model, quant
 
-from pipelines import calibrate as calibrate_stage
-from pipelines import console, gguf_header, hashing, records
+from pipelines import console, gguf_header, hashing, machine, records
 from pipelines.calibrate import calibrate
 from pipelines.errors import MachineError, ParamsError, ToolError
 from pipelines.params import CalibrateSlice, Corpus
@@ -127,7 +126,7 @@ def calibrated_once(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) 
     wanted = CalibrateSlice(model="tiny", recipe=1, corpus=corpus, context_tokens=128, chunks=4)
     with pytest.MonkeyPatch.context() as patch:
         # Threads of llama.cpp wait for one another by spinning, which stalls a shared machine.
-        patch.setattr(calibrate_stage, "_usable_cpus", lambda: 1)
+        patch.setattr(machine, "usable_cores", lambda: 1)
         records.write(at.model_record("calibrate", "tiny"), calibrate(wanted, at, tools))
     return at
 
@@ -180,6 +179,17 @@ def test_an_imatrix_of_another_model_is_refused(calibrated: Layout, tools: Toolc
     path = calibrated.model_record("calibrate", "tiny")
     record = records.read(path, records.CalibrateRecord)
     records.write(path, record.model_copy(update={"f16_sha256": "0" * 64}))
+
+    with pytest.raises(ToolError, match="not the importance matrix of the present"):
+        quantize(quant(imatrix=True), calibrated, tools)
+
+
+def test_an_imatrix_with_one_bit_changed_is_refused(calibrated: Layout, tools: Toolchain) -> None:
+    """It loads and quantizes without complaint, so its digest decides."""
+    path = calibrated.imatrix("tiny")
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
 
     with pytest.raises(ToolError, match="not the importance matrix of the present"):
         quantize(quant(imatrix=True), calibrated, tools)
@@ -343,6 +353,10 @@ FAULTS = {
     "truncated": ("run(); data = out.read_bytes(); out.write_bytes(data[:-5000])", "ends at byte"),
     "header only": ("run(); out.write_bytes(out.read_bytes()[:5000])", "left in the file"),
     "bytes appended": ("run(); out.write_bytes(out.read_bytes() + b'x' * 32)", "its own header"),
+    "another tokenizer": (
+        ("run(); data = out.read_bytes(); at = data.index(b'tokenizer.ggml.eos_token_id') + 31;"
+         "out.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])"),
+        "llama-quantize changed tokenizer.ggml.eos_token_id"),
     "another type": ("run(*argv[:-1], 'Q8_0')", "blk.0.attn_k.weight: predicted Q4_K, found Q8_0"),
     "another model": ("run(argv[0].replace('/fleet/', '/other/'), *argv[1:])", "no such tensor"),
     "an imatrix of its own": (

@@ -70,23 +70,27 @@ BAD = {
     "deep JSON": (pack(b"[" * 200_000), "no JSON"),
     "a list": (pack([]), "no JSON object"),
     "metadata that is no object": (pack({"__metadata__": 3}), "__metadata__ is no object"),
-    "one name twice": (pack(b'{"a":1,"a":2}'), "'a' comes twice"),
-    "an unknown dtype": (pack({"a": entry(dtype="Q9")}, bytes(4)), "unknown dtype 'Q9'"),
+    "one name twice": (pack(b'{"a":1,"a":2}'), '"a" comes twice'),
+    "an unknown dtype": (pack({"a": entry(dtype="Q9")}, bytes(4)), 'unknown dtype "Q9"'),
     "a missing key": (pack({"a": {"dtype": "F16"}}), "not exactly dtype, shape"),
     "an extra key": (pack({"a": entry() | {"x": 1}}, bytes(4)), "not exactly dtype, shape"),
     "a negative shape": (pack({"a": entry(shape=[-2])}, bytes(4)), "malformed shape"),
     "a true shape": (pack({"a": entry(shape=[True])}, bytes(4)), "malformed shape"),
+    "a shape beyond any number": (
+        pack({"a": entry(shape=[1 << 62] * 64)}, bytes(4)),
+        "64 axes of impossible length",
+    ),
     "a text shape": (pack({"a": entry(shape="2")}, bytes(4)), "malformed shape"),
     "offsets of one": (pack({"a": entry(offsets=[0])}, bytes(4)), "malformed shape"),
     "too few bytes": (pack({"a": entry(shape=[3])}, bytes(4)), "needs 6 bytes and has 4"),
     "backward": (pack({"a": entry(offsets=[4, 0])}, bytes(4)), "needs 4 bytes and has -4"),
     "an overlap": (
         pack({"a": entry(), "b": entry(offsets=[2, 6])}, bytes(6)),
-        "'b' overlaps the one before it",
+        '"b" overlaps the one before it',
     ),
     "a gap": (
         pack({"a": entry(), "b": entry(offsets=[6, 10])}, bytes(10)),
-        "'b' leaves a gap before it",
+        '"b" leaves a gap before it',
     ),
 }
 
@@ -103,6 +107,28 @@ def test_what_is_not_whole_safetensors_is_refused_and_named(
         safetensors_header.read(path)
 
     assert why in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"\n::set-env name=X::##[add-path]": entry(shape=[3])},
+        {"a": entry(dtype="\n::error::##[x]")},
+        {"\n::stop-commands::" + "a" * 100_000: {}},
+    ],
+)
+def test_names_of_a_stranger_are_short_and_no_runner_command(
+    header: dict[str, Any], tmp_path: Path
+) -> None:
+    """A tensor may be called anything; the message about it stays one line that steers nobody."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pack(header, bytes(4)))
+
+    with pytest.raises(UpstreamError) as caught:
+        safetensors_header.read(path)
+
+    assert not any(hostile in caught.value.message for hostile in ("::", "##[", "\n"))
+    assert len(caught.value.message) < 300
 
 
 @settings(max_examples=400, deadline=None,
