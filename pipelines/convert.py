@@ -42,16 +42,18 @@ if TYPE_CHECKING:
 # `--outtype f16`: matrices in 16 bits, norms and the like in 32.
 ALLOWED_TYPES: Final = frozenset({"F32", "F16"})
 
-# Runs the converter as `python converter ...` would, except that nothing in it, nor in a library
-# that it loads, can open a connection or start a program. So a tokenizer that "needs" remote code
-# fails here instead of running.
+# Runs the converter as `python converter ...` would, except that Python code, its own or that of a
+# library, can open no connection and start no program. So a tokenizer that "needs" remote code
+# fails here instead of running. It is a net for honest mistakes and no sandbox: native code does
+# not pass through Python's audit hooks.
 _LAUNCHER: Final = """
 import runpy, sys
 def refuse(event, args):
     if event in REFUSED:
         raise PermissionError("the converter may not use " + event + " " + repr(args)[:200])
 REFUSED = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto",
-           "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"}
+           "socket.sendmsg", "socket.bind", "subprocess.Popen", "os.system", "os.exec", "os.spawn",
+           "os.posix_spawn", "os.fork", "os.forkpty"}
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 sys.addaudithook(refuse)
@@ -239,6 +241,12 @@ def _read_back(path: Path, log: Path) -> Header:
     if odd or not header.tensors:
         what = f"tensors of {', '.join(odd)}" if odd else "no tensors"
         raise ToolError(f"the converter wrote {what} into a 16-bit GGUF.", log=log)
+    if header.file_size_bytes != header.end_offset:
+        raise ToolError(
+            f"the converter wrote {header.file_size_bytes:,} bytes, its own header describes "
+            f"{header.end_offset:,}.",
+            log=log,
+        )
     return header
 
 

@@ -244,6 +244,8 @@ def fetch(  # noqa: PLR0913 - each is one independent fact, named at the call
         _require_unquantized(config)
         _require_tokenizer([file.name for file in small])
         shards = _shards(listing, part)
+        # The index may name weights that no pattern of ours matched.
+        disk.require(part, sum(shard.size_bytes for shard in shards), label)
         bringer.bring(shards)
         checkpoint = _checkpoint(part, shards)
         if revision is not None:

@@ -247,6 +247,27 @@ writer.close()
         run(tmp_path, monkeypatch, code)
 
 
+def test_bytes_behind_the_last_tensor_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is exactly what its header describes."""
+    code = """
+import gguf, numpy
+writer = gguf.GGUFWriter(out, "llama")
+writer.add_tensor("a.weight", numpy.zeros((2, 64), dtype=numpy.float16))
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+with open(out, "ab") as file:
+    file.write(bytes(32))
+"""
+    with pytest.raises(ToolError, match="its own header describes"):
+        run(tmp_path, monkeypatch, code)
+
+    assert [path.name for path in (tmp_path / "work/tiny").iterdir()] == ["source"]
+
+
 def test_a_source_that_is_not_the_fetched_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
