@@ -212,6 +212,8 @@ def _judge_cpu(seen: Conditions, reasons: list[str], notes: list[str]) -> None:
             f"{MAX_WAITING_SHARE:.0%}): stop what else runs here, or declare fewer than "
             f"{seen.threads} benchmark.threads, and run it again."
         )
+    elif seen.usage.waited_s is None:
+        notes.append("This system does not tell whether the benchmark waited for a core.")
     elif waiting > NOTED_WAITING_SHARE:
         notes.append(f"The benchmark waited for a core in {waiting:.0%} of its time.")
     if seen.attempts > 1:
@@ -222,7 +224,7 @@ def _judge_cpu(seen: Conditions, reasons: list[str], notes: list[str]) -> None:
 
 def _judge_gpu(seen: Conditions, reasons: list[str], notes: list[str]) -> None:
     _judge_backend(seen, reasons)
-    if seen.gpu is not None:
+    if seen.gpu is not None and seen.gpu.samples_count:
         _judge_cards(seen.gpu, reasons, notes)
     elif seen.backend == "cuda":
         reasons.append(
