@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import atomic, console, live, orphans, proc, repair
+from pipelines import atomic, console, live, orphans, proc, repair, wording
 from pipelines.errors import FleetError, MachineError, ParamsError, ToolError
 
 if TYPE_CHECKING:
@@ -126,8 +126,13 @@ def plan_of(declared: Declaration, targets: Sequence[str]) -> Plan:
     quants = {key: quant.model for key, quant in declared.quants.items()}
     unknown = [name for name in targets if name not in declared.models and name not in quants]
     if unknown:
+        known = [*declared.models, *quants]
         raise ParamsError(
-            "; ".join(_unknown(name, [*declared.models, *quants]) for name in unknown) + ".",
+            " ".join(
+                f"{wording.quoted(name)} is neither a model nor a quant"
+                f"{wording.did_you_mean(name, known) or '.'}"
+                for name in unknown
+            ),
             hint=f"Models: {', '.join(declared.models)}. Quants: {', '.join(quants) or 'none'}.",
         )
     whole = [name for name in declared.models if name in targets or not targets]
@@ -148,14 +153,6 @@ def plan_of(declared: Declaration, targets: Sequence[str]) -> Plan:
         stages=tuple(stages if targets else [*stages, "report"]),
         models=tuple(touched),
     )
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    from difflib import get_close_matches  # noqa: PLC0415 - only for a mistake
-
-    close = get_close_matches(name, known, n=1)
-    meant = f", did you mean {close[0]!r}?" if close else ""
-    return f"{console.clean(name)!r} is neither a model nor a quant{meant}"
 
 
 def run(

@@ -74,7 +74,7 @@ def _and_dvc_state(ignored: Callable[[str, list[str]], set[str]]) -> Callable[..
     def ignore(directory: str, names: list[str]) -> set[str]:
         dropped = set(ignored(directory, names))
         if Path(directory).name == ".dvc":
-            dropped |= {"cache", "tmp", "config.local"} & set(names)
+            dropped |= {"cache", "tmp", "remote", "config.local"} & set(names)
         return dropped
 
     return ignore

@@ -460,7 +460,7 @@ def test_quant_means_its_benchmark() -> None:
 
 def test_unknown_target_is_refused_with_the_nearest_name() -> None:
     """A name that is neither model nor quant is refused before anything runs."""
-    with pytest.raises(ParamsError, match=r"'tiny-Q4_1' is neither .* did you mean 'tiny-Q4_0'\?"):
+    with pytest.raises(ParamsError, match=r'"tiny-Q4_1" is neither .* did you mean "tiny-Q4_0"\?'):
         repro.plan_of(declaration(), ["tiny-Q4_1"])
 
 
