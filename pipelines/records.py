@@ -129,7 +129,12 @@ class QuantizeRecord(Record):
 
 
 class Speed(Part):
-    """Throughput of one test in tokens a second: median and its 95 % interval over `samples`."""
+    """
+    Throughput of one test in tokens a second: median and its interval over `samples`.
+
+    The interval covers the median with 95 % or more from six samples on; of fewer it is their whole
+    range, which covers 94 % of five and 75 % of three (`pipelines.stats.median_interval`).
+    """
 
     test: Literal["prefill", "decode"]
     depth_tokens: int

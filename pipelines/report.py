@@ -253,7 +253,8 @@ class _Reader:
             return ("Nothing is measured yet.",)
         when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
         heads = "memory at the declared context, decode at the deepest measured one"
-        return (*lines, f"Measured {when}: {heads}. Brackets hold 95 % intervals.")
+        brackets = "Brackets hold 95 % intervals, of fewer than 6 samples all of their range"
+        return (*lines, f"Measured {when}: {heads}. {brackets}.")
 
     def _lineage(self) -> tuple[tuple[str, str], ...]:
         lines: list[tuple[str, str]] = []

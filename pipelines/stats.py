@@ -1,5 +1,5 @@
 """
-The statistics of a few repeated measurements: median, its interval, relative differences.
+The statistics of a few repeated measurements: median, its interval, spread.
 
 Nothing here assumes a distribution. Throughput samples are skewed (noise only ever slows down) and
 there are three to twenty of them, too few to check any assumption and too few for a bootstrap: of
@@ -78,18 +78,6 @@ def _coverage(count: int, rank: int) -> float:
     """Probability that the true median lies between the rank-th smallest and largest samples."""
     missed = 2 * sum(math.comb(count, below) for below in range(rank))
     return max(0.0, 1 - missed / (1 << count))
-
-
-def relative_difference(value: float, base: float) -> float:
-    """
-    Return (value - base) / base: +0.05 is five percent more than the base.
-
-    Raises:
-        ValueError: The base is not positive, or one of the two is not finite.
-    """
-    if not (math.isfinite(value) and math.isfinite(base) and base > 0):
-        raise ValueError(f"no relative difference between {value} and {base}")
-    return (value - base) / base
 
 
 def spread(samples: Sequence[float]) -> float:

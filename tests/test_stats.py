@@ -70,15 +70,6 @@ def test_no_statistic_of_nothing_or_of_what_is_no_number(bad: list[float]) -> No
             function(bad)
 
 
-def test_relative_difference() -> None:
-    """Five percent more is +0.05, of a base that is a positive number."""
-    assert stats.relative_difference(105.0, 100.0) == pytest.approx(0.05)
-    assert stats.relative_difference(50.0, 100.0) == -0.5
-    for base in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="no relative difference"):
-            stats.relative_difference(1.0, base)
-
-
 def test_spread() -> None:
     """The whole range in units of the median; equal samples have none."""
     assert stats.spread([90.0, 100.0, 120.0]) == pytest.approx(0.3)
