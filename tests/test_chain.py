@@ -245,7 +245,10 @@ def test_two_runs_from_scratch_give_the_same_bytes(
 def test_no_path_of_this_machine_is_published(finished: tuple[Path, object]) -> None:
     """No record and no GGUF names a folder, a user or a host of the machine that made it."""
     root, _ = finished
-    needles = [str(root).encode(), str(Path.home()).encode() + b"/", os.uname().nodename.encode()]
+    needles = [str(root).encode(), str(Path.home()).encode() + b"/"]
+    host = os.uname().nodename.encode()
+    # Two letters of a short name stand in any megabyte of weights by chance.
+    needles += [host] if len(host) > 5 else []
     files = [*(root / "results").rglob("*"), *(root / "work" / MODEL).rglob("*.gguf")]
 
     for path in files:
