@@ -99,6 +99,17 @@ def test_a_full_disk_is_named_without_a_traceback(
     assert "Make room" in said
 
 
+def test_a_log_is_of_one_run(fleet: Fleet, checkout: Path) -> None:
+    """What an earlier run of the stage printed is gone when the next one begins."""
+    log = checkout / "work/logs/choose-tiny-llama.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("of an earlier run")
+
+    fleet("choose", "tiny-llama", cwd=checkout)
+
+    assert not log.exists() or "earlier" not in log.read_text()
+
+
 def test_an_unknown_verb_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     """A verb that does not exist exits 2 and lists those that do."""
     with pytest.raises(SystemExit) as exit_:
