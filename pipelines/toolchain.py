@@ -143,7 +143,7 @@ class Toolchain:
 
     def verify(self) -> None:
         """
-        Hash every file that toolchain.json names and compare (0.1 s on CPU, 1 s with CUDA).
+        Hash every file that toolchain.json names and compare (0.1 s for cpu, 2 s for cuda).
 
         Raises:
             DigestError: at least one file differs or is missing; the message names each.

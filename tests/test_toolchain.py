@@ -299,7 +299,7 @@ def test_a_prefix_that_lost_a_tool_is_built_again(cache: Path, damage: str) -> N
 
 
 def test_verify_names_the_file_that_rotted_with_both_digests(cache: Path) -> None:
-    """A flipped byte of equal length passes the quick look and not `fleet doctor`."""
+    """A flipped byte of equal length passes the quick look and not `fleet toolchain --verify`."""
     toolchain = ensure(downloaded(cache), cache_root=cache, offline=True)
     tool = toolchain.tool("llama-perplexity")
     rotten = bytearray(tool.read_bytes())
