@@ -15,6 +15,7 @@ Ratios are what counts: single times depend on the machine, which is stated besi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -81,8 +82,8 @@ def machine_class() -> dict[str, Any]:
     facts = machine.probe()
     return {
         "hw_id": facts["hw_id"],
-        "cpu": facts["hardware"]["cpu"],
-        "cores_count": facts["hardware"]["cores_count"],
+        "cpu": facts["cpu"]["model"],
+        "cores_count": facts["cpu"]["cores_count"],
         "load_before": round(os.getloadavg()[0], 2),
     }
 
@@ -237,7 +238,7 @@ def noop(root: Path) -> dict[str, Any]:
     console.step(f"a fleet of {MODELS} models x {len(QUANTS)} quants (about 1 minute)")
     cost_of([sys.executable, "-m", "pipelines", "machine"], root)
     weights = write_outputs(root)
-    cost_of([sys.executable, "-m", "dvc", "commit", "--force", "--quiet"], root)
+    lock_outputs(root)
     runs = [one_noop(root) for _ in range(REPEATS + 1)][1:]
     return {
         "models_count": MODELS,
@@ -287,6 +288,26 @@ def write_outputs(root: Path) -> int:
         weights += FAKE_WEIGHTS_BYTES
     assert Layout(root).machine.exists()
     return weights
+
+
+def lock_outputs(root: Path) -> None:
+    """
+    Write the locks as if every stage had run.
+
+    With DVC's own parts, but once: `dvc commit` rewrites the whole lock for each of 300 stages.
+    """
+    from dvc.repo import Repo  # noqa: PLC0415 - heavy
+    from dvc.stage import serialize  # noqa: PLC0415 - heavy
+    from dvc.utils.serialize import dump_yaml  # noqa: PLC0415 - heavy
+
+    locks: dict[Path, dict[str, Any]] = {}
+    with contextlib.chdir(root), Repo() as repo, repo.lock:
+        for stage in repo.index.stages:
+            stage.save()
+            lock = Path(stage.path).with_suffix(".lock")
+            locks.setdefault(lock, {}).update(serialize.to_lockfile(stage))
+    for path, stages in locks.items():
+        dump_yaml(str(path), {"schema": "2.0", "stages": stages})
 
 
 def one_noop(root: Path) -> dict[str, float]:

@@ -319,6 +319,7 @@ def _tools(args: argparse.Namespace) -> int:
     tools = toolchain.ensure(toolchain.spec_of(_load(at)))
     if args.verify:
         tools.verify()
+        console.info("verified: every file is what was built")
     console.out(json.dumps(tools.manifest, indent=2) if args.json else toolchain.main_text(tools))
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from pipelines.toolchain import Toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A shell starts what it puts into the background with SIGINT ignored, and children would inherit
+# that: tests of Ctrl-C would wait for an end that never comes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing here may reach a hub, whatever the environment of the machine says.
 os.environ["HF_HUB_OFFLINE"] = "1"
