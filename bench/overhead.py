@@ -59,7 +59,9 @@ class Cost:
 def main() -> None:
     """Measure, print one line for each figure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
-    parser.add_argument("--only", choices=("chain", "noop"), help="measure one part, the chain writes the record")
+    parser.add_argument(
+        "--only", choices=("chain", "noop"), help="measure one part, the chain writes the record"
+    )
     only = parser.parse_args().only
     (ROOT / "work").mkdir(exist_ok=True)
     figures: dict[str, Any] = {"schema_version": 1, "machine": machine_class()}
