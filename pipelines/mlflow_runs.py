@@ -46,9 +46,8 @@ def main(task_file: Path, told_file: Path) -> int:
         experiment = _experiment(client, task)
         with told_file.open("a", encoding="utf-8") as told:
             for spec in task.runs:
-                run_id = _project(client, experiment, spec)
-                line = {"key": spec.key, "run_key": spec.run_key, "run_id": run_id}
-                told.write(json.dumps(line) + "\n")
+                _project(client, experiment, spec)
+                told.write(json.dumps({"key": spec.key, "run_key": spec.run_key}) + "\n")
                 told.flush()
                 sys.stdout.write(f"tracked {spec.key}\n")
                 sys.stdout.flush()
@@ -139,8 +138,8 @@ def _experiment(client: MlflowClient, task: Task) -> str:
     return str(found.experiment_id)
 
 
-def _project(client: MlflowClient, experiment: str, spec: RunSpec) -> str:
-    """Make the store hold the run as it has to be; return its id."""
+def _project(client: MlflowClient, experiment: str, spec: RunSpec) -> None:
+    """Make the store hold the run as it has to be."""
     found = client.search_runs(
         [experiment],
         filter_string=f"tags.`{RUN_KEY_TAG}` = '{spec.run_key}'",
@@ -152,8 +151,8 @@ def _project(client: MlflowClient, experiment: str, spec: RunSpec) -> str:
             client.delete_run(run.info.run_id)
     if complete:
         _follow_choice(client, complete[0], spec)
-        return str(complete[0].info.run_id)
-    return _create(client, experiment, spec)
+    else:
+        _create(client, experiment, spec)
 
 
 def _follow_choice(client: MlflowClient, run: Any, spec: RunSpec) -> None:  # noqa: ANN401
@@ -169,7 +168,7 @@ def _follow_choice(client: MlflowClient, run: Any, spec: RunSpec) -> None:  # no
         client.set_tag(run.info.run_id, name, value)
 
 
-def _create(client: MlflowClient, experiment: str, spec: RunSpec) -> str:
+def _create(client: MlflowClient, experiment: str, spec: RunSpec) -> None:
     """Write a run; its last tag says that nothing is missing."""
     from mlflow.entities import Metric, Param, RunTag  # noqa: PLC0415 - loaded already
 
@@ -190,7 +189,6 @@ def _create(client: MlflowClient, experiment: str, spec: RunSpec) -> str:
         _upload(client, run_id, name, path)
     client.set_terminated(run_id, status="FINISHED", end_time=spec.ended_ms)
     client.set_tag(run_id, COMPLETE_TAG, "true")
-    return run_id
 
 
 def _upload(client: MlflowClient, run_id: str, name: str, path: str) -> None:

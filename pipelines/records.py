@@ -287,11 +287,15 @@ class ChoiceRecord(Record):
 
 
 class TrackedRun(Part):
-    """A run that MLflow holds, by the key under which it is found again."""
+    """
+    A run that MLflow holds, by the key under which it is found again (its tag `fleet.run_key`).
+
+    MLflow's own run id is drawn at random, so it is left out: equal records give an equal receipt
+    in every checkout.
+    """
 
     key: str
     run_key: str
-    run_id: str
 
 
 class TrackReceipt(Record):

@@ -152,6 +152,13 @@ def active_runs(at: Layout) -> set[str]:
     return {row[0] for row in rows(at, "select run_uuid from runs where lifecycle_stage='active'")}
 
 
+def run_id(at: Layout, run_key: str) -> str:
+    """Find the one active run of a key by its tag, as anybody who reads a receipt does."""
+    query = "select run_uuid from tags where key='fleet.run_key' and value=?"
+    (found,) = {row[0] for row in rows(at, query, run_key)} & active_runs(at)
+    return str(found)
+
+
 # --- a sqlite file ----------------------------------------------------------------------------
 
 
@@ -159,14 +166,14 @@ def test_each_measured_quant_is_one_run_with_its_numbers(
     at: Layout, receipt: records.TrackReceipt
 ) -> None:
     """The store holds a run for each quant: parameters, metrics by depth, origin, records."""
-    run_id = next(run.run_id for run in receipt.runs if run.key == "tiny-Q4_0")
-    metrics = dict(rows(at, "select key, value from latest_metrics where run_uuid=?", run_id))
-    params = dict(rows(at, "select key, value from params where run_uuid=?", run_id))
-    tags = dict(rows(at, "select key, value from tags where run_uuid=?", run_id))
-    kept = at.root / "work/mlartifacts" / run_id / "artifacts/records/benchmark.json"
+    own = run_id(at, next(run.run_key for run in receipt.runs if run.key == "tiny-Q4_0"))
+    metrics = dict(rows(at, "select key, value from latest_metrics where run_uuid=?", own))
+    params = dict(rows(at, "select key, value from params where run_uuid=?", own))
+    tags = dict(rows(at, "select key, value from tags where run_uuid=?", own))
+    kept = at.root / "work/mlartifacts" / own / "artifacts/records/benchmark.json"
 
     assert receipt.status == "tracked"
-    assert active_runs(at) == {run.run_id for run in receipt.runs}
+    assert active_runs(at) == {run_id(at, run.run_key) for run in receipt.runs}
     assert metrics["decode_tok_s_d0"] == 50.0
     assert metrics["decode_tok_s_d256"] == 49.0
     assert metrics["memory_mib"] == 12.5
@@ -180,6 +187,21 @@ def test_each_measured_quant_is_one_run_with_its_numbers(
     assert tags["fleet.verdict"] == "CHOSEN"
     assert kept.read_bytes() == at.quant_record("benchmark", "tiny", "Q4_0").read_bytes()
     assert not (at.root / "mlruns").exists()
+
+
+def test_two_clones_write_the_same_receipt(
+    at: Layout, receipt: records.TrackReceipt, tmp_path: Path
+) -> None:
+    """Equal records make an equal receipt, byte for byte, whatever ids MLflow draws."""
+    clone = Layout(tmp_path)
+    write_records(clone)
+    other = track.run(slice_of(), clone)
+    for layout, told in ((at, receipt), (clone, other)):
+        records.write(layout.receipt("tiny"), told)
+
+    assert other.status == "tracked"
+    assert active_runs(clone).isdisjoint(active_runs(at))
+    assert clone.receipt("tiny").read_bytes() == at.receipt("tiny").read_bytes()
 
 
 def test_telling_twice_makes_no_second_run(at: Layout, receipt: records.TrackReceipt) -> None:
@@ -202,11 +224,14 @@ def test_verdict_follows_the_choice_and_the_run_stays(
 
     verdicts = {
         run.key: rows(
-            at, "select value from tags where run_uuid=? and key='fleet.verdict'", run.run_id
+            at,
+            "select value from tags where run_uuid=? and key='fleet.verdict'",
+            run_id(at, run.run_key),
         )[0][0]
         for run in again.runs
     }
-    kept = at.root / "work/mlartifacts" / again.runs[0].run_id / "artifacts/records/choice.json"
+    own = run_id(at, again.runs[0].run_key)
+    kept = at.root / "work/mlartifacts" / own / "artifacts/records/choice.json"
     assert again.runs == receipt.runs
     assert again.choice_sha256 != receipt.choice_sha256
     assert verdicts == {"tiny-Q8_0": "CHOSEN", "tiny-Q4_0": "PASS"}
@@ -218,8 +243,9 @@ def test_new_measurement_is_a_new_run_and_an_unfinished_one_is_replaced(
 ) -> None:
     """Other numbers make a run beside the old one; a run cut by a kill is deleted and made anew."""
     cut, measured_again = receipt.runs
+    cut_id, measured_again_id = (run_id(at, run.run_key) for run in receipt.runs)
     with closing(sqlite3.connect(at.root / "work/mlflow.db")) as store:
-        store.execute("delete from tags where key='fleet.complete' and run_uuid=?", (cut.run_id,))
+        store.execute("delete from tags where key='fleet.complete' and run_uuid=?", (cut_id,))
         store.commit()
     path = at.quant_record("benchmark", "tiny", "Q4_0")
     records.write(path, benchmark_record("tiny-Q4_0", "Q4_0", "4" * 64, 60.0))
@@ -228,9 +254,10 @@ def test_new_measurement_is_a_new_run_and_an_unfinished_one_is_replaced(
 
     made_anew, beside = again.runs
     assert made_anew.run_key == cut.run_key
-    assert made_anew.run_id != cut.run_id
+    assert run_id(at, made_anew.run_key) != cut_id
     assert beside.run_key != measured_again.run_key
-    assert active_runs(at) == {made_anew.run_id, beside.run_id, measured_again.run_id}
+    now = {run_id(at, run.run_key) for run in again.runs}
+    assert active_runs(at) == {*now, measured_again_id}
 
 
 def test_lost_store_is_rebuilt_from_results(at: Layout, receipt: records.TrackReceipt) -> None:
@@ -245,7 +272,7 @@ def test_lost_store_is_rebuilt_from_results(at: Layout, receipt: records.TrackRe
     assert damaged.status == "pending"
     assert rebuilt.status == "tracked"
     assert {run.key for run in rebuilt.runs} == {run.key for run in receipt.runs}
-    assert active_runs(at) == {run.run_id for run in rebuilt.runs}
+    assert active_runs(at) == {run_id(at, run.run_key) for run in rebuilt.runs}
 
 
 def test_benchmark_of_another_gguf_is_never_told(tmp_path: Path) -> None:
@@ -332,10 +359,10 @@ def test_server_holds_each_run_once_with_its_artifacts(
         second = track.run(slice_of(uri), at)
 
     with closing(sqlite3.connect(server / "server.db")) as store:
-        runs = store.execute("select run_uuid from runs").fetchall()
+        runs = store.execute("select value from tags where key='fleet.run_key'").fetchall()
     assert first.status == "tracked"
     assert second == first
-    assert {row[0] for row in runs} == {run.run_id for run in first.runs}
+    assert sorted(row[0] for row in runs) == sorted(run.run_key for run in first.runs)
     assert len(list(server.glob("artifacts/**/benchmark.json"))) == 2
 
 
