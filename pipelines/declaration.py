@@ -465,6 +465,7 @@ def slices(declared: Declaration) -> dict[tuple[str, str], Closed]:
         found["convert", model] = params.convert_slice(declared, model)
         found["calibrate", model] = params.calibrate_slice(declared, model)
         found["choose", model] = params.choose_slice(declared, model)
+        found["load-test", model] = params.load_test_slice(declared, model)
         found["track", model] = params.track_slice(declared, model)
     for quant in declared.quants:
         found["quantize", quant] = params.quantize_slice(declared, quant)

@@ -80,6 +80,9 @@ TensorType = Literal[
 Objective = Literal["speed", "quality", "size"]
 Backend = Literal["auto", "cpu", "cuda", "vulkan", "metal"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+# What Ollama passes on (fs/ggml of 0.33, SupportsKVCacheType); llama-server would take more.
+ServedKvType = Literal["f16", "q8_0", "q4_0"]
+Engine = Literal["auto", "ollama", "llama-server"]
 
 
 def printable(text: str) -> str:
@@ -171,6 +174,29 @@ class Gates(Closed):
     max_size_mib: Positive | None = Field(None, description="Size of the GGUF file in MiB.")
 
 
+class Slo(Closed):
+    """
+    Service levels of a host that serves. A request that keeps all of them is good.
+
+    No percentile is estimated: "95 % of requests within 300 ms" is a share, and a share has an
+    interval that holds for any distribution (Wilson).
+    """
+
+    ttft_ms: Positive | None = Field(
+        None, description="Time to first token of a request, queueing included."
+    )
+    tpot_ms: Positive | None = Field(
+        None, description="Time for each further token of a request, on average."
+    )
+    e2e_ms: Positive | None = Field(None, description="Time from request to last token.")
+    min_goodput: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Share of requests that must be good; 0.95 if no level states it."
+    )
+    max_error_rate: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Share of requests that may fail. They count as not good, too."
+    )
+
+
 class TensorRule(Closed):
     """One `--tensor-type` rule of llama-quantize: the first whose pattern is found wins."""
 
@@ -178,6 +204,19 @@ class TensorRule(Closed):
         description="Regular expression, in lower case, searched in the tensor's name."
     )
     type: TensorType = Field(description="Type that the matching tensors get.")
+
+
+GpuLayers = Annotated[int, Field(ge=0, le=9999)] | Literal["auto", "all"]
+Slots = Annotated[int, Field(ge=1, le=256)]
+
+
+class ModelServing(Closed):
+    """How one model is served, where that differs from the top-level `serving`."""
+
+    parallel: Slots | None = Field(None, description="Requests served at the same time.")
+    gpu_layers: GpuLayers | None = Field(None, description="Layers on the GPU.")
+    kv_type: ServedKvType | None = Field(None, description="Type of the key-value cache.")
+    flash_attention: bool | None = Field(None, description="Flash attention.")
 
 
 class Model(Closed):
@@ -198,6 +237,14 @@ class Model(Closed):
         "speed", description="What is made best among the quants that pass every gate."
     )
     gates: Gates = Field(default=Gates(), description="Overrides of the top-level `gates`.")
+    modelfile: RelativePath = Field(
+        "modelfiles/chat.Modelfile.j2",
+        description="Template of the Modelfile: sampling parameters, stops, system text.",
+    )
+    serving: ModelServing = Field(
+        default=ModelServing(), description="Overrides of the top-level `serving`."
+    )
+    slo: Slo = Field(default=Slo(), description="Overrides of the host's and the fleet's `slo`.")
 
 
 class Quant(Closed):
@@ -285,6 +332,86 @@ class Choose(Closed):
     )
 
 
+class Serving(Closed):
+    """What serves the models, and how."""
+
+    engine: Engine = Field(
+        "auto",
+        description="`auto`: Ollama where it is installed or can be, else the llama-server of the "
+        "toolchain, and then no release is promoted.",
+    )
+    ollama: Annotated[str, StringConstraints(pattern=VERSION), _PRINTABLE] = Field(
+        "0.33.0", description="Version of Ollama that is installed where PATH has none."
+    )
+    ollama_archive_sha256: Sha256 | None = Field(
+        None,
+        description="sha256 of that version's release archive for this platform, used where Go is "
+        "not installed; without it no archive is downloaded.",
+    )
+    parallel: Slots = Field(
+        1,
+        description="Requests served at the same time (OLLAMA_NUM_PARALLEL, llama-server -np); "
+        "each has the whole context.",
+    )
+    gpu_layers: GpuLayers = Field(
+        "all", description="Layers on the GPU; `auto` lets the engine decide. No effect on a CPU."
+    )
+    kv_type: ServedKvType = Field("f16", description="Type of the key-value cache.")
+    flash_attention: bool = Field(default=True, description="Flash attention.")
+
+
+class LoadTest(Closed):
+    """How the chosen GGUF is put under load."""
+
+    prompts: RelativePath = Field(
+        "corpora/prompts.yaml", description="Conversations whose rendering is checked."
+    )
+    concurrency: Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...],
+                           Field(min_length=1, max_length=16)] = Field(
+        (1, 2, 4), description="Requests in flight, one run for each, from few to many."
+    )  # fmt: skip
+    requests: Annotated[int, Field(ge=10, le=100_000)] = Field(
+        40, description="Requests of each of these runs."
+    )
+    open_requests: Annotated[int, Field(ge=10, le=1_000_000)] = Field(
+        100,
+        description="Requests of the run with random arrivals, by which the service levels are "
+        "judged; 73 without a miss are what 95 % needs.",
+    )
+    rate_per_s: Positive | None = Field(
+        None,
+        description="Arrivals in a second that the model must carry; if absent, 70 % of what the "
+        "concurrent runs reached.",
+    )
+    soak_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        0, description="Length of a last run at the same rate; 0 leaves it out."
+    )
+    prompt_tokens: Tokens = Field(128, description="Length of a prompt, about.")
+    generate_tokens: Tokens = Field(64, description="Tokens that an answer may have.")
+    warm_up_requests: Annotated[int, Field(ge=1, le=1000)] = Field(
+        4, description="Requests that do not count, before each run."
+    )
+    smoke_requests: Annotated[int, Field(ge=1, le=1000)] = Field(
+        10, description="Requests to every other quant that passed its gates."
+    )
+    degenerate_prompts: Annotated[int, Field(ge=8, le=1000)] = Field(
+        24, description="Greedy answers compared with those of f16 for loops and missing ends."
+    )
+    max_degenerate_excess: Share = Field(
+        0.10, description="Share of them that may be degenerate beyond those of f16."
+    )
+    timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        120, description="Silence after which a request has failed."
+    )
+    max_run_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(
+        600, description="A run sends no more requests after this time and says so."
+    )
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(
+        1, description="Of prompts, arrivals and sampling."
+    )
+    slo: Slo = Field(default=Slo(), description="Service levels of every model and host.")
+
+
 class Track(Closed):
     """Where runs are shown."""
 
@@ -310,6 +437,7 @@ class Host(Closed):
     margin_mib: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         1024, description="Memory that has to stay free (llama.cpp's own default is 1,024 MiB)."
     )
+    slo: Slo = Field(default=Slo(), description="Overrides of the fleet's `slo`.")
 
 
 class Declaration(Closed):
@@ -325,6 +453,8 @@ class Declaration(Closed):
     calibrate: Calibrate = Field(default=Calibrate(), description="The importance matrix.")
     benchmark: Benchmark = Field(default=Benchmark(), description="The measurements.")
     choose: Choose = Field(default=Choose(), description="The choice.")
+    serving: Serving = Field(default=Serving(), description="The engine that serves.")
+    load_test: LoadTest = Field(default=LoadTest(), description="The load test.")
     track: Track = Field(default=Track(), description="MLflow.")
     hosts: dict[HostKey, Host] = Field(
         description="Where models are served, by name.", min_length=1
@@ -397,6 +527,22 @@ class ChooseSlice(Closed):
     context_tokens: int
     choose: Choose
     hosts: dict[str, Host]
+
+
+class LoadTestSlice(Closed):
+    """Decides how a model is served and loaded; `slos` holds the resolved levels by host."""
+
+    model: str
+    quants: dict[str, QuantType]
+    recipe: int
+    context_tokens: int
+    modelfile: str
+    corpus: Corpus
+    threads: int | None
+    serving: Serving
+    load_test: LoadTest
+    hosts: dict[str, Host]
+    slos: dict[str, Slo]
 
 
 class TrackSlice(Closed):
@@ -477,6 +623,41 @@ def choose_slice(declared: Declaration, model: str) -> ChooseSlice:
         context_tokens=spec.context_tokens,
         choose=declared.choose,
         hosts=declared.hosts,
+    )
+
+
+# A service level that nobody states.
+_MIN_GOODPUT = 0.95
+
+
+def load_test_slice(declared: Declaration, model: str) -> LoadTestSlice:
+    """Resolve what `load-test` of a model reads; levels: model > host > fleet > built-in."""
+    spec = declared.models[model]
+    fleet = declared.load_test.slo
+    slos = {
+        name: Slo(
+            **(
+                {"min_goodput": _MIN_GOODPUT}
+                | fleet.model_dump(exclude_none=True)
+                | host.slo.model_dump(exclude_none=True)
+                | spec.slo.model_dump(exclude_none=True)
+            )
+        )
+        for name, host in declared.hosts.items()
+    }
+    own = spec.serving.model_dump(exclude_none=True)
+    return LoadTestSlice(
+        model=model,
+        quants=quants_of(declared, model),
+        recipe=declared.toolchain.recipe,
+        context_tokens=spec.context_tokens,
+        modelfile=spec.modelfile,
+        corpus=declared.corpora[spec.evaluation],
+        threads=declared.benchmark.threads,
+        serving=declared.serving.model_copy(update=own),
+        load_test=declared.load_test,
+        hosts=declared.hosts,
+        slos=slos,
     )
 
 

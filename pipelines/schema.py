@@ -144,7 +144,10 @@ def _resolve(part: Fragment) -> Fragment:
         if "$ref" in part:
             part = tree()["$defs"][part["$ref"].removeprefix("#/$defs/")]
         elif "anyOf" in part:
-            (part,) = [option for option in part["anyOf"] if option != {"type": "null"}]
+            options = [option for option in part["anyOf"] if option != {"type": "null"}]
+            if len(options) > 1:
+                return part | {"anyOf": options}
+            (part,) = options
         else:
             return part
 
@@ -155,6 +158,8 @@ def _resolve(part: Fragment) -> Fragment:
 def allowed(part: Fragment) -> str:
     """Say in words which values a part of the schema lets pass: `a whole number from 1 to 16`."""
     part = _resolve(part)
+    if "anyOf" in part:
+        return " or ".join(allowed(option) for option in part["anyOf"])
     if "enum" in part:
         return "one of " + ", ".join(part["enum"])
     if "pattern" in part:
@@ -179,7 +184,8 @@ def _list_of(part: Fragment) -> str:
 def _limits(part: Fragment) -> str:
     above = part.get("exclusiveMinimum")
     low = f" above {above:,.0f}" if above is not None else f" from {part['minimum']:,.0f}"
-    return f"{low} to {part['maximum']:,.0f}"
+    below = part.get("exclusiveMaximum")
+    return f"{low} and below {below:,.0f}" if below else f"{low} to {part['maximum']:,.0f}"
 
 
 # --- the page ---------------------------------------------------------------------------------
@@ -215,6 +221,9 @@ def _section(name: str, part: Fragment) -> str:
     )
 
 
+_OVERRIDES = frozenset({"gates", "serving"})
+
+
 def _fields(part: Fragment, prefix: str = "") -> Iterator[tuple[str, Fragment, bool]]:
     """Yield (dotted key, schema, required) of every value below a mapping."""
     for key, value in part["properties"].items():
@@ -222,8 +231,8 @@ def _fields(part: Fragment, prefix: str = "") -> Iterator[tuple[str, Fragment, b
         yield f"{prefix}{key}", value, key in part.get("required", ())
         if inner.get("type") == "array":
             inner, key = _resolve(inner["items"]), f"{key}[]"  # noqa: PLW2901 - its own spelling
-        # The keys of a model's own gates are those of the top-level `gates`.
-        if "properties" in inner and key != "gates":
+        # The keys of a model's own overrides are those of the section that they override.
+        if "properties" in inner and key not in _OVERRIDES:
             yield from _fields(inner, f"{prefix}{key}.")
 
 

@@ -1,0 +1,242 @@
+"""
+What a load test leaves behind: one record for each model, and the parts of which it is made.
+
+Times are milliseconds of the monotonic clock of the client. Counts of tokens are the server's own,
+never estimated from text or chunks: a chunk is not a token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pipelines.records import Finite, MachineId, Part, Record
+
+Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+# Everything that can be wrong with one request; `ok` is the only success. Source of the failures
+# behind each: the streaming code of Ollama 0.33 (server/routes.go, llm/llama_server.go).
+ErrorClass = Literal[
+    "connect",  # refused, reset before the status line, name not found
+    "http_4xx",
+    "http_5xx",
+    "error_in_stream",  # an error line inside a 200
+    "truncated_stream",  # the end without `done` / `[DONE]`
+    "loop",  # the repeat guard: a 200 that ends without `done` after equal chunks
+    "malformed",  # a line that is no JSON, or not of the dialect
+    "empty_output",  # `done` and no token
+    "cut_context",  # the server read fewer prompt tokens than were sent
+    "timeout",
+]
+
+
+class EngineId(Part):
+    """
+    What served: `version` as it says itself, `llama_cpp` the build line of its llama-server.
+
+    `found_by` says where it came from. `declared` is false where the toolchain's llama-server
+    stands in for an Ollama that could not be had; what it measured is real, but no promotion.
+    """
+
+    kind: Literal["ollama", "llama-server", "remote"]
+    version: str
+    llama_cpp: str
+    found_by: Literal["PATH", "go install", "release archive", "toolchain", "url"]
+    declared: bool
+    sentence: str
+
+
+class Served(Part):
+    """
+    One GGUF as the server has it.
+
+    `manifest_sha256` is the digest of our manifest that /api/tags gave back (Ollama only). Sizes
+    are what the server reports; None where it does not.
+    """
+
+    type: str
+    gguf_sha256: str
+    manifest_sha256: str | None
+    context_tokens: int
+    parallel: int
+    gpu_layers: str
+    kv_type: str
+    size_bytes: int | None
+    size_vram_bytes: int | None
+    peak_memory_mib: Finite | None
+    # From the first request to its first byte; includes 250 ms in which Ollama polls.
+    cold_load_ms: Finite
+
+
+class Spread(Part):
+    """
+    Median and percentiles of a duration; None where the sample does not carry the percentile.
+
+    p95 needs 200 values, p99 needs 1,000: then ten lie above it.
+    """
+
+    count: int
+    p50: Finite
+    p95: Finite | None
+    p99: Finite | None
+    max: Finite
+
+
+class LoadRun(Part):
+    """
+    One run of the generator.
+
+    `ttft_ms` and `e2e_ms` count from the scheduled start of a request, so that waiting for a slot
+    or for the client is inside. `tpot_ms` is (last - first content) / (tokens - 1) of a request;
+    `gap_ms` the pauses between its chunks; `queue_ms` what the server says a request waited, None
+    where it does not say. `good_count` is the number of requests that kept all levels, by host.
+    """
+
+    name: str
+    kind: Literal["closed", "open", "soak"]
+    concurrency: int | None
+    rate_per_s: Finite | None
+    requests_count: int
+    ok_count: int
+    errors: dict[str, int]
+    wall_s: Finite
+    prompt_tokens_median: Finite | None
+    output_tokens_median: Finite | None
+    done_reasons: dict[str, int]
+    ttft_ms: Spread | None
+    tpot_ms: Spread | None
+    gap_ms: Spread | None
+    e2e_ms: Spread | None
+    queue_ms: Spread | None
+    output_tok_s: Finite
+    requests_s: Finite
+    effective_slots: int
+    good_count: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+
+class Calibration(Part):
+    """
+    The client against a null server that streams at the pace of the real one.
+
+    `delay_p99_ms` is from the server's send to the client's stamp of a chunk, `send_lag_p99_ms`
+    from the scheduled start of a request to its send in the real open run. A client that is too
+    slow makes the run INVALID: `reason` then says by how much.
+    """
+
+    streams_count: int
+    chunks_per_s: Finite
+    delay_p50_ms: Finite
+    delay_p99_ms: Finite
+    send_lag_p99_ms: Finite | None
+    cpu_s_per_1000_chunks: Finite
+    client_bound: bool
+    reason: str
+
+
+class GoldenPrompt(Part):
+    """One conversation: whether every renderer made the same prompt of it, and where not."""
+
+    id: str
+    outcome: Literal["PASS", "FAIL", "SKIPPED"]
+    sentence: str
+    diff: tuple[str, ...] = ()
+
+
+class Golden(Part):
+    """All conversations; `upstream` names the reference, `version` and `sha256` the prompts."""
+
+    version: int
+    sha256: str
+    upstream: str
+    prompts: tuple[GoldenPrompt, ...]
+
+
+class Degenerate(Part):
+    """
+    Greedy answers that loop, never end or hold one token, beside those of f16.
+
+    `excess` is (only the quant's - only f16's) / prompts; f16 counts are None where the host cannot
+    hold f16, and then nothing is judged.
+    """
+
+    prompts_count: int
+    degenerate_count: int
+    f16_degenerate_count: int | None
+    excess: Finite | None
+    limit: Finite
+    outcome: Outcome
+    sentence: str
+    kinds: dict[str, int]
+
+
+class Smoke(Part):
+    """A published quant that is not the winner: loaded, one golden prompt, a few requests."""
+
+    served: Served | None
+    type: str
+    requests_count: int
+    ok_count: int
+    outcome: Literal["PASS", "FAIL"]
+    sentence: str
+
+
+class LoadGate(Part):
+    """
+    One service level of one host.
+
+    `value` is the measured share or amount, [`low`, `high`] its interval (equal for an amount),
+    `more_requests` how many further ones would decide an inconclusive one.
+    """
+
+    host: str
+    name: Literal["ttft", "tpot", "e2e", "goodput", "error_rate", "memory"]
+    value: Finite
+    low: Finite
+    high: Finite
+    limit: Finite
+    outcome: Outcome
+    more_requests: int | None
+    sentence: str
+
+
+class LoadVerdict(Part):
+    """What follows for one host."""
+
+    host: str
+    winner: str | None
+    verdict: Literal["PROMOTE", "HOLD", "REJECT", "INVALID"]
+    sentence: str
+
+
+class WinnerTest(Part):
+    """The whole test of one winning quant: `hosts` are those that chose it."""
+
+    type: str
+    hosts: tuple[str, ...]
+    served: Served | None
+    golden: Golden | None
+    runs: tuple[LoadRun, ...]
+    calibration: Calibration | None
+    degenerate: Degenerate | None
+    gates: tuple[LoadGate, ...]
+    # Why the numbers cannot be trusted; empty if they can.
+    invalid: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class LoadTestRecord(Record):
+    """What serving the chosen quants showed."""
+
+    stage: Literal["load-test"] = "load-test"
+    model: str
+    context_tokens: int
+    engine: EngineId | None
+    machine: MachineId
+    modelfile: str
+    # Of the rendered Modelfile's directives without FROM.
+    modelfile_sha256: str
+    modelfile_version: int
+    winners: tuple[WinnerTest, ...]
+    smokes: tuple[Smoke, ...]
+    verdicts: tuple[LoadVerdict, ...]
+    measured_at: str
+    wall_s: Finite
