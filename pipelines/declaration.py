@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pipelines.params import Closed, Declaration
 
 # Names of folders in work/ that are no model's.
-_TAKEN_NAMES = frozenset(
+TAKEN_NAMES = frozenset(
     path.parts[1]
     for path in (
         Layout().slice("stage", "key"),
@@ -249,8 +249,8 @@ def _model_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
     all_known = bool(used) and all(name in models for name in used)
     for key, model in _entries(data, "models"):
         here: Loc = ("models", key)
-        if key in _TAKEN_NAMES:
-            taken = ", ".join(sorted(_TAKEN_NAMES))
+        if key in TAKEN_NAMES:
+            taken = ", ".join(sorted(TAKEN_NAMES))
             yield Flaw(here, f"is the name of a folder in work/; not allowed: {taken}", on_key=True)
         if all_known and key not in used:
             text = f"has no quant; declare one under `quants`, such as {quoted(f'{key}-Q4_K_M')}"

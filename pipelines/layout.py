@@ -89,6 +89,28 @@ class Layout:
         """What the tracking server has been told about a model."""
         return self.root / "work/track" / f"{model}.json"
 
+    def of_quant(self, model: str, key: str, type_: str) -> tuple[Path, ...]:
+        """Everything that the stages write of one quant and of nothing else."""
+        return (
+            self.quant_record("quantize", model, type_),
+            self.quant_record("benchmark", model, type_),
+            self.gguf(model, key),
+        )
+
+    def of_model(self, model: str) -> tuple[Path, ...]:
+        """Everything that the stages write of one model and of none of its quants."""
+        stages = ("fetch", "convert", "calibrate", "choose")
+        return (
+            *(self.model_record(stage, model) for stage in stages),
+            self.metrics(model),
+            self.frontier(model),
+            self.receipt(model),
+            self.source(model),
+            self.f16(model),
+            self.imatrix_dir(model),
+            self.scratch(model),
+        )
+
     @property
     def report_markdown(self) -> Path:
         """The report for a terminal, a pull request, a job summary."""

@@ -1,9 +1,10 @@
 """
 `fleet repro`: `dvc repro --keep-going`, with what an operator needs around it.
 
-Before: the declaration is checked, what a kill left is repaired, the disk is measured, INVALID
-measurements are withdrawn, the toolchain is built. During: one line for each stage. After: a
-table, and the report, also when a model failed, so that the others are seen.
+Before: the declaration is checked, what a kill left is repaired, what is no longer declared is
+retired, the disk is measured, INVALID measurements are withdrawn, the toolchain is built. During:
+one line for each stage. After: a table, and the report, also when a model failed, so that the
+others are seen.
 
 DVC and everything below it end with us: on Ctrl-C or SIGTERM within 5 s by their process group
 and by the mark in their environment; on `kill -9` by PR_SET_PDEATHSIG and the watchdog of
@@ -75,12 +76,15 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
         ParamsError: The declaration is wrong, or a target is not in it.
         MachineError: Too little disk, no compiler, or another run works here.
     """
-    from pipelines import declaration, disk, toolchain  # noqa: PLC0415 - pydantic
+    from pipelines import declaration, disk, retire, toolchain  # noqa: PLC0415 - pydantic
 
     declared = declaration.check(at)
     plan = plan_of(declared, targets)
 
     def prepare() -> None:
+        # A run of named targets says nothing about the rest of the fleet.
+        for line in [] if targets else retire.retire(at, declared):
+            console.info(f"retired: {line}")
         disk.check_disk(declared, at)
         withdraw_invalid(at, declared, plan)
         toolchain.ensure(toolchain.spec_of(declared))
