@@ -14,18 +14,14 @@ whatever scratch is whole.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pipelines import (
     atomic,
@@ -38,16 +34,17 @@ from pipelines import (
     llama_perplexity,
     llamacpp,
     machine,
+    measuring,
     proc,
     records,
     stats,
     validity,
     watch,
 )
-from pipelines.errors import DigestError, MachineError, ParamsError, ToolError
+from pipelines.errors import MachineError, ParamsError, ToolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from pipelines.layout import Layout
@@ -64,7 +61,6 @@ MIB: Final = 1 << 20
 # How far the f16's perplexity may lie from the one that its stored logits give: they are kept in
 # 16 bits, 16 nats deep. Another model or text is off by far more.
 _PPL_TOLERANCE: Final = 0.01
-_LOCK_POLL_S: Final = 0.5
 SPEED_ATTEMPTS: Final = 3
 PAUSE_BETWEEN_ATTEMPTS_S: Final = 2.0
 
@@ -104,8 +100,8 @@ def benchmark(
             f"of {wanted.benchmark.repetitions} repetitions.",
             hint="Raise benchmark.repetitions in params.yaml.",
         )
-    hardware = _this_machine(at)
-    with one_at_a_time(lock, wanted.key):
+    hardware = measuring.this_machine(at)
+    with measuring.one_at_a_time(lock, wanted.key):
         started = time.monotonic()
         bench = Bench(
             wanted=wanted,
@@ -117,7 +113,7 @@ def benchmark(
             ),
         )
         corpora.require(wanted.corpus, at, "evaluation text")
-        prove(bench.gguf, quantized.gguf)
+        measuring.prove(bench.gguf, quantized.gguf)
         speed = measure_speed_in_peace(bench)
         estimate, peak = measure_memory(bench)
         quality = measure_quality(bench, convert.gguf)
@@ -129,7 +125,7 @@ def benchmark(
             f16_sha256=convert.gguf.sha256,
             size_bytes=quantized.gguf.size_bytes,
             llama_cpp_commit=tools.commit,
-            machine=_machine_id(hardware, tools),
+            machine=measuring.machine_id(hardware, tools),
             validity=_judge(bench, speed, estimate, peak),
             threads=bench.execution.threads,
             speed=speed_records(speed.results, dropped=wanted.benchmark.dropped_repetitions),
@@ -210,91 +206,6 @@ def execution(declared: Benchmark, backend: str, *, cores: int) -> Execution:
         batch_tokens=declared.batch_tokens,
         ubatch_tokens=min(declared.ubatch_tokens, declared.batch_tokens),
     )
-
-
-# --- whose numbers these are ------------------------------------------------------------------
-
-
-def _this_machine(at: Layout) -> dict[str, Any]:
-    """
-    Probe the hardware, and make sure that DVC compared with the same.
-
-    Raises:
-        MachineError: work/machine.json describes another machine than the one we run on.
-    """
-    found = machine.probe()
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        known = json.loads(at.machine.read_text())
-        if known.get("hw_id") != found["hw_id"]:
-            raise MachineError(
-                f"{at.machine} describes other hardware than this process may use (cores, memory, "
-                "visible cards): its numbers would go under a wrong name.",
-                hint="Run `fleet machine`, or start again without taskset or CUDA_VISIBLE_DEVICES.",
-            )
-    return found
-
-
-def _machine_id(hardware: dict[str, Any], tools: Toolchain) -> records.MachineId:
-    return records.MachineId(
-        hw_id=hardware["hw_id"],
-        env_id=machine.facts_id(machine.environment(tools)),
-        backend=tools.backend,
-        cpu=hardware["cpu"]["model"],
-        cores_count=hardware["cpu"]["cores_count"],
-        memory_gib=hardware["memory_gib"],
-        gpus=tuple(card["name"] for card in hardware["gpus"]),
-    )
-
-
-def prove(path: Path, recorded: FileDigest) -> None:
-    """
-    Make sure that a model is the one that its record names, by reading all of it.
-
-    Every number measured from here on is bound to that digest. Nothing else notices a bit that
-    flipped in a cache or a file that was put there by hand, neither DVC nor llama.cpp. The pass
-    costs a second for each GB, a few percent of what is measured afterwards, and it is the read
-    that brings the file into memory for the first tool.
-
-    Raises:
-        DigestError: It is missing or has other bytes.
-    """
-    try:
-        size_bytes = path.stat().st_size
-        with path.open("rb") as file, console.Progress(f"read {path.name}"):
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise DigestError(f"{path} does not exist.", hint="fleet repro") from None
-    if (size_bytes, found) != (recorded.size_bytes, recorded.sha256):
-        raise DigestError(
-            f"{path} is not the file of its record: {size_bytes:,} bytes with sha256 {found}, "
-            f"recorded are {recorded.size_bytes:,} bytes with {recorded.sha256}.",
-            hint="Remove it and run `fleet repro`: it is made or fetched again.",
-        )
-
-
-@contextmanager
-def one_at_a_time(directory: Path, key: str) -> Iterator[None]:
-    """
-    Hold this machine for one benchmark; wait for the one that holds it, and say which that is.
-
-    The lock is the kernel's, on a file: it ends with the process that holds it, however it ends.
-    """
-    import filelock  # noqa: PLC0415 - not for those who only import the parts
-
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(directory / "benchmark.lock")
-    owner = directory / "benchmark.owner"
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        with contextlib.suppress(OSError):
-            console.info(f"waiting for the benchmark of {console.clean(owner.read_text())}")
-        lock.acquire(poll_interval=_LOCK_POLL_S)
-    try:
-        owner.write_text(f"{key} (process {os.getpid()})", encoding="utf-8")
-        yield
-    finally:
-        lock.release()
 
 
 # --- speed ------------------------------------------------------------------------------------
@@ -585,7 +496,7 @@ def reference_logits(bench: Bench, f16: FileDigest) -> Logits:
     if known is not None:
         console.info(f"the logits of {bench.wanted.model}'s f16 are here already: {path.name}")
         return known
-    prove(bench.at.f16(bench.wanted.model), f16)
+    measuring.prove(bench.at.f16(bench.wanted.model), f16)
     return _compute_logits(bench, path)
 
 

@@ -33,6 +33,7 @@ from pipelines import (
     hashing,
     llama_bench,
     llama_perplexity,
+    measuring,
     proc,
     records,
     validity,
@@ -565,8 +566,8 @@ def test_options_of_the_environment_change_nothing(
 _HOLDER = """
 import sys
 from pathlib import Path
-from pipelines import benchmark
-with benchmark.one_at_a_time(Path(sys.argv[1]), "other-Q4_K_M"):
+from pipelines import measuring
+with measuring.one_at_a_time(Path(sys.argv[1]), "other-Q4_K_M"):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -595,10 +596,10 @@ def test_second_benchmark_waits_and_says_for_whom(
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
 
-        with benchmark.one_at_a_time(tmp_path, "mine-Q8_0"):
+        with measuring.one_at_a_time(tmp_path, "mine-Q8_0"):
             assert holder.wait(timeout=30) == 0
 
-    assert said == [f"waiting for the benchmark of other-Q4_K_M (process {holder.pid})"]
+    assert said == [f"waiting for the measurement of other-Q4_K_M (process {holder.pid})"]
 
 
 def test_lock_of_a_killed_benchmark_is_free(tmp_path: Path) -> None:
@@ -614,7 +615,7 @@ def test_lock_of_a_killed_benchmark_is_free(tmp_path: Path) -> None:
         holder.stdout.readline()
         holder.kill()
 
-    with benchmark.one_at_a_time(tmp_path, "mine-Q8_0"):
+    with measuring.one_at_a_time(tmp_path, "mine-Q8_0"):
         assert (tmp_path / "benchmark.owner").read_text().startswith("mine-Q8_0")
 
 
