@@ -87,7 +87,9 @@ class LoadRun(Part):
     `ttft_ms` and `e2e_ms` count from the scheduled start of a request, so that waiting for a slot
     or for the client is inside. `tpot_ms` is (last - first content) / (tokens - 1) of a request;
     `gap_ms` the pauses between its chunks; `queue_ms` what the server says a request waited, None
-    where it does not say. `good_count` is the number of requests that kept all levels, by host.
+    where it does not say. `good_count` is the number of requests that kept all levels, by host;
+    `kept_count` the number that kept each declared one, by host and "ttft", "tpot" or "e2e". A
+    request that failed keeps none.
     """
 
     name: str
@@ -110,6 +112,7 @@ class LoadRun(Part):
     requests_s: Finite
     effective_slots: int
     good_count: dict[str, int]
+    kept_count: dict[str, dict[str, int]]
     notes: tuple[str, ...] = ()
 
 
