@@ -221,6 +221,8 @@ class WinnerTest(Part):
     calibration: Calibration | None
     degenerate: Degenerate | None
     gates: tuple[LoadGate, ...]
+    # What the quant or its server failed at, beside the gates: it could not be loaded, say.
+    failures: tuple[str, ...]
     # Why the numbers cannot be trusted; empty if they can.
     invalid: tuple[str, ...]
     notes: tuple[str, ...]
