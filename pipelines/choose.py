@@ -60,7 +60,7 @@ def choose(
         slice_: Quants, gates, objective, minimum effects and hosts.
         quantized: Record of each declared key, or why there is none.
         measured: Record of each declared key, or why there is none.
-        incumbents: Type that each host has in service, if known.
+        incumbents: Type that was chosen for each host in the last commit, if one was.
     """
     evidence = examine(slice_, quantized, measured)
     trusted = [one for one in evidence if isinstance(one, Trusted)]
@@ -133,16 +133,16 @@ def _metrics_row(one: Candidate) -> dict[str, float]:
 
 def committed_winners(model: str, at: Layout) -> tuple[dict[str, str], tuple[str, ...]]:
     """
-    Ask git what the last commit has in service on each host.
+    Ask git what was chosen for each host in the last commit.
 
     A host that was not promoted then keeps what it had before.
 
     Returns:
         Type by host, and a note if there is an answer that cannot be used. No repository, no
-        commit and no choice in it are ordinary: nothing is in service yet.
+        commit and no choice in it are ordinary: nothing is chosen yet.
     """
     path = at.model_record("choose", model).relative_to(at.root).as_posix()
-    unusable = "so no quant is kept for being in service"
+    unusable = "so no earlier choice is kept"
     try:
         shown = proc.run(
             ["git", "show", f"HEAD:./{path}"],
@@ -160,7 +160,7 @@ def committed_winners(model: str, at: Layout) -> tuple[dict[str, str], tuple[str
         last = ChoiceRecord.model_validate_json(shown.stdout)
     except ValueError:
         return {}, (f"The committed choice is not one of this version, {unusable}.",)
-    in_service = {
+    chosen = {
         one.host: one.winner if one.verdict == "PROMOTE" else one.incumbent for one in last.hosts
     }
-    return {host: type_ for host, type_ in in_service.items() if type_ is not None}, ()
+    return {host: type_ for host, type_ in chosen.items() if type_ is not None}, ()

@@ -152,19 +152,17 @@ class Progress:
             _say(text)
 
     def _text(self, done: float, elapsed_s: float, detail: str) -> str:
-        """Compose `label 42 % (3 of 7 files), 12 s, 16 s left detail`."""
-        parts = [clean(self.label)]
+        """Compose `label 42 % (3 of 7 files), 12 s so far, about 16 s left, detail`."""
+        label = clean(self.label)
+        times = [f"{elapsed_s:.0f} s so far"]
         if self.total:
             share = min(done / self.total, 1.0)
-            parts.append(f"{share:4.0%}")
+            label += f" {share * 100:.0f} %"
             if self.unit:
-                parts.append(f"({done:,.0f} of {self.total:,.0f} {self.unit})")
+                label += f" ({done:,.0f} of {self.total:,.0f} {self.unit})"
             if 0.02 < share < 1 and elapsed_s > 2:  # noqa: PLR2004 - a guess from less is noise
-                parts.append(f"{elapsed_s * (1 - share) / share:.0f} s left")
-        parts.append(f"{elapsed_s:.0f} s")
-        if detail:
-            parts.append(clean(detail))
-        return " ".join(parts)
+                times.append(f"about {elapsed_s * (1 - share) / share:.0f} s left")
+        return ", ".join([label, *times, *([clean(detail)] if detail else [])])
 
 
 def out(text: str) -> None:

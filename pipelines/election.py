@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from pipelines import wording
@@ -38,7 +39,7 @@ class Election:
             host: Key of the host.
             evidence: Every declared quant, in the order of the declaration.
             dominators: For each type off the Pareto front one that makes it pointless.
-            incumbent: Type that the host has in service, if known.
+            incumbent: Type that was chosen for the host in the last commit, if one was.
         """
         self.slice = slice_
         self.host = host
@@ -155,12 +156,26 @@ class Election:
         if len(field) == 1:
             return f"the {self.metric.best} of the {total} quants that pass"
         if winner.type == self.incumbent:
-            return f"in service, and no quant that passes is clearly {self._comparative()}"
-        tie = f"the {len(field)} {self.metric.best} quants, which are equal within {self._effect()}"
+            return (
+                f"the committed choice, and no quant that passes is clearly {self._comparative()}"
+            )
+        tie = f"the {len(field)} {self.metric.best} quants, {self._which_tie(field)}"
         return f"the {self.order[0].best} of {tie}"
 
+    def _which_tie(self, field: Sequence[Trusted]) -> str:
+        """Say in which way none of several quants is clearly better than another."""
+        pairs = list(combinations(field, 2))
+        if all(self._is_close(one, other) for one, other in pairs):
+            return f"which are within {self._effect()} of each other"
+        if all(self.metric.overlap(one, other) for one, other in pairs):
+            return "whose intervals overlap"
+        return f"whose intervals overlap or which are within {self._effect()} of each other"
+
+    def _is_close(self, one: Trusted, other: Trusted) -> bool:
+        return self.metric.within_effect(one, other, self.slice.choose)
+
     def _effect(self) -> str:
-        return f"{wording.declared(self.metric.effect(self.slice.choose) * 100)} % or the noise"
+        return f"{wording.declared(self.metric.effect(self.slice.choose) * 100)} %"
 
     def _figures(self, one: Trusted) -> str:
         return (
@@ -179,9 +194,7 @@ class Election:
             return self._nearest_miss(turned_away)
         better = [one for one in turned_away if self._clearly_better(one, self.winner)]
         if not better:
-            return (
-                f"Nothing binds: no limit keeps out a quant that is clearly {self._comparative()}."
-            )
+            return f"No limit keeps out a quant that is clearly {self._comparative()}."
         next_one = min(better, key=self.metric.cost)
         lead = self.metric.compare(self.winner, next_one)
         return (
@@ -256,9 +269,12 @@ class Election:
         faster = [other for other in self.passing if self._clearly_better(other, one)]
         if faster:
             return self.metric.compare(one, min(faster, key=self._rank_by_metric))
-        tie = f"{self.metric.equal} {winner.type} within {self._effect()}"
+        why = (
+            f"within {self._effect()}" if self._is_close(one, winner) else "their intervals overlap"
+        )
+        tie = f"{self.metric.equal} {winner.type} ({why})"
         if winner.type == self.incumbent:
-            return f"{tie}, and {winner.type} is in service"
+            return f"{tie}, and {winner.type} is the committed choice"
         decisive = next((m for m in self.order if m.cost(one) != m.cost(winner)), None)
         if decisive is None:
             return f"equal to {winner.type} in every number"

@@ -19,13 +19,29 @@ if TYPE_CHECKING:
     from pipelines.evidence import Measured, Trusted
     from pipelines.params import Choose, Objective
 
+# From here on a difference is told as a factor.
+_FACTOR_FROM = 2
+
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured value, which way is better, and the words for it."""
+    """
+    One measured value, which way is better, and the words for it.
+
+    Attributes:
+        best: What the best one is, of all: `fastest`.
+        worse: What another one is than it: `slower`.
+        factor: What another one is, so many times, if it is far behind; empty where less is worse.
+        equal: What another one is if neither is clearly better.
+        unit: Unit of the value.
+        read: Reads the value, with its interval.
+        effect: The least share of a difference that counts.
+        more_is_better: Which way is better.
+    """
 
     best: str
     worse: str
+    factor: str
     equal: str
     unit: str
     read: Callable[[Trusted], Measured]
@@ -38,10 +54,23 @@ class Metric:
 
         A strict partial order: it has no cycles, and who is beaten by a beaten one is beaten.
         """
-        a, b, effect = self.read(one), self.read(other), self.effect(effects)
-        if self.more_is_better:
-            return a.low > b.high and a.value * (1 - effect) > b.value
-        return a.high < b.low and a.value * (1 + effect) < b.value
+        a, b = self.read(one), self.read(other)
+        is_apart = a.low > b.high if self.more_is_better else a.high < b.low
+        return is_apart and self._leads(one, other, self.effect(effects))
+
+    def overlap(self, one: Trusted, other: Trusted) -> bool:
+        """Tell whether the intervals of two values have a point in common."""
+        a, b = self.read(one), self.read(other)
+        return a.low <= b.high and b.low <= a.high
+
+    def within_effect(self, one: Trusted, other: Trusted, effects: Choose) -> bool:
+        """Tell whether two values differ by no more than the minimum effect."""
+        effect = self.effect(effects)
+        return not self._leads(one, other, effect) and not self._leads(other, one, effect)
+
+    def _leads(self, one: Trusted, other: Trusted, effect: float) -> bool:
+        a, b = self.read(one).value, self.read(other).value
+        return a * (1 - effect) > b if self.more_is_better else a * (1 + effect) < b
 
     def cost(self, one: Trusted) -> float:
         """Return the value such that less is better."""
@@ -49,37 +78,46 @@ class Metric:
         return -value if self.more_is_better else value
 
     def compare(self, loser: Trusted, winner: Trusted) -> str:
-        """Say how far behind one is: `31 % slower than Q4_K_M (412 against 598 tok/s)`."""
+        """
+        Say how far behind one is: `31 % slower than Q4_K_M (412 against 598 tok/s)`.
+
+        From twice as much on it is a factor, `20 times as divergent as`: nobody reads 1,900 %.
+        """
         mine, best = self.read(loser).value, self.read(winner).value
-        share = (1 - mine / best if self.more_is_better else mine / best - 1) if best else math.inf
         shown, shown_best = wording.pair(mine, best)
-        lead = f"{wording.percent(share)} " if math.isfinite(share) else ""
         depth = (
             f" at depth {wording.tokens(loser.deepest_decode.depth_tokens)}"
             if self is SPEED
             else ""
         )
-        return (
-            f"{lead}{self.worse} than {winner.type} "
-            f"({shown} against {shown_best} {self.unit}{depth})"
-        )
+        figures = f"{shown} against {shown_best} {self.unit}{depth}"
+        return f"{self._lead(mine, best)} {winner.type} ({figures})"
+
+    def _lead(self, mine: float, best: float) -> str:
+        ratio = mine / best if best else math.inf
+        if not math.isfinite(ratio):
+            return f"{self.worse} than"
+        if self.factor and ratio >= _FACTOR_FROM:
+            return f"{wording.number(ratio, 2)} times {self.factor}"
+        share = 1 - ratio if self.more_is_better else ratio - 1
+        return f"{wording.percent(share)} {self.worse} than"
 
 
 SPEED = Metric(
-    "fastest", "slower", "as fast as", "tok/s",
+    "fastest", "slower", "", "as fast as", "tok/s",
     lambda one: one.decode_tok_s, lambda effects: effects.min_speed_effect, more_is_better=True,
 )  # fmt: skip
 QUALITY = Metric(
-    "least divergent", "more divergent", "as close to f16 as", "nats",
+    "least divergent", "more divergent", "as divergent as", "as close to f16 as", "nats",
     lambda one: one.kld_mean_nats, lambda effects: effects.min_quality_effect,
 )  # fmt: skip
 SIZE = Metric(
-    "smallest", "larger", "as small as", "MiB",
+    "smallest", "larger", "as large as", "as small as", "MiB",
     lambda one: one.size_mib, lambda effects: effects.min_size_effect,
 )  # fmt: skip
 MEMORY = Metric(
-    "smallest in memory", "larger in memory", "as small in memory as", "MiB",
-    lambda one: one.memory_mib, lambda effects: effects.min_size_effect,
+    "smallest in memory", "larger in memory", "as large in memory as", "as small in memory as",
+    "MiB", lambda one: one.memory_mib, lambda effects: effects.min_size_effect,
 )  # fmt: skip
 
 # The metric that decides, then those that decide between equals, exactly.

@@ -31,6 +31,7 @@ from pipelines.records import (
     QuantizeRecord,
 )
 from pipelines.report_tree import (
+    STANDINGS,
     VERDICTS,
     File,
     HostVerdict,
@@ -92,10 +93,10 @@ def require_promote(slice_: ReportSlice, at: Layout) -> None:
 def build(slice_: ReportSlice, at: Layout) -> Report:
     """Read every record of the declared fleet, missing ones included."""
     models = tuple(_Reader(at, model, quants).model() for model, quants in slice_.models.items())
-    counts = Counter(model.verdict for model in models)
+    counts = Counter(model.standing for model in models)
     return Report(
         models=models,
-        counts=tuple((verdict, counts[verdict]) for verdict in VERDICTS if counts[verdict]),
+        counts=tuple((standing, counts[standing]) for standing in STANDINGS if counts[standing]),
     )
 
 
@@ -134,6 +135,7 @@ class _Reader:
         return ModelReport(
             name=self.name,
             verdict=max((one.verdict for one in hosts), key=VERDICTS.index, default="INVALID"),
+            is_measured=self._is_measured(),
             hosts=hosts,
             rows=tuple(self._row(type_) for type_ in self.quants.values()),
             objective=choice.objective if choice else "",
@@ -152,11 +154,19 @@ class _Reader:
 
     def _hosts(self) -> tuple[HostVerdict, ...]:
         doubt = self._doubt()
+        if not self._is_measured():
+            sentence = "nothing is measured yet"
+            return (HostVerdict(hosts=(), verdict="INVALID", sentence=sentence, details=()),)
         if isinstance(self.choice, str) or doubt or not self.choice.hosts:
             reason = self.choice if isinstance(self.choice, str) else doubt or "no host is declared"
             sentence = f"invalid: nothing is chosen ({_tidy(reason)})"
             return (HostVerdict(hosts=(), verdict="INVALID", sentence=sentence, details=()),)
         return _host_verdicts(self.choice.hosts)
+
+    def _is_measured(self) -> bool:
+        """Tell whether there is any measurement, good or bad, or a choice that spoke of one."""
+        paths = (self.at.quant_record("benchmark", self.name, type_) for type_ in self.measured)
+        return self.at.model_record("choose", self.name).exists() or any(p.exists() for p in paths)
 
     def _doubt(self) -> str:
         """Say why the choice on disk does not speak of the files on disk, if so."""
@@ -333,7 +343,9 @@ def _details(one: HostChoice) -> tuple[str, ...]:
         details.append(f"Runner-up: {one.runner_up}.")
     if one.winner and one.incumbent:
         same = one.incumbent == one.winner
-        details.append("Nothing changes in service." if same else f"In service: {one.incumbent}.")
+        details.append(
+            "The committed choice stays." if same else f"The committed choice: {one.incumbent}."
+        )
     return tuple(_tidy(text) for text in details)
 
 

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 # From good to bad.
 VERDICTS = ("PROMOTE", "HOLD", "REJECT", "INVALID")
-_VERDICT_WORDS = {
+# To whoever reads, a model that nobody has measured yet is not one whose measurement is wrong.
+UNMEASURED = "UNMEASURED"
+STANDINGS = (*VERDICTS, UNMEASURED)
+_STANDING_WORDS = {
     "PROMOTE": "promoted", "HOLD": "on hold", "REJECT": "rejected", "INVALID": "invalid",
+    UNMEASURED: "not measured yet",
 }  # fmt: skip
 
 
@@ -88,6 +92,7 @@ class ModelReport:
 
     name: str
     verdict: str
+    is_measured: bool
     hosts: tuple[HostVerdict, ...]
     rows: tuple[Row, ...]
     objective: str
@@ -100,6 +105,16 @@ class ModelReport:
     files: tuple[File, ...]
     notes: tuple[str, ...]
     commands: tuple[str, ...]
+
+    @property
+    def standing(self) -> str:
+        """The verdict, or that there is nothing yet to judge."""
+        return self.verdict if self.is_measured else UNMEASURED
+
+    @property
+    def verdict_words(self) -> str:
+        """The verdict as its badge says it."""
+        return self.verdict.lower() if self.is_measured else _STANDING_WORDS[UNMEASURED]
 
     @property
     def headlines(self) -> tuple[str, ...]:
@@ -143,4 +158,4 @@ class Report:
     @property
     def shares(self) -> tuple[str, ...]:
         """How many models got which verdict, from good to bad."""
-        return tuple(f"{count} {_VERDICT_WORDS[verdict]}" for verdict, count in self.counts)
+        return tuple(f"{count} {_STANDING_WORDS[standing]}" for standing, count in self.counts)

@@ -657,7 +657,7 @@ def _compiled(plan: Plan, inputs: Inputs, work: Path) -> Path:
     program = ninja or proc.find("make")
     jobs = f"-j{_jobs(plan.backend)}"
     label = "Compiling llama.cpp" + (", resumed," if resumes else "")
-    with console.Progress(label, total=100, unit="%") as progress:
+    with console.Progress(label, total=100) as progress:
         proc.run(
             [program, "-C", tree, jobs, *TOOLS],
             log=work / "compile.log",

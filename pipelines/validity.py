@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from pipelines import wording
 from pipelines.records import Validity
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def judge(seen: Conditions) -> Validity:
             "should lie: layers stayed elsewhere, or this memory cannot be measured here."
         )
     notes += [
-        f"The samples of {test} differ by {spread:.0%} of their median."
+        f"The samples of {test} differ by {wording.percent(spread)} of their median."
         for test, spread in seen.spreads.items()
         if spread > NOTED_SPREAD
     ]
@@ -200,26 +201,35 @@ def _judge_cpu(seen: Conditions, reasons: list[str], notes: list[str]) -> None:
     stolen = steal_share(seen.before, seen.after)
     if stolen > MAX_STEAL_SHARE:
         reasons.append(
-            f"The hypervisor withheld {stolen:.0%} of the CPU time (limit "
-            f"{MAX_STEAL_SHARE:.0%}): measure on a machine of its own, or at another time."
+            f"The hypervisor withheld {_over(stolen, MAX_STEAL_SHARE)} of the CPU time (limit "
+            f"{_limit(MAX_STEAL_SHARE)}): measure on a machine of its own, or at another time."
         )
     elif stolen > NOTED_STEAL_SHARE:
-        notes.append(f"The hypervisor withheld {stolen:.0%} of the CPU time.")
+        notes.append(f"The hypervisor withheld {wording.percent(stolen)} of the CPU time.")
     waiting = waiting_share(seen.usage, wall_s=seen.wall_s, threads=seen.threads)
     if waiting > MAX_WAITING_SHARE:
         reasons.append(
-            f"The benchmark waited for a core in {waiting:.0%} of its time (limit "
-            f"{MAX_WAITING_SHARE:.0%}): stop what else runs here, or declare fewer than "
+            f"The benchmark waited for a core in {_over(waiting, MAX_WAITING_SHARE)} of its time "
+            f"(limit {_limit(MAX_WAITING_SHARE)}): stop what else runs here, or declare fewer than "
             f"{seen.threads} benchmark.threads, and run it again."
         )
     elif seen.usage.waited_s is None:
         notes.append("This system does not tell whether the benchmark waited for a core.")
     elif waiting > NOTED_WAITING_SHARE:
-        notes.append(f"The benchmark waited for a core in {waiting:.0%} of its time.")
+        notes.append(f"The benchmark waited for a core in {wording.percent(waiting)} of its time.")
     if seen.attempts > 1:
         notes.append(f"Speed was measured {seen.attempts} times, since the machine was busy.")
     if seen.battery:
         reasons.append("The machine ran on its battery: plug it in and run it again.")
+
+
+def _over(share: float, limit: float) -> str:
+    """Write a share with as many digits as show on which side of its limit it lies."""
+    return f"{wording.beyond(share * 100, limit * 100)} %"
+
+
+def _limit(share: float) -> str:
+    return f"{wording.declared(share * 100)} %"
 
 
 def _judge_gpu(seen: Conditions, reasons: list[str], notes: list[str]) -> None:
@@ -257,8 +267,8 @@ def _judge_cards(gpu: Observation, reasons: list[str], notes: list[str]) -> None
             "run it again."
         )
     reasons += [
-        f"The card was slowed down ({reason}) in {share:.0%} of the run: let it cool, check fans "
-        "and power, and run it again."
+        f"The card was slowed down ({reason}) in {wording.percent(share)} of the run: let it cool, "
+        "check fans and power, and run it again."
         for reason, share in gpu.slowdowns.items()
         if share > MAX_SLOWDOWN_SHARE
     ]

@@ -190,7 +190,10 @@ def test_equally_fast_quants_are_decided_by_divergence() -> None:
 
     assert only_host(choice).winner == "Q4_K_M"
     assert candidate(choice, "Q4_K_S").sentence.startswith(
-        "Q4_K_S: passes; as fast as Q4_K_M within 3 % or the noise, and 33 % more divergent"
+        "Q4_K_S: passes; as fast as Q4_K_M (within 3 %), and 33 % more divergent than Q4_K_M"
+    )
+    assert "least divergent of the 2 fastest quants, which are within 3 % of each other" in (
+        only_host(choice).sentence
     )
 
 
@@ -201,11 +204,43 @@ def test_overlapping_intervals_are_no_difference() -> None:
         "Q4_K_M": {"decode_tok_s": 600, "kld_mean_nats": 0.030, "noise": 0.08},
     }
 
-    assert only_host(elect(numbers)).winner == "Q4_K_M"
+    choice = elect(numbers)
+
+    assert only_host(choice).winner == "Q4_K_M"
+    assert "the 2 fastest quants, whose intervals overlap (" in only_host(choice).sentence
+    assert "as fast as Q4_K_M (their intervals overlap), and" in (
+        candidate(choice, "Q4_K_S").sentence
+    )
+
+
+def test_a_large_difference_is_told_as_a_factor() -> None:
+    """From twice as much on a reader gets `20 times as divergent`, not a percentage."""
+    numbers: Numbers = {
+        "Q8_0": {"decode_tok_s": 600, "kld_mean_nats": 0.001},
+        "Q4_K_M": {"decode_tok_s": 600, "kld_mean_nats": 0.0204},
+        "Q6_K": {"decode_tok_s": 600, "kld_mean_nats": 0.0018},
+    }
+    choice = elect(numbers)
+
+    assert "20 times as divergent as Q8_0 (0.0204 against 0.00100 nats)" in (
+        candidate(choice, "Q4_K_M").sentence
+    )
+    assert "80 % more divergent than Q8_0" in candidate(choice, "Q6_K").sentence
+
+
+def test_words_of_service_are_for_what_serves() -> None:
+    """A choice, committed or not, is no release: nothing says that it is in service."""
+    tie: Numbers = {
+        "Q4_K_S": {"decode_tok_s": 600, "kld_mean_nats": 0.040},
+        "Q4_K_M": {"decode_tok_s": 590, "kld_mean_nats": 0.030},
+    }
+
+    for incumbent in (None, "Q4_K_S", "Q4_K_M"):
+        assert "in service" not in elect(tie, incumbent=incumbent).model_dump_json()
 
 
 def test_the_incumbent_stays_on_a_tie_and_goes_when_beaten() -> None:
-    """What is in service is not swapped for noise, and is for more than the minimum effect."""
+    """What was chosen is not swapped for noise, and is for more than the minimum effect."""
     tie: Numbers = {
         "Q4_K_S": {"decode_tok_s": 600, "kld_mean_nats": 0.040},
         "Q4_K_M": {"decode_tok_s": 590, "kld_mean_nats": 0.030},
@@ -215,7 +250,8 @@ def test_the_incumbent_stays_on_a_tie_and_goes_when_beaten() -> None:
     kept = only_host(elect(tie, incumbent="Q4_K_S"))
 
     assert kept.winner == "Q4_K_S"
-    assert "in service" in kept.sentence
+    assert "the committed choice, and no quant that passes is clearly faster" in kept.sentence
+    assert "and Q4_K_S is the committed choice" in kept.candidates[1].sentence
     assert only_host(elect(beaten, incumbent="Q4_K_S")).winner == "Q4_K_M"
 
 
@@ -499,7 +535,7 @@ def test_removing_a_beaten_quant_never_changes_the_winner(
 def test_noise_inside_the_minimum_effect_keeps_the_incumbent(
     numbers: Numbers, data: st.DataObject
 ) -> None:
-    """The best quant stays in service while every speed moves by less than half the effect."""
+    """The best quant stays chosen while every speed moves by less than half the effect."""
     passing = {t: v | {"kld_mean_nats": 0.03, "memory_mib": 10.0} for t, v in numbers.items()}
     best = max(passing, key=lambda t: (passing[t]["decode_tok_s"], t))
     noisy = {
@@ -607,7 +643,7 @@ def test_the_committed_choice_is_the_incumbent(tmp_path: Path) -> None:
 
 
 def test_a_garbage_incumbent_is_none_and_noted(tmp_path: Path) -> None:
-    """A committed choice that cannot be read keeps nobody in service, and the record says so."""
+    """A committed choice that cannot be read keeps nobody, and the record says so."""
     at = _fleet_on_disk(tmp_path, FLEET)
     at.model_record("choose", MODEL).write_text('{"schema_version": 99}')
     _git(tmp_path, "init", "-q")
@@ -621,8 +657,8 @@ def test_a_garbage_incumbent_is_none_and_noted(tmp_path: Path) -> None:
     assert "not one of this version" in choice.notes[0]
 
 
-def test_a_held_choice_does_not_take_the_place_of_what_is_in_service(tmp_path: Path) -> None:
-    """Only a promotion puts a quant in service; a hold leaves the one before."""
+def test_a_held_choice_does_not_take_the_place_of_the_one_before(tmp_path: Path) -> None:
+    """Only a promotion replaces a choice; a hold leaves the one before."""
     at = _fleet_on_disk(tmp_path, FLEET)
     held = elect(FLEET, incumbent="Q5_K_M", replaced={"Q8_0": "gone"})
     records.write(at.model_record("choose", MODEL), held)

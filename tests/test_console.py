@@ -92,7 +92,23 @@ def test_progress_below_repro_is_a_line_of_json(
         progress.update(1)
 
     texts = [json.loads(line)["text"] for line in sink.read_text().splitlines()]
-    assert texts[-1].startswith("convert  25% (1 of 4 files)")
+    assert texts[-1] == "convert 25 % (1 of 4 files), 0 s so far"
+
+
+def test_progress_tells_the_time_that_passed_from_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both times stand beside each other in words, so that nobody adds them or mixes them up."""
+    sink = tmp_path / "progress.jsonl"
+    monkeypatch.setenv(console.PROGRESS_FILE_ENV, str(sink))
+    clock = iter([100.0, 100.0, 115.0])
+    monkeypatch.setattr("pipelines.console.time.monotonic", lambda: next(clock, 115.0))
+
+    with console.Progress("quantize", total=200) as progress:
+        progress.update(50, "blk.3")
+
+    texts = [json.loads(line)["text"] for line in sink.read_text().splitlines()]
+    assert texts == ["quantize 25 %, 15 s so far, about 45 s left, blk.3"]
 
 
 def test_a_plain_log_is_not_flooded(capsys: pytest.CaptureFixture[str]) -> None:

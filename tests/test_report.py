@@ -146,13 +146,18 @@ def test_hosts_that_differ_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_missing_record_is_shown_with_its_reason(tmp_path: Path) -> None:
-    """A model of which nothing is there yet has a row for each quant, and is INVALID."""
+    """A model of which nothing is there yet has a row for each quant, and is no fault of it."""
     at = Layout(tmp_path)
     built = report.build(ReportSlice(models={"new": {"new-Q8_0": "Q8_0"}}), at)
 
     text = render.terminal(built, 120)
 
-    assert "new: invalid: nothing is chosen (choice.json does not exist)." in text
+    assert "new: nothing is measured yet." in text
+    assert "1 model: 1 not measured yet." in text
+    assert "invalid" not in text.lower()
+    assert ">not measured yet</span>" in render.html(built)
+    assert "1 model: 1 not measured yet." in render.markdown(built)
+    assert report.worst_verdict(built) == "INVALID"
     assert "Q8_0: not built: Q8_0.json does not exist." in text
     assert str(tmp_path) not in render.html(built)
 

@@ -162,7 +162,7 @@ def test_other_reasons_on_a_cpu(changes: dict[str, Any], words: str) -> None:
         ({"gpu": replace(QUIET_CARD, foreign=("ollama",))}, "Other programs computed on the card"),
         (
             {"gpu": replace(QUIET_CARD, slowdowns={"hardware thermal slowdown": 0.3})},
-            "slowed down (hardware thermal slowdown) in 30% of the run",
+            "slowed down (hardware thermal slowdown) in 30 % of the run",
         ),
         ({"peak_mib": 600.0}, "layers stayed elsewhere"),
     ],
@@ -188,7 +188,7 @@ def test_what_varies_is_noted() -> None:
     )
 
     assert found.verdict == "VALID"
-    assert any("decode at 4096 differ by 31%" in note for note in found.notes)
+    assert any("decode at 4096 differ by 31 %" in note for note in found.notes)
     assert any("growth of the whole card" in note for note in found.notes)
     assert not any("prefill" in note for note in found.notes)
 
