@@ -85,6 +85,10 @@ class Layout:
         """The headline numbers of every measured quant, for `dvc metrics diff`."""
         return self.root / "results" / model / "metrics.json"
 
+    def load_metrics(self, model: str) -> Path:
+        """The headline numbers of the load test, for `dvc metrics diff`."""
+        return self.root / "results" / model / "load-test-metrics.json"
+
     def receipt(self, model: str) -> Path:
         """What the tracking server has been told about a model."""
         return self.root / "work/track" / f"{model}.json"
@@ -99,10 +103,11 @@ class Layout:
 
     def of_model(self, model: str) -> tuple[Path, ...]:
         """Everything that the stages write of one model and of none of its quants."""
-        stages = ("fetch", "convert", "calibrate", "choose")
+        stages = ("fetch", "convert", "calibrate", "choose", "load-test")
         return (
             *(self.model_record(stage, model) for stage in stages),
             self.metrics(model),
+            self.load_metrics(model),
             self.frontier(model),
             self.receipt(model),
             self.source(model),

@@ -229,11 +229,17 @@ class WinnerTest(Part):
 
 
 class LoadTestRecord(Record):
-    """What serving the chosen quants showed."""
+    """
+    What serving the chosen quants showed.
+
+    `slos` are the declared levels by host, resolved, as {name of `params.Slo`: value}; a level
+    that nobody declared is not in it.
+    """
 
     stage: Literal["load-test"] = "load-test"
     model: str
     context_tokens: int
+    slos: dict[str, dict[str, Finite]]
     engine: EngineId | None
     machine: MachineId
     modelfile: str
@@ -245,3 +251,41 @@ class LoadTestRecord(Record):
     verdicts: tuple[LoadVerdict, ...]
     measured_at: str
     wall_s: Finite
+
+
+def metrics_rows(record: LoadTestRecord) -> dict[str, dict[str, float]]:
+    """
+    Return the headline numbers by type, for `dvc metrics diff` and MLflow; units at the end.
+
+    A number of one run ends in what ran: `_c4` four requests at a time, `_open` random arrivals,
+    `_soak` the same for long. A test that is not to be trusted gives no numbers at all.
+    """
+    return {test.type: _metrics_row(test) for test in record.winners if not test.invalid}
+
+
+def _metrics_row(test: WinnerTest) -> dict[str, float]:
+    values: dict[str, float | None] = {}
+    if test.served is not None:
+        values["cold_load_ms"] = test.served.cold_load_ms
+        values["peak_memory_mib"] = test.served.peak_memory_mib
+    for run in test.runs:
+        end = f"c{run.concurrency}" if run.kind == "closed" else run.kind
+        values |= _of_spread("ttft", run.ttft_ms, end)
+        values |= _of_spread("tpot", run.tpot_ms, end)
+        values |= _of_spread("e2e", run.e2e_ms, end)
+        values[f"output_tok_s_{end}"] = run.output_tok_s
+        values[f"requests_s_{end}"] = run.requests_s
+        values[f"effective_slots_{end}"] = run.effective_slots
+        if run.requests_count:
+            values[f"error_rate_{end}"] = 1 - run.ok_count / run.requests_count
+            for host, good in run.good_count.items():
+                values[f"goodput_{end}_{host}"] = good / run.requests_count
+    if test.degenerate is not None:
+        values["degenerate_excess"] = test.degenerate.excess
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _of_spread(name: str, spread: Spread | None, end: str) -> dict[str, float | None]:
+    if spread is None:
+        return {}
+    return {f"{name}_p50_ms_{end}": spread.p50, f"{name}_p95_ms_{end}": spread.p95}

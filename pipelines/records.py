@@ -302,8 +302,9 @@ class TrackReceipt(Record):
     """
     What the tracking server has been told; `pending` means that it could not be reached.
 
-    `choice_sha256` is the digest of the choice that it speaks of. The report depends on receipts
-    alone (DVC cannot list a file for each model), so they have to change whenever a choice does.
+    `choice_sha256` and `load_test_sha256` are the digests of the records that it speaks of. The
+    report depends on receipts alone (DVC cannot list a file for each model), so they have to change
+    whenever a choice or a load test does.
     """
 
     stage: Literal["track"] = "track"
@@ -311,6 +312,7 @@ class TrackReceipt(Record):
     status: Literal["tracked", "pending"]
     reason: str
     choice_sha256: str | None = None
+    load_test_sha256: str | None = None
     runs: tuple[TrackedRun, ...]
 
 
