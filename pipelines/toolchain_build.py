@@ -27,15 +27,13 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import filelock
-
 from pipelines import atomic, console, hashing, proc
 from pipelines.errors import DigestError, MachineError, ToolError
+from pipelines.locks import exclusively
 from pipelines.toolchain import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -47,7 +45,7 @@ from pipelines.toolchain import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from pipelines.toolchain import Backend, ToolchainSpec
 
@@ -188,7 +186,7 @@ def build(spec: ToolchainSpec, root: Path, *, offline: bool) -> Toolchain:
     found = open_prefix(prefix)
     if found is not None:
         return found
-    with _exclusively(root / f"{plan.key}.lock", "building the same toolchain"):
+    with exclusively(root / f"{plan.key}.lock", "building the same toolchain"):
         return open_prefix(prefix) or _build_locked(plan, root, offline=offline)
 
 
@@ -197,7 +195,7 @@ def _build_locked(plan: Plan, root: Path, *, offline: bool) -> Toolchain:
     prefix = root / plan.key
     _announce(plan)
     _require_disk(plan, root)
-    with _exclusively(root / "downloads.lock", "downloading llama-cpp-python"):
+    with exclusively(root / "downloads.lock", "downloading llama-cpp-python"):
         sdist = _sdist(plan.spec, root, work / "download.log", offline=offline)
     toolkit = _cuda_toolkit(root, offline=offline) if plan.backend == "cuda" else None
     top = _unpacked(sdist, work / "source")
@@ -459,7 +457,7 @@ def _cuda_toolkit(root: Path, *, offline: bool) -> CudaToolkit:
         return CudaToolkit(root=home, version="", is_ours=False)
     home = root / f"cuda-{CUDA_VERSION}"
     toolkit = CudaToolkit(root=home / "nvidia" / "cu13", version=CUDA_VERSION, is_ours=True)
-    with _exclusively(root / f"{home.name}.lock", "installing the CUDA compiler"):
+    with exclusively(root / f"{home.name}.lock", "installing the CUDA compiler"):
         if not home.is_dir() and offline:
             raise MachineError(
                 f"Offline, and neither nvcc nor our own CUDA {CUDA_VERSION} is installed.",
@@ -580,7 +578,7 @@ def _private_pip(root: Path, log: Path) -> Path:
     home = root / "pip"
     program = home / "bin" / "pip"
     mark = home / "complete"  # a venv cannot be moved into place: its scripts hold its path
-    with _exclusively(root / "pip.lock", "installing pip"):
+    with exclusively(root / "pip.lock", "installing pip"):
         if mark.is_file() and (home / "bin" / "python").exists():
             return program  # the Python it links to may have been removed since
         try:
@@ -906,36 +904,3 @@ def _tree_described(top: Path) -> dict[str, Any]:
     )
     lines = "".join(f"{hashing.digest(top / path).sha256}  {path}\n" for path in paths)
     return {"sha256": hashing.sha256_text(lines), "files": len(paths)}
-
-
-# --- one at a time -------------------------------------------------------------------------------
-
-
-@contextmanager
-def _exclusively(lock: Path, what: str) -> Iterator[None]:
-    """
-    Hold `lock`, after saying whom one waits for; `what` is what its holder is doing.
-
-    The kernel frees the lock of a process that is killed.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    owner = lock.with_suffix(".owner")
-    holder = filelock.FileLock(lock)
-    try:
-        holder.acquire(timeout=0)
-    except filelock.Timeout:
-        console.info(f"Waiting for {_owner_text(owner)}, which is {what}.")
-        holder.acquire()
-    try:
-        owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
-        yield
-        owner.unlink(missing_ok=True)
-    finally:
-        holder.release()
-
-
-def _owner_text(owner: Path) -> str:
-    try:
-        return console.clean(owner.read_text(encoding="utf-8")) or "another process"
-    except OSError:
-        return "another process"
