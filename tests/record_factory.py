@@ -11,6 +11,21 @@ import hashlib
 from typing import TYPE_CHECKING, Any, cast
 
 from pipelines import records
+from pipelines.load_records import (
+    Calibration,
+    Degenerate,
+    EngineId,
+    Golden,
+    GoldenPrompt,
+    LoadGate,
+    LoadRun,
+    LoadTestRecord,
+    LoadVerdict,
+    Served,
+    Smoke,
+    Spread,
+    WinnerTest,
+)
 from pipelines.params import Choose, ChooseSlice, Gates, Host, QuantType
 from pipelines.records import (
     BenchmarkRecord,
@@ -255,6 +270,221 @@ def benchmark_record(  # noqa: PLR0913 - the numbers that tests vary most
     return BenchmarkRecord(**(fields | changes))
 
 
+def spread(p50: float, count: int = 40, **changes: Any) -> Spread:
+    """Build the spread of a duration whose slowest value is the doubled median."""
+    fields: dict[str, Any] = {
+        "count": count,
+        "p50": p50,
+        "p95": p50 * 1.8 if count >= 200 else None,
+        "p99": None,
+        "max": p50 * 2,
+    }
+    return Spread(**(fields | changes))
+
+
+def engine_id(**changes: Any) -> EngineId:
+    """Build an Ollama with its own llama-server."""
+    fields: dict[str, Any] = {
+        "kind": "ollama",
+        "version": "0.33.0",
+        "llama_cpp": f"b6500 ({COMMIT[:8]})",
+        "found_by": "go install",
+        "declared": True,
+        "sentence": "Ollama 0.33.0, built by go install, with the llama-server of the toolchain",
+    }
+    return EngineId(**(fields | changes))
+
+
+def served(type_: str = "Q4_K_M", model: str = MODEL, **changes: Any) -> Served:
+    """Build one GGUF as Ollama has it: the file of `quantize_record`, at the declared context."""
+    fields: dict[str, Any] = {
+        "type": type_,
+        "gguf_sha256": quantize_record(type_, model).gguf.sha256,
+        "manifest_sha256": sha256(f"{model}-{type_} manifest"),
+        "context_tokens": CONTEXT_TOKENS,
+        "parallel": 1,
+        "gpu_layers": "all",
+        "kv_type": "f16",
+        "size_bytes": 9 << 20,
+        "size_vram_bytes": 0,
+        "peak_memory_mib": 180.0,
+        "cold_load_ms": 640.0,
+    }
+    return Served(**(fields | changes))
+
+
+def load_run(
+    concurrency: int | None = 1,
+    requests_count: int = 40,
+    *,
+    hosts: Iterable[str] = ("local",),
+    ttft_ms: float = 20.0,
+    **changes: Any,
+) -> LoadRun:
+    """Build a closed run, or with a concurrency of None the open one, in which all went well."""
+    many = concurrency or 1
+    fields: dict[str, Any] = {
+        "name": "open" if concurrency is None else f"c{concurrency}",
+        "kind": "open" if concurrency is None else "closed",
+        "concurrency": concurrency,
+        "rate_per_s": 5.5 if concurrency is None else None,
+        "requests_count": requests_count,
+        "ok_count": requests_count,
+        "errors": {},
+        "wall_s": requests_count / 8,
+        "prompt_tokens_median": 131.0,
+        "output_tokens_median": 64.0,
+        "done_reasons": {"length": requests_count},
+        "ttft_ms": spread(ttft_ms * many, requests_count),
+        "tpot_ms": spread(1.9, requests_count),
+        "gap_ms": spread(1.8, requests_count * 64),
+        "e2e_ms": spread(ttft_ms * many + 120, requests_count),
+        "queue_ms": None,
+        "output_tok_s": 510.0,
+        "requests_s": 8.0,
+        "effective_slots": 1,
+        "good_count": dict.fromkeys(hosts, requests_count),
+        "kept_count": {host: {"ttft": requests_count, "tpot": requests_count} for host in hosts},
+    }
+    return LoadRun(**(fields | changes))
+
+
+def load_gate(name: str = "goodput", host: str = "local", **changes: Any) -> LoadGate:
+    """Build a gate on a share that 100 of 100 requests kept."""
+    fields: dict[str, Any] = {
+        "host": host,
+        "name": name,
+        "value": 1.0,
+        "low": 0.963,
+        "high": 1.0,
+        "limit": 0.95,
+        "outcome": "PASS",
+        "more_requests": None,
+        "sentence": "100 of 100 requests kept every level: 96.3 to 100.0 %, 95 % needed",
+    }
+    return LoadGate(**(fields | changes))
+
+
+def golden(**changes: Any) -> Golden:
+    """Build two conversations that every renderer makes the same prompt of."""
+    fields: dict[str, Any] = {
+        "version": 1,
+        "sha256": sha256("prompts"),
+        "upstream": "transformers 5.17.0",
+        "prompts": (
+            GoldenPrompt(id="one-line", outcome="PASS", sentence="the same in all renderers"),
+            GoldenPrompt(id="system", outcome="PASS", sentence="the same in all renderers"),
+        ),
+    }
+    return Golden(**(fields | changes))
+
+
+def calibration(**changes: Any) -> Calibration:
+    """Build a client that is fast enough."""
+    fields: dict[str, Any] = {
+        "streams_count": 4,
+        "chunks_per_s": 600.0,
+        "delay_p50_ms": 0.2,
+        "delay_p99_ms": 0.9,
+        "send_lag_p99_ms": 1.1,
+        "cpu_s_per_1000_chunks": 0.03,
+        "client_bound": False,
+        "reason": "",
+    }
+    return Calibration(**(fields | changes))
+
+
+def degenerate(**changes: Any) -> Degenerate:
+    """Build answers that are as sound as those of f16."""
+    fields: dict[str, Any] = {
+        "prompts_count": 24,
+        "degenerate_count": 2,
+        "f16_degenerate_count": 2,
+        "excess": 0.0,
+        "limit": 0.1,
+        "outcome": "PASS",
+        "sentence": "2 of 24 answers are degenerate, as many as those of f16",
+        "kinds": {"loop": 2},
+    }
+    return Degenerate(**(fields | changes))
+
+
+def smoke(type_: str = "Q8_0", **changes: Any) -> Smoke:
+    """Build the short test of a quant that is not the winner."""
+    fields: dict[str, Any] = {
+        "served": served(type_),
+        "type": type_,
+        "requests_count": 10,
+        "ok_count": 10,
+        "outcome": "PASS",
+        "sentence": "loads, renders its prompt and answers 10 of 10 requests",
+    }
+    return Smoke(**(fields | changes))
+
+
+def winner_test(
+    type_: str = "Q4_K_M",
+    hosts: Iterable[str] = ("local",),
+    model: str = MODEL,
+    **changes: Any,
+) -> WinnerTest:
+    """Build the whole test of a quant that keeps every level of every host."""
+    hosts = tuple(hosts)
+    fields: dict[str, Any] = {
+        "type": type_,
+        "hosts": hosts,
+        "served": served(type_, model),
+        "golden": golden(),
+        "runs": (
+            *(load_run(many, hosts=hosts) for many in (1, 2, 4)),
+            load_run(None, 100, hosts=hosts),
+        ),
+        "calibration": calibration(),
+        "degenerate": degenerate(),
+        "gates": tuple(load_gate(host=host) for host in hosts),
+        "invalid": (),
+        "notes": (),
+    }
+    return WinnerTest(**(fields | changes))
+
+
+def load_test_record(
+    winners: dict[str, str] | None = None, model: str = MODEL, **changes: Any
+) -> LoadTestRecord:
+    """Build the load test of the winner of each host, {host: type}, with nothing to complain of."""
+    chosen = {"local": "Q4_K_M"} if winners is None else winners
+    by_type: dict[str, list[str]] = {}
+    for host, type_ in chosen.items():
+        by_type.setdefault(type_, []).append(host)
+    fields: dict[str, Any] = {
+        "model": model,
+        "context_tokens": CONTEXT_TOKENS,
+        "slos": {host: {"ttft_ms": 300.0, "tpot_ms": 50.0, "min_goodput": 0.95} for host in chosen},
+        "engine": engine_id(),
+        "machine": machine_id(),
+        "modelfile": "modelfiles/chat.Modelfile.j2",
+        "modelfile_sha256": sha256("modelfile"),
+        "modelfile_version": 1,
+        "winners": tuple(winner_test(type_, hosts, model) for type_, hosts in by_type.items()),
+        "smokes": (),
+        "verdicts": tuple(load_verdict(host, type_) for host, type_ in chosen.items()),
+        "measured_at": "2026-11-21T09:00:00Z",
+        "wall_s": 61.0,
+    }
+    return LoadTestRecord(**(fields | changes))
+
+
+def load_verdict(host: str = "local", winner: str = "Q4_K_M", **changes: Any) -> LoadVerdict:
+    """Build what the load test says of one host."""
+    fields: dict[str, Any] = {
+        "host": host,
+        "winner": winner,
+        "verdict": "PROMOTE",
+        "sentence": "Ollama 0.33.0 serves it within every level",
+    }
+    return LoadVerdict(**(fields | changes))
+
+
 def choose_slice(
     types: Iterable[str] = ("Q4_K_M",),
     model: str = MODEL,
@@ -274,7 +504,7 @@ def choose_slice(
         context_tokens=CONTEXT_TOKENS,
         choose=Choose(**effects),
         hosts={
-            name: Host(**spec)
+            name: Host.model_validate(spec)
             for name, spec in (hosts or {"local": {"memory_mib": 2048, "margin_mib": 256}}).items()
         },
     )
