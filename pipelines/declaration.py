@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from pipelines import atomic, console, hashing, marked_yaml, params
-from pipelines.errors import ParamsError, Problem
+from pipelines.errors import FleetError, ParamsError, Problem
 from pipelines.layout import Layout
 from pipelines.marked_yaml import Finding
 from pipelines.wording import did_you_mean, quoted
@@ -416,7 +416,8 @@ def _file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any 
     for key, entry in _entries(data, "models"):
         source = entry.get("source")
         if isinstance(source, str) and source.startswith("path:"):
-            yield from _directory_flaws(("models", key, "source"), source[len("path:") :], root)
+            flaws = list(_directory_flaws(("models", key, "source"), source[len("path:") :], root))
+            yield from flaws or _revision_flaws(key, entry, source[len("path:") :], root)
 
 
 def _corpus_file_flaws(here: Loc, corpus: params.Corpus, root: Path) -> Iterator[Flaw]:
@@ -448,6 +449,26 @@ def _directory_flaws(loc: Loc, source: str, root: Path) -> Iterator[Flaw]:
             yield Flaw(loc, f"directory {quoted(source)} {what}")
     except (OSError, RuntimeError) as error:
         yield Flaw(loc, f"directory {quoted(source)} cannot be read: {_reason(error)}")
+
+
+def _revision_flaws(key: str, entry: dict[str, Any], source: str, root: Path) -> Iterator[Flaw]:
+    """Hold the declared revision of a directory against what is in it."""
+    from pipelines import fetch, records  # noqa: PLC0415 - only where there is a directory
+
+    revision = entry.get("revision")
+    if not isinstance(revision, str) or not re.fullmatch(params.REVISION, revision):
+        return
+    known = records.read_or_reason(Layout(root).model_record("fetch", key), records.FetchRecord)
+    try:
+        flaw = fetch.revision_flaw(
+            root / source, revision, known if isinstance(known, records.FetchRecord) else None
+        )
+    except (OSError, FleetError) as error:
+        what = error.message if isinstance(error, FleetError) else _reason(error)
+        yield Flaw(("models", key, "source"), f"{source} cannot be read: {what.rstrip('.')}")
+        return
+    if flaw:
+        yield Flaw(("models", key, "revision"), flaw)
 
 
 def _reason(error: Exception) -> str:

@@ -32,6 +32,7 @@ from pipelines import (
     records,
     safetensors_header,
     toolchain,
+    wording,
 )
 from pipelines.errors import DigestError, UpstreamError
 from pipelines.hashing import Digests
@@ -275,6 +276,47 @@ def content_digest(directory: Path) -> str:
     listing = source.files()
     files = (*_small_files(listing), *_shards(listing, directory))
     return _digest_of({file.name: hashing.digest(directory / file.name) for file in files})
+
+
+def revision_flaw(directory: Path, revision: str, known: records.FetchRecord | None) -> str:
+    """
+    Say that a directory is not the declared revision, as far as a look may take time for it.
+
+    Up to 256 MiB, half a second, the files are hashed. Larger ones are held by name and size
+    against what was fetched of this revision, if anything was; their bytes are left to fetch, which
+    reads them all the same and before anything else.
+
+    Args:
+        directory: Directory of a `path:` source.
+        revision: What is declared.
+        known: The record of what was fetched last, if there is one.
+
+    Returns:
+        The flaw and what to write; nothing if there is none, or if the directory is no source that
+        can be fetched, which fetch says in its own words.
+    """
+    source = LocalDirectory(directory)
+    try:
+        listing = source.files()
+        files = (*_small_files(listing), *_shards(listing, directory))
+        if sum(file.size_bytes for file in files) <= dvc_state.WORTH_BYTES:
+            found = content_digest(directory)
+            told = f"{_other_revision(revision, found)} If you mean the new contents, write: "
+            return "" if found == revision else f"{told}revision: {found}"
+    except UpstreamError:
+        return ""
+    if known is None or known.revision != revision:
+        return ""
+    now = {file.name: file.size_bytes for file in files}
+    then = {file.name: file.size_bytes for file in known.files}
+    odd = sorted(name for name in now.keys() | then if now.get(name) != then.get(name))
+    if not odd:
+        return ""
+    return (
+        f"the files are not the declared ones: {wording.first_few(odd)} of revision {revision} had "
+        f"another size or was not there. If you mean the new contents, write what this prints: "
+        f"fleet digest {directory}"
+    )
 
 
 def size_of(source: str, revision: str, at: Layout) -> disk.Size:
@@ -523,10 +565,14 @@ def _digest_of(digests: Mapping[str, Digests]) -> str:
     return hashing.sha256_text(lines)[:40]
 
 
+def _other_revision(declared: str, found: str) -> str:
+    return f"the files are not the declared ones: revision {declared} is declared, {found} found."
+
+
 def _require_revision(declared: str, digests: Mapping[str, Digests]) -> None:
     found = _digest_of(digests)
     if found != declared:
         raise DigestError(
-            f"the files are not the declared ones: revision {declared} is declared, {found} found.",
+            _other_revision(declared, found),
             hint=f"If you mean the new contents, set `revision: {found}`.",
         )

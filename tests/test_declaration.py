@@ -10,13 +10,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import checkpoints
 import pytest
 from dvc.utils.serialize import load_yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from record_factory import fetch_record, file_digest
 from ruamel.yaml import YAML
 
-from pipelines import declaration, marked_yaml
+from pipelines import declaration, dvc_state, fetch, marked_yaml, records
 from pipelines.errors import ParamsError, Problem
 from pipelines.layout import Layout
 
@@ -646,6 +648,54 @@ def test_a_source_that_leads_out_or_is_the_repository_itself_is_told(at: Layout)
     text = at.params.read_text(encoding="utf-8")
     at.params.write_text(text.replace("path:examples/tiny-llama", "path:."), encoding="utf-8")
     assert "not the whole repository" in file_problems(at)[0]
+
+
+def test_a_source_with_other_bytes_is_told_with_what_to_paste(at: Layout) -> None:
+    """The problem stands on the line of the revision, in the words of fetch, and holds the new."""
+    source = checkpoints.tiny(at.root / "examples/tiny-llama")
+    declared = re.search(r"path:examples/tiny-llama\n\s+revision: (\S+)", VALID)
+    assert declared is not None
+    found = fetch.content_digest(source)
+
+    [problem] = file_problems(at)
+
+    line = line_of("path:examples") + 1
+    assert problem.startswith(f"{line}:15: models.tiny-llama.revision: the files are not the")
+    assert f"revision {declared[1]} is declared, {found} found" in problem
+    assert problem.endswith(f"write: revision: {found}")
+    text = at.params.read_text().replace(declared[1], found)
+    at.params.write_text(text)
+    assert declaration.check_files(declaration.check(at), at.root) == []
+
+
+def test_a_source_too_large_to_hash_is_compared_by_what_was_fetched(
+    at: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and sizes are those of the fetch record, or the problem says which are not."""
+    monkeypatch.setattr(dvc_state, "WORTH_BYTES", 1)
+    monkeypatch.setattr(fetch, "content_digest", _must_not_hash)
+    source = checkpoints.tiny(at.root / "examples/tiny-llama")
+    revision = declaration.load(at.params).models["tiny-llama"].revision
+    files = tuple(
+        file_digest(path.name, path.stat().st_size) for path in source.iterdir() if path.is_file()
+    )
+    unknown = declaration.check(at)
+    records.write(
+        at.model_record("fetch", "tiny-llama"), fetch_record(revision=revision, files=files)
+    )
+    same = declaration.check(at)
+    with (source / "config.json").open("a") as config:
+        config.write("\n")
+
+    [problem] = file_problems(at)
+
+    assert unknown == same
+    assert "config.json of revision" in problem
+    assert problem.endswith(f"fleet digest {source}")
+
+
+def _must_not_hash(_directory: Path) -> str:
+    raise AssertionError("hashed a large source")
 
 
 def test_check_tells_mistakes_and_files_together(at: Layout) -> None:
