@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipelines import declaration
+from pipelines import declaration, params
 from pipelines.__main__ import STAGES
 from pipelines.layout import Layout
 
@@ -78,8 +79,57 @@ def test_paths_are_those_of_the_layout(stages: dict[str, Any], checkout: Path) -
             str(at.metrics(model)),
             str(at.frontier(model)),
         }
+        outs = {out.def_path for out in stages[f"load-test@{model}"].outs}
+        assert outs == {str(at.model_record("load-test", model)), str(at.load_metrics(model))}
         outs = {out.def_path for out in stages[f"convert@{model}"].outs}
         assert outs == {str(at.f16(model)), str(at.model_record("convert", model))}
+
+
+def test_a_load_test_follows_what_it_serves(stages: dict[str, Any], checkout: Path) -> None:
+    """Another GGUF, choice, prompt, Modelfile, machine or tool is tested again; code is not."""
+    declared = declaration.load(checkout / "params.yaml")
+    at = Layout()
+    for model in declared.models:
+        deps = {
+            dep.def_path
+            for dep in stages[f"load-test@{model}"].deps
+            if type(dep).__name__ != "ParamsDependency"
+        }
+        assert deps == {
+            str(at.source(model)),
+            str(at.f16(model)),
+            str(at.gguf(model, "x").parent),
+            str(at.quant_record("quantize", model, "x").parent),
+            str(at.model_record("choose", model)),
+            str(at.machine),
+            str(at.toolchain),
+            "modelfiles",
+            params.LoadTest.model_fields["prompts"].default,
+        }
+        # The report reads the test, and DVC tells it of a new one through the receipt alone.
+        told = {dep.def_path for dep in stages[f"track@{model}"].deps}
+        assert str(at.model_record("load-test", model)) in told
+
+
+def test_a_measurement_is_never_brought_back(stages: dict[str, Any], tmp_path: Path) -> None:
+    """A load test seen before is made again after a revert: DVC keeps no run of one."""
+    (entry,) = (s for a, s in stages.items() if a.partition("@")[0] == "load-test")
+    kinds = {out.def_path: "metrics" if out.metric else "outs" for out in entry.outs}
+    assert not any(out.use_cache for out in entry.outs)
+    graph: dict[str, Any] = {"cmd": "echo x >> ran", "deps": ["seen"], "outs": [], "metrics": []}
+    for path, kind in kinds.items():
+        name = path.rpartition("/")[2]
+        graph["cmd"] += f"; cp seen {name}"
+        graph[kind].append({name: {"cache": False}})
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"load-test": graph}}))
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run([*dvc, "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+
+    for seen in ("1", "2", "1"):
+        (tmp_path / "seen").write_text(seen)
+        subprocess.run([*dvc, "repro", "-q"], cwd=tmp_path, check=True)
+
+    assert (tmp_path / "ran").read_text() == "x\nx\nx\n"
 
 
 def test_records_are_in_git_and_weights_are_not(stages: dict[str, Any]) -> None:
