@@ -69,6 +69,11 @@ class Layout:
         """Large files that only save time and that anybody may delete at any moment."""
         return self.root / "work/scratch" / model
 
+    @property
+    def serving(self) -> Path:
+        """Directory of what each running server keeps; on the file system of the GGUFs."""
+        return self.root / "work/serving"
+
     def model_record(self, stage: str, model: str) -> Path:
         """Record of a stage that runs once for each model."""
         return self.root / "results" / model / f"{_RECORD_WORDS.get(stage, stage)}.json"

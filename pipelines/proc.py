@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import psutil
+
 TAIL_LINES = 12
 STOP_WITHIN_S = 3.0
 _PR_SET_PDEATHSIG = 1
@@ -152,15 +154,102 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
 
 
 @contextmanager
-def watched_by(argv: Sequence[str], *, word: bytes) -> Iterator[None]:
+def background(
+    argv: Sequence[str | Path],
+    *,
+    log: Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    inherit_env: bool = True,
+) -> Iterator[Background]:
+    """
+    Run a server beside the block; it and its whole process group are gone when the block is left.
+
+    What it prints goes to the log straight from the program: no thread of ours runs beside what is
+    timed, and nothing stops when it prints more than somebody reads. It is ended as `stop` does,
+    within 3 s. The kernel ends it when the thread that entered the block ends.
+
+    Args:
+        argv: Program and arguments; never passed through a shell.
+        log: File to which the command, as one would type it, and all output are appended.
+        cwd: Working directory of the program.
+        env: Variables added to ours.
+        inherit_env: False gives the program PATH and `env` alone: no token, no proxy of ours.
+
+    Raises:
+        MachineError: The program does not exist, or is none for this machine.
+    """
+    words = [str(word) for word in argv]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab", buffering=0) as log_file:
+        where = f"cd {shlex.quote(str(cwd))} && " if cwd else ""
+        _keep(log_file, f"+ {where}{shlex.join(words)}\n".encode())
+        begin = log_file.tell()
+        child = _start(words, cwd, _environment(env, inherit=inherit_env), output=log_file)
+        try:
+            yield Background(child, log, begin)
+        finally:
+            # One that was collected before has no number any more that would be safe to signal.
+            if child.returncode is None:
+                stop(child)
+            _wait_for_group(child.pid)
+
+
+class Background:
+    """A program that runs beside us."""
+
+    def __init__(self, child: _Child, log: Path, begin: int) -> None:
+        """Take a program that was started; what it prints begins at byte `begin` of `log`."""
+        self._child = child
+        self._begin = begin
+        self.log = log
+
+    @property
+    def pid(self) -> int:
+        """Number of its process, and of its process group."""
+        return self._child.pid
+
+    def ended(self) -> str | None:
+        """
+        Say how it ended, as the end of a sentence that begins with its name; None: it runs.
+
+        What it started and left behind ends with it.
+        """
+        if self._child.returncode is None and self._child.reap():
+            _signal_group(self._child.pid, signal.SIGKILL)
+        return None if self._child.returncode is None else _cause(self._child.returncode)
+
+    def output(self) -> str:
+        """Return the last mebibyte of what it printed so far, as it is."""
+        with contextlib.suppress(OSError), self.log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self._begin, size - _LINE_LIMIT_BYTES))
+            return file.read().decode(errors="replace")
+        return ""
+
+    def last_lines(self, count: int = TAIL_LINES) -> str:
+        """Return the last cleaned lines that it printed, indented."""
+        return _last_lines(self.output(), count)
+
+
+@contextmanager
+def watched_by(
+    argv: Sequence[str], *, word: bytes, env: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """
     Run a watchdog beside the block: a program that reads its stdin, which only we hold open.
 
     It gets `word` when the block is left, in whichever way; it gets nothing but the end of the
     stream when we are killed. It has a session of its own, so that no signal meant for us ends it.
+
+    Args:
+        argv: The watchdog.
+        word: What it is told; empty if it has to do its work in every case.
+        env: All of its environment; ours if absent.
     """
     dog = subprocess.Popen(
         list(argv),
+        env=None if env is None else dict(env),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -199,16 +288,22 @@ def _environment(added: Mapping[str, str] | None, *, inherit: bool) -> dict[str,
 
 
 def _start(
-    words: list[str], cwd: Path | None, env: Mapping[str, str], *, one_stream: bool = False
+    words: list[str],
+    cwd: Path | None,
+    env: Mapping[str, str],
+    *,
+    one_stream: bool = False,
+    output: IO[bytes] | None = None,
 ) -> _Child:
+    """Start a program; what it prints goes into pipes, or both streams into the file `output`."""
     try:
         return _Child(
             words,
             cwd=cwd,
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if one_stream else subprocess.PIPE,
+            stdout=output or subprocess.PIPE,
+            stderr=subprocess.STDOUT if one_stream or output else subprocess.PIPE,
             process_group=0,
             # Safe here: the hook only calls prctl, no lock and no allocation of Python's.
             preexec_fn=die_with_parent if _libc is not None else None,
@@ -308,21 +403,54 @@ def stop(child: _Child) -> None:
             time.sleep(0.02)
 
 
+def _wait_for_group(pgid: int) -> None:
+    """
+    Wait until what a group left behind has given back its memory and its ports.
+
+    It was sent SIGKILL; a process of many GB takes a moment to go. One that has ended and that
+    nobody collects, as in a container whose first process does not, holds neither.
+    """
+    import psutil  # noqa: PLC0415 - only after a background program
+
+    deadline = time.monotonic() + STOP_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(pgid, 0)
+        except (ProcessLookupError, PermissionError):
+            return
+        if not any(_is_in_group(process, pgid) for process in psutil.process_iter()):
+            return
+        time.sleep(0.02)
+
+
+def _is_in_group(process: psutil.Process, pgid: int) -> bool:
+    """Tell whether a living process belongs to a group; it may end while we ask."""
+    try:
+        return os.getpgid(process.pid) == pgid and process.status() != "zombie"
+    except Exception:  # noqa: BLE001 - psutil.Error or OSError: it is gone
+        return False
+
+
+def _cause(code: int) -> str:
+    """Say what an exit code means."""
+    if code == -signal.SIGKILL:
+        return "was killed by the kernel or by somebody: often there was too little memory"
+    if code < 0:
+        return f"died of {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
 def _failure(done: Completed, log: Path, timeout_s: float | None) -> ToolError:
     program = os.path.basename(done.argv[0])  # noqa: PTH119 - a word of argv, not a path of ours
-    if timeout_s is not None:
-        cause = f"was stopped after {timeout_s:.0f} s"
-    elif done.code == -signal.SIGKILL:
-        cause = "was killed by the kernel or by somebody: often there was too little memory"
-    elif done.code < 0:
-        cause = f"died of {signal.Signals(-done.code).name}"
-    else:
-        cause = f"ended with exit code {done.code}"
+    cause = _cause(done.code) if timeout_s is None else f"was stopped after {timeout_s:.0f} s"
     return ToolError(f"{program} {cause}.\n{tail(done)}".rstrip(), log=log)
 
 
 def tail(done: Completed) -> str:
     """Return the last cleaned lines that a program printed, stderr first, indented."""
-    text = done.stderr if done.stderr.strip() else done.stdout
+    return _last_lines(done.stderr if done.stderr.strip() else done.stdout, TAIL_LINES)
+
+
+def _last_lines(text: str, count: int) -> str:
     lines = [console.clean(line)[:300] for line in re.split(r"[\r\n]+", text) if line.strip()]
-    return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
+    return "\n".join(f"    {line}" for line in lines[-count:])

@@ -175,3 +175,82 @@ def _is_gone(pid: int) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+@pytest.mark.parametrize("left_by", ["return", "error", "interrupt"])
+def test_a_server_and_its_children_are_gone_when_the_block_is_left(
+    tmp_path: Path, left_by: str
+) -> None:
+    """However the block ends, nothing that the server started runs on."""
+    pid_file = tmp_path / "pid"
+    script = f"trap '' INT; sleep 600 & echo $! > {pid_file}; wait"
+    errors = {"error": ValueError, "interrupt": KeyboardInterrupt}
+
+    def use() -> int:
+        with proc.background(["sh", "-c", script], log=tmp_path / "a.log") as server:
+            _wait_for_text(pid_file)
+            assert server.ended() is None
+            if left_by in errors:
+                raise errors[left_by]
+            return server.pid
+
+    if left_by == "return":
+        assert _is_gone(use())
+    else:
+        with pytest.raises(errors[left_by]):
+            use()
+
+    assert _is_gone(int(pid_file.read_text()))
+
+
+def test_a_server_that_ends_by_itself_takes_its_children_along(tmp_path: Path) -> None:
+    """A crash of the server is told with its exit code and last words, and leaves no orphan."""
+    pid_file = tmp_path / "pid"
+    script = f"sleep 600 & echo $! > {pid_file}; echo out of luck >&2; exit 7"
+
+    with proc.background(["sh", "-c", script], log=tmp_path / "a.log") as server:
+        deadline = time.monotonic() + 30
+        while (how := server.ended()) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+        assert how == "ended with exit code 7"
+        assert server.last_lines() == "    out of luck"
+        assert _is_gone(int(pid_file.read_text()))
+
+
+def test_only_its_own_output_is_shown_of_a_server(tmp_path: Path) -> None:
+    """The log keeps what was there before; what a server printed begins behind it."""
+    log = tmp_path / "a.log"
+    log.write_text("of another run\n")
+
+    with proc.background(["sh", "-c", "echo up; sleep 600"], log=log) as server:
+        deadline = time.monotonic() + 30
+        while server.output() != "up\n" and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+        assert server.output() == "up\n"
+    assert log.read_text() == "of another run\n+ sh -c 'echo up; sleep 600'\nup\n"
+
+
+def test_a_server_sees_only_the_environment_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No token of ours reaches a server that reads a stranger's model."""
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    log = tmp_path / "a.log"
+
+    with proc.background(
+        ["sh", "-c", "env; echo end"], log=log, env={"A": "1"}, inherit_env=False
+    ) as server:
+        deadline = time.monotonic() + 30
+        while "end" not in server.output() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+        assert "\nA=1\n" in "\n" + server.output()
+        assert "HF_TOKEN" not in server.output()
+
+
+def _wait_for_text(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.read_text().strip()) and time.monotonic() < deadline:
+        time.sleep(0.01)
