@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pipelines import wording
+from pipelines import golden, wording
 from pipelines.console import clean
 
 if TYPE_CHECKING:
@@ -210,15 +210,14 @@ def _floors(one: HostChoice, test: WinnerTest) -> Iterator[Finding]:
 
 
 def _golden_floor(test: WinnerTest) -> Iterator[Finding]:
-    prompts = test.golden.prompts if test.golden else ()
-    failed = [_short(prompt.id) for prompt in prompts if prompt.outcome == "FAIL"]
-    if failed:
-        count = wording.counted(len(failed), "conversation")
-        yield Finding(
-            verdict="REJECT",
-            clause=f"the prompts of {count} are not those of the upstream template "
-            f"({wording.first_few(failed)})",
-        )
+    """Yield why the prompts are wrong; nothing compared is no proof that they are right."""
+    if test.golden is None or not test.golden.prompts:
+        return
+    objection = golden.objection(test.golden)
+    if objection:
+        failed = any(prompt.outcome == "FAIL" for prompt in test.golden.prompts)
+        clause = wording.clause(_short(objection))
+        yield Finding(verdict="REJECT" if failed else "INVALID", clause=clause)
 
 
 def _engine_floor(tested: LoadTestRecord) -> Iterator[Finding]:

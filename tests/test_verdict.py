@@ -148,15 +148,17 @@ def test_a_test_of_anything_else_is_invalid(tested: LoadTestRecord | str, words:
 # --- a test whose parts say more than its verdict ---------------------------------------------
 
 DIFFERENT = GoldenPrompt(id="system", outcome="FAIL", sentence="differs", diff=("-a", "+b"))
+SKIPPED = GoldenPrompt(id="system", outcome="SKIPPED", sentence="upstream has no chat template")
 
 
 @pytest.mark.parametrize(
     ("changes", "found", "words"),
     [
         ({"invalid": ("The client was too slow.",)}, "INVALID", "the client was too slow"),
-        ({"golden": golden(prompts=(DIFFERENT,))}, "REJECT", "1 conversation are not"),
+        ({"golden": golden(prompts=(DIFFERENT,))}, "REJECT", "1 conversation of 1 (system)"),
         ({"failures": ("it does not load",), "served": None}, "REJECT", "it does not load"),
         ({"golden": None}, "INVALID", "were not compared"),
+        ({"golden": golden(prompts=(SKIPPED,))}, "INVALID", "no prompt could be compared"),
         ({"golden": golden(prompts=())}, "INVALID", "were not compared"),
         ({"gates": ()}, "INVALID", "no level of host local was judged"),
         ({"gates": (load_gate(outcome="FAIL", sentence="90 of 100"),)}, "REJECT", "90 of 100"),
