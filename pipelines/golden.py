@@ -240,7 +240,7 @@ def _diff(name: str, wanted: str, got: str) -> Iterator[str]:
 
 
 def _lines(text: str) -> list[str]:
-    """Split at line feeds and nowhere else; what Python takes for a line end, too, is to be seen."""
+    """Split at line feeds and nowhere else: the other line ends of Python have to be seen."""
     *lines, rest = text.split("\n")
     return [f"{line}\n" for line in lines] + ([rest] if rest else [])
 

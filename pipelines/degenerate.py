@@ -1,0 +1,228 @@
+"""
+Degenerate answers: empty, one token, a loop, no end; counted against those of the f16 itself.
+
+Perplexity looks at one token after a right text. A model that was quantized too far, or served with
+a wrong template or stop, can look fine there and still repeat itself for ever. So the same greedy
+prompts are answered by f16 and by the quant, and what counts is which of the two fails where the
+other does not: a small model loops now and then in 16 bits, too, and an answer that is cut by the
+limit of tokens may just be long.
+
+A text is a loop if one of two rules holds:
+    its end is one period, four times or more in a row, and that is 30 % of the text and 24
+    characters or more (four equal lines, `ha ha ha ha`, one character for ever);
+    fewer than half of its four-word sequences are different ones, of 40 or more. That is seq-rep-4
+    above 0.5 (Welleck et al., Neural Text Generation with Unlikelihood Training, 2019, section 5:
+    0.006 for people, 0.44 for greedy GPT-2 on average), and finds loops with a counter in them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from pipelines.load_records import Degenerate
+from pipelines.stats import CONFIDENCE
+from pipelines.wording import counted, listed, number, percent
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipelines.load_records import Outcome
+
+Kind = Literal["empty", "one_token", "loop", "no_end"]
+
+MIN_REPEATS: Final = 4
+MIN_LOOP_SHARE: Final = 0.3
+MIN_LOOP_CHARACTERS: Final = 24
+MIN_UNIQUE_SHARE: Final = 0.5
+MIN_SEQUENCES: Final = 40
+_SEQUENCE_WORDS: Final = 4
+# A loop that begins later than this shows in the end as well; the search takes quadratic time.
+_MAX_CHARACTERS: Final = 8000
+# Words, single signs, and single characters of the scripts that do without blanks.
+_WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|[^\w\s]")
+_KIND_WORDS: Final = {
+    "empty": "empty",
+    "one_token": "of one token",
+    "loop": "in a loop",
+    "no_end": "without an end",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    One greedy answer: its text, why it ended (`stop`, `length`, None if unknown), its tokens.
+
+    `tokens_count` is the server's own and counts the token that ends the answer.
+    """
+
+    text: str
+    done_reason: str | None
+    tokens_count: int
+
+
+def is_degenerate(
+    text: str, done_reason: str | None, tokens_count: int, limit_tokens: int | None = None
+) -> Kind | None:
+    """
+    Tell what is wrong with an answer, the worst first, or None.
+
+    Args:
+        text: The answer.
+        done_reason: Why the server ended it; `length` if it reached the limit.
+        tokens_count: Tokens generated, the end token included, as the server counts them.
+        limit_tokens: The limit; decides about the end where the server gives no reason.
+    """
+    if not text.strip():
+        return "empty"
+    ended = done_reason == "stop"
+    if ended and tokens_count <= 2:  # noqa: PLR2004 - the token and the end
+        return "one_token"
+    if is_loop(text):
+        return "loop"
+    cut = limit_tokens is not None and tokens_count >= limit_tokens
+    return "no_end" if done_reason == "length" or (done_reason is None and cut) else None
+
+
+def is_loop(text: str) -> bool:
+    """Tell whether a text repeats itself, by the two rules above."""
+    tail = text.strip()[-_MAX_CHARACTERS:]
+    return _ends_in_a_period(tail) or unique_share(tail) < MIN_UNIQUE_SHARE
+
+
+def _ends_in_a_period(text: str) -> bool:
+    """Look for the period: a distance at which the end of the text equals itself."""
+    least = max(MIN_LOOP_CHARACTERS, math.ceil(MIN_LOOP_SHARE * len(text)))
+    for period in range(1, len(text) // MIN_REPEATS + 1):
+        if _periodic_end(text, period) >= max(least, MIN_REPEATS * period):
+            return True
+    return False
+
+
+def _periodic_end(text: str, period: int) -> int:
+    """Return the length of the longest end of `text` that repeats with `period`."""
+    length = len(text)
+    at = length - 1
+    while at >= period and text[at] == text[at - period]:
+        at -= 1
+    return length - 1 - at + period
+
+
+def unique_share(text: str) -> float:
+    """Return the share of different four-word sequences; 1 if there are too few to tell."""
+    words = _WORD.findall(text.lower())
+    count = len(words) - _SEQUENCE_WORDS + 1
+    if count < MIN_SEQUENCES:
+        return 1.0
+    return len({tuple(words[i : i + _SEQUENCE_WORDS]) for i in range(count)}) / count
+
+
+def sign_test(more: int, fewer: int) -> float:
+    """
+    Return the probability of `more` or more heads in `more + fewer` throws of a fair coin.
+
+    That is McNemar's exact test, one-sided: pairs in which both or none are degenerate say nothing.
+    """
+    count = more + fewer
+    return sum(math.comb(count, heads) for heads in range(more, count + 1)) / (1 << count)
+
+
+def compare(
+    answers: Sequence[Answer | None],
+    f16_answers: Sequence[Answer | None] | None,
+    limit: float,
+    *,
+    limit_tokens: int | None = None,
+) -> Degenerate:
+    """
+    Judge the answers of a quant beside those of f16 to the same prompts.
+
+    FAIL needs both: more excess than the limit, and so many prompts on which only the quant is
+    degenerate that chance would rarely give them (5 %). The first without the second is
+    INCONCLUSIVE; so is a comparison of less than half of the prompts. PASS says that no breakage
+    was seen, not that there is none: 24 prompts cannot show that.
+
+    Args:
+        answers: The quant's answers; None where the request failed, which other gates count.
+        f16_answers: Those of f16 in the same order; None where this host cannot hold f16.
+        limit: Largest excess, a share of the prompts.
+        limit_tokens: Tokens that an answer could have.
+
+    Raises:
+        ValueError: The two do not have the same length.
+    """
+    kinds = [_kind(each, limit_tokens) for each in answers]
+    counts = Counter(kind for kind in kinds if kind)
+    judged: dict[str, object] = {
+        "prompts_count": len(answers),
+        "degenerate_count": sum(counts.values()),
+        "limit": limit,
+        "kinds": dict(sorted(counts.items())),
+    }
+    seen = f"{counted(len(answers), 'greedy answer')}: {_kinds_in_words(counts)}"
+    if f16_answers is None:
+        return Degenerate.model_validate(
+            judged
+            | {
+                "f16_degenerate_count": None,
+                "excess": None,
+                "outcome": "INCONCLUSIVE",
+                "sentence": f"{seen}; f16 could not be asked, so that nothing is judged.",
+            }
+        )
+    f16_kinds = [_kind(each, limit_tokens) for each in f16_answers]
+    pairs = [
+        (kind is not None, f16_kind is not None)
+        for kind, f16_kind, *both in zip(kinds, f16_kinds, answers, f16_answers, strict=True)
+        if None not in both
+    ]
+    outcome, excess, because = _judged(pairs, len(answers), limit)
+    return Degenerate.model_validate(
+        judged
+        | {
+            "f16_degenerate_count": sum(kind is not None for kind in f16_kinds),
+            "excess": excess,
+            "outcome": outcome,
+            "sentence": f"{seen}; {because}.",
+        }
+    )
+
+
+def _kind(answer: Answer | None, limit_tokens: int | None) -> Kind | None:
+    if answer is None:
+        return None
+    return is_degenerate(answer.text, answer.done_reason, answer.tokens_count, limit_tokens)
+
+
+def _kinds_in_words(counts: Counter[Kind]) -> str:
+    words = [f"{count:,} {_KIND_WORDS[kind]}" for kind, count in sorted(counts.items())]
+    return listed(words) or "none degenerate"
+
+
+def _judged(
+    pairs: Sequence[tuple[bool, bool]], asked: int, limit: float
+) -> tuple[Outcome, float | None, str]:
+    """Return outcome, excess and the reason; a pair is (quant degenerate, f16 degenerate)."""
+    count = len(pairs)
+    if 2 * count < asked or not count:
+        return "INCONCLUSIVE", None, f"only {count:,} of {asked:,} were answered by both"
+    only, only_f16 = (sum(pair == which for pair in pairs) for which in ((1, 0), (0, 1)))
+    excess = (only - only_f16) / count
+    what = (
+        f"{only:,} only here and {only_f16:,} only in f16, an excess of {percent(excess)} with "
+        f"{percent(limit)} allowed"
+    )
+    if excess <= limit:
+        return "PASS", excess, what
+    chance = sign_test(only, only_f16)
+    if chance <= 1 - CONFIDENCE:
+        return "FAIL", excess, f"{what} (chance would do that with {number(chance)})"
+    return (
+        "INCONCLUSIVE",
+        excess,
+        f"{what}, which chance could do ({number(chance)}): more degenerate_prompts would decide",
+    )
