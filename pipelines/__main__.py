@@ -158,6 +158,7 @@ def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     digest = _add(verbs, "digest", "print the revision of a `path:` source", _digest)
     digest.add_argument("directory", type=Path, help="directory with the model's files")
+    digest.add_argument("--json", action="store_true", help="print directory and revision as JSON")
 
     schema = _add(verbs, "schema", "print the JSON Schema of params.yaml", _schema)
     schema.add_argument(
@@ -205,6 +206,8 @@ def _layout() -> Layout:
 
 
 def _stage(args: argparse.Namespace) -> int:
+    from pipelines import inputs  # noqa: PLC0415 - not for --help
+
     at = _layout()
     declared = _load(at)
     if args.stage.name == "track" and (args.rebuild or args.key is None):
@@ -213,6 +216,7 @@ def _stage(args: argparse.Namespace) -> int:
         return _track_all(at, declared, args.key, rebuild=args.rebuild)
     key = "fleet" if args.stage.keyed_by == "fleet" else args.key
     slice_ = _slice(at, declared, args.stage, key)
+    inputs.require(args.stage.name, slice_.model_dump(), at)
     module = import_module(f"pipelines.{args.stage.name}")
     at.log(args.stage.name, key).unlink(missing_ok=True)  # programs append; a log is of one run
     if args.stage.name == "report":
@@ -339,7 +343,9 @@ def _machine(_args: argparse.Namespace) -> int:
 def _digest(args: argparse.Namespace) -> int:
     from pipelines import fetch  # noqa: PLC0415 - pydantic
 
-    console.out(fetch.content_digest(args.directory))
+    revision = fetch.content_digest(args.directory)
+    told = {"directory": str(args.directory), "revision": revision}
+    console.out(json.dumps(told, indent=2) if args.json else revision)
     return 0
 
 

@@ -163,9 +163,12 @@ def run(slice_: FetchSlice, at: Layout) -> records.FetchRecord:
         DigestError: Bytes differ from what is declared or listed. Nothing was kept.
         MachineError: The disk is too small, said before the first byte.
     """
+    source = upstream(slice_.source, slice_.revision, at)
+    if isinstance(source, LocalDirectory):
+        source.files()  # what is missing is said before a toolchain is built
     tools = toolchain.load(at)
     fetched = fetch(
-        upstream(slice_.source, slice_.revision, at),
+        source,
         at.source(slice_.model),
         label=f"fetch {slice_.model}",
         known_architectures=architectures.supported(tools.converter),

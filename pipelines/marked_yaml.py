@@ -128,17 +128,21 @@ def read(path: Path) -> Document:
         _raise_any(_refusals(text))
         return _build(name, text)
     except _UnreadableError as error:
-        raise failure(finding.within(name) for finding in error.findings) from None
+        raise failure(
+            (finding.within(name) for finding in error.findings), hint=_UNREADABLE_HINT
+        ) from None
 
 
-def failure(problems: Iterable[Problem]) -> ParamsError:
+def failure(
+    problems: Iterable[Problem], *, hint: str = "docs/params.md describes every key."
+) -> ParamsError:
     """Make one error of many problems, in the order of the file."""
     ordered = sorted(problems, key=lambda problem: (problem.line, problem.column))
     name = ordered[0].file
     count = "1 problem" if len(ordered) == 1 else f"{len(ordered)} problems"
     return ParamsError(
         f"{name}: {count}.\n" + "\n".join(map(str, ordered)),
-        hint="docs/params.md describes every key.",
+        hint=hint,
         problems=ordered,
     )
 
@@ -149,6 +153,10 @@ def shown_name(path: Path) -> str:
         return path.absolute().relative_to(Path.cwd()).as_posix()
     except (ValueError, OSError):
         return path.as_posix()
+
+
+# No key is wrong in a file that cannot be read as YAML, so no list of keys helps.
+_UNREADABLE_HINT = "Correct the place that is named, then run the same command again."
 
 
 class _UnreadableError(Exception):
