@@ -52,6 +52,7 @@ STAGES = (
     Stage("quantize", "quant", "make one quantized GGUF and prove what is in it"),
     Stage("benchmark", "quant", "measure speed, divergence from f16 and memory"),
     Stage("choose", "model", "pick the best quant for each host and say why not the others"),
+    Stage("load-test", "model", "serve the chosen quant, load it, judge the service levels"),
     Stage("track", "model", "tell MLflow about every measured quant"),
     Stage("report", "fleet", "write the report for terminal, Markdown and HTML"),
 )
@@ -179,10 +180,28 @@ def _add_stage(verbs: argparse._SubParsersAction[argparse.ArgumentParser], stage
         )
     elif stage.keyed_by != "fleet":
         verb.add_argument("key", metavar=stage.keyed_by.upper(), help="key in params.yaml")
+    if stage.name == "load-test":
+        _add_load_test(verb)
     if stage.name == "report":
         verb.add_argument(
             "--strict", action="store_true", help="exit 5 unless every model is PROMOTE"
         )
+
+
+def _add_load_test(verb: argparse.ArgumentParser) -> None:
+    """Add what else the load generator can do; each writes no record of the stage."""
+    instead = verb.add_argument_group("instead of the stage")
+    instead.add_argument("--url", help="drive a running server: http://host:11434")
+    instead.add_argument(
+        "--api", choices=("auto", "ollama", "openai"), default="auto", help="what --url speaks"
+    )
+    instead.add_argument("--name", metavar="NAME", help="model as that server calls it")
+    instead.add_argument(
+        "--prompts", action="store_true", help="run the declared prompt regressions"
+    )
+    instead.add_argument(
+        "--sweep", choices=("gpu_layers",), help="measure speed over the layers on the GPU"
+    )
 
 
 def _layout() -> Layout:
@@ -215,9 +234,13 @@ def _stage(args: argparse.Namespace) -> int:
             _slice(at, declared, args.stage, args.key)
         return _track_all(at, declared, args.key, rebuild=args.rebuild)
     key = "fleet" if args.stage.keyed_by == "fleet" else args.key
+    if args.stage.name == "load-test" and (args.url or args.prompts or args.sweep):
+        from pipelines import load_operations  # noqa: PLC0415 - only for these options
+
+        return load_operations.main(declared, at, args)
     slice_ = _slice(at, declared, args.stage, key)
     inputs.require(args.stage.name, slice_.model_dump(), at)
-    module = import_module(f"pipelines.{args.stage.name}")
+    module = import_module(f"pipelines.{args.stage.name.replace('-', '_')}")
     at.log(args.stage.name, key).unlink(missing_ok=True)  # programs append; a log is of one run
     if args.stage.name == "report":
         return _report(at, cast("ReportSlice", slice_), strict=args.strict)

@@ -224,6 +224,7 @@ def _contradictions(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML val
     yield from _quant_flaws(data)
     yield from _gate_flaws(data)
     yield from _benchmark_flaws(_mapping(data, "benchmark"))
+    yield from _serving_flaws(data)
     for key, host in _entries(data, "hosts"):
         if host.get("vram_mib") is None and host.get("memory_mib") is None:
             text = "needs `vram_mib` (a GPU host) or `memory_mib` (a CPU host)"
@@ -382,6 +383,29 @@ def _benchmark_flaws(benchmark: dict[str, Any]) -> Iterator[Flaw]:
         yield Flaw(("benchmark", "depths"), "holds a depth twice")
 
 
+def _serving_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """Prompts that do not fit the context, and what the engines refuse."""
+    fleet, load = _mapping(data, "serving"), _mapping(data, "load_test")
+    fields = params.LoadTest.model_fields
+    prompt = load.get("prompt_tokens", fields["prompt_tokens"].default)
+    answer = load.get("generate_tokens", fields["generate_tokens"].default)
+    for key, model in _entries(data, "models"):
+        context = model.get("context_tokens")
+        if _is_whole(context) and _is_whole(prompt) and _is_whole(answer):
+            needed = prompt + answer + params.TEMPLATE_TOKENS
+            if needed > context:
+                text = (
+                    f"{context:,} is less than the load test needs: {prompt:,} prompt_tokens, "
+                    f"{answer:,} generate_tokens and {params.TEMPLATE_TOKENS} for the chat template"
+                )
+                yield Flaw(("models", key, "context_tokens"), text)
+        own = fleet | _mapping(model, "serving")
+        if own.get("kv_type", "f16") != "f16" and own.get("flash_attention") is False:
+            place: Loc = ("models", key, "serving") if "serving" in model else ("serving",)
+            text = f"`kv_type: {own['kv_type']}` needs `flash_attention: true`"
+            yield Flaw(place, text, on_key=True)
+
+
 def _mapping(data: Any, *path: str | int) -> dict[str, Any]:  # noqa: ANN401 - any YAML value
     """Return the mapping at a path; an empty one if something else is there."""
     for step in path:
@@ -413,6 +437,7 @@ def _file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any 
         except ValidationError:
             continue
         yield from _corpus_file_flaws(("corpora", key), corpus, root)
+    yield from _text_file_flaws(data, root)
     for key, entry in _entries(data, "models"):
         source = entry.get("source")
         if isinstance(source, str) and source.startswith("path:"):
@@ -435,6 +460,29 @@ def _corpus_file_flaws(here: Loc, corpus: params.Corpus, root: Path) -> Iterator
     except (OSError, RuntimeError) as error:
         # RuntimeError is how pathlib of Python 3.11 tells of a loop of links.
         yield Flaw((*here, "path"), f"{corpus.path} cannot be read: {_reason(error)}")
+
+
+def _text_file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """Look for the Modelfiles and the prompts of the load test."""
+    wanted: list[tuple[Loc, object, str]] = [
+        (
+            ("models", key, "modelfile"),
+            entry.get("modelfile", params.Model.model_fields["modelfile"].default),
+            "Modelfile",
+        )
+        for key, entry in _entries(data, "models")
+    ]
+    load = _mapping(data, "load_test")
+    default = params.LoadTest.model_fields["prompts"].default
+    wanted.append((("load_test", "prompts"), load.get("prompts", default), "prompts"))
+    for loc, name, what in wanted:
+        if not isinstance(name, str) or not re.fullmatch(params.RELATIVE_PATH, name):
+            continue
+        path = root / name
+        if not path.resolve().is_relative_to(root.resolve()):
+            yield Flaw(loc, f"{what} {quoted(name)} leads out of the repository")
+        elif not path.is_file():
+            yield Flaw(loc, f"{what} {quoted(name)} does not exist")
 
 
 def _directory_flaws(loc: Loc, source: str, root: Path) -> Iterator[Flaw]:

@@ -99,25 +99,44 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
     return code
 
 
+# What follows the measurements of a model's quants.
+_LAST_STAGES = ("choose", "load-test", "track")
+
+
 def withdraw_invalid(at: Layout, declared: Declaration, plan: Plan) -> None:
     """
     Remove measurements that were not to be trusted, so that DVC measures again.
 
     DVC alone would keep them: nothing that it compares has changed when a machine has become quiet.
     """
-    from pipelines import records  # noqa: PLC0415 - pydantic
+    from pipelines import load_records, records  # noqa: PLC0415 - pydantic
 
-    for key, quant in declared.quants.items():
-        path = at.quant_record("benchmark", quant.model, quant.type)
-        if f"benchmark@{key}" not in plan.stages or not path.exists():
+    def measured(path: Path) -> bool:
+        return records.read(path, records.BenchmarkRecord).validity.verdict == "VALID"
+
+    def loaded(path: Path) -> bool:
+        return not any(
+            one.invalid for one in records.read(path, load_records.LoadTestRecord).winners
+        )
+
+    found: list[tuple[str, Path, Callable[[Path], bool]]] = [
+        (f"benchmark@{key}", at.quant_record("benchmark", quant.model, quant.type), measured)
+        for key, quant in declared.quants.items()
+    ]
+    found += [
+        (f"load-test@{model}", at.model_record("load-test", model), loaded)
+        for model in declared.models
+    ]
+    for stage, path, is_valid in found:
+        if stage not in plan.stages or not path.exists():
             continue
         try:
-            valid = records.read(path, records.BenchmarkRecord).validity.verdict == "VALID"
+            valid = is_valid(path)
         except records.RecordError:
             valid = False
         if not valid:
             path.unlink()
-            console.info(f"measuring again: benchmark@{key} was not valid")
+            console.info(f"measuring again: {stage} was not valid")
 
 
 def plan_of(declared: Declaration, targets: Sequence[str]) -> Plan:
@@ -147,9 +166,9 @@ def plan_of(declared: Declaration, targets: Sequence[str]) -> Plan:
         own = [key for key in keys if quants[key] == model]
         stages += [f"{stage}@{model}" for stage in ("fetch", "convert", "calibrate")]
         stages += [f"{stage}@{key}" for key in own for stage in ("quantize", "benchmark")]
-        stages += [f"{stage}@{model}" for stage in ("choose", "track") if model in whole]
+        stages += [f"{stage}@{model}" for stage in _LAST_STAGES if model in whole]
     named = [
-        *(f"{stage}@{model}" for model in whole for stage in ("choose", "track")),
+        *(f"{stage}@{model}" for model in whole for stage in _LAST_STAGES),
         *(f"benchmark@{key}" for key in keys if quants[key] not in whole),
     ]
     return Plan(

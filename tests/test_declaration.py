@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from record_factory import fetch_record, file_digest
 from ruamel.yaml import YAML
 
-from pipelines import declaration, dvc_state, fetch, marked_yaml, records
+from pipelines import declaration, dvc_state, fetch, marked_yaml, params, records
 from pipelines.errors import ParamsError, Problem
 from pipelines.layout import Layout
 
@@ -72,6 +72,10 @@ def at(tmp_path: Path) -> Layout:
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora/calibration.txt").write_bytes(CALIBRATION)
     (tmp_path / "corpora/evaluation.txt").write_bytes(EVALUATION)
+    (tmp_path / "corpora/prompts.yaml").write_bytes(b"version: 1\n")
+    (tmp_path / "modelfiles").mkdir()
+    for name in ("small", "chat"):
+        (tmp_path / f"modelfiles/{name}.Modelfile.j2").write_bytes(b"FROM {{ gguf }}\n")
     (tmp_path / "examples/tiny-llama").mkdir(parents=True)
     text = VALID.replace("a" * 64, hashlib.sha256(CALIBRATION).hexdigest())
     write(tmp_path, text.replace("b" * 64, hashlib.sha256(EVALUATION).hexdigest()))
@@ -88,7 +92,70 @@ def test_every_key_of_the_declaration_can_be_used(tmp_path: Path) -> None:
     assert declared.models["tiny-llama"].gates.max_kld_mean_nats == 0.01
     assert declared.quants["tiny-llama-IQ2_XS"].tensor_types[0].match == r"blk\.(0|1)\.ffn_down"
     assert declared.benchmark.depths == (0, 4096)
+    assert declared.load_test.concurrency == (1, 8)
     assert list(declared.hosts) == ["laptop", "rtx-4090"]
+
+
+def test_a_service_level_is_that_of_the_model_then_of_the_host_then_of_the_fleet(
+    tmp_path: Path,
+) -> None:
+    """The most specific level that states a value owns it."""
+    declared = declaration.load(write(tmp_path, VALID))
+    found = params.load_test_slice(declared, "tiny-llama").slos["laptop"]
+
+    assert (found.tpot_ms, found.ttft_ms, found.e2e_ms) == (25, 300, 9000)
+    assert found.min_goodput == 0.9
+
+
+def test_a_share_of_good_requests_is_required_even_if_nobody_states_one(tmp_path: Path) -> None:
+    """Without a declared share 95 % of requests have to be good."""
+    text = edited("min_goodput: 0.9, ", "")
+    declared = declaration.load(write(tmp_path, text))
+
+    assert params.load_test_slice(declared, "qwen3-8b").slos["laptop"].min_goodput == 0.95
+
+
+def test_a_model_is_served_as_it_declares_and_otherwise_as_the_fleet_does(tmp_path: Path) -> None:
+    """Overrides of `serving` hold for their model alone."""
+    declared = declaration.load(write(tmp_path, VALID))
+    own = params.load_test_slice(declared, "tiny-llama").serving
+    other = params.load_test_slice(declared, "qwen3-8b").serving
+
+    assert (own.parallel, own.gpu_layers, own.kv_type, own.engine) == (2, "auto", "q8_0", "ollama")
+    assert (other.parallel, other.gpu_layers, other.kv_type) == (4, 33, "q4_0")
+
+
+def test_prompts_and_answers_of_the_load_test_must_fit_the_context(tmp_path: Path) -> None:
+    """Otherwise the engine would cut them, and nobody would see it."""
+    found = refused(tmp_path, edited("prompt_tokens: 256", "prompt_tokens: 400"))
+
+    place = f"{line_of('context_tokens: 512')}:21: models.tiny-llama.context_tokens: 512"
+    needs = "400 prompt_tokens, 96 generate_tokens and 64 for the chat template"
+    assert found == [f"{place} is less than the load test needs: {needs}"]
+
+
+def test_a_quantized_cache_needs_flash_attention(tmp_path: Path) -> None:
+    """The engines refuse it, or fall back in silence."""
+    text = edited("kv_type: q8_0, flash_attention: true", "kv_type: q8_0, flash_attention: false")
+
+    (found,) = refused(tmp_path, text)
+
+    assert found.endswith("serving: `kv_type: q8_0` needs `flash_attention: true`")
+
+
+def test_a_missing_modelfile_is_told_before_anything_is_served(at: Layout) -> None:
+    """Also one that leads out of the repository by a link."""
+    (at.root / "modelfiles/small.Modelfile.j2").unlink()
+    link = at.root / "modelfiles/chat.Modelfile.j2"
+    link.unlink()
+    link.symlink_to("/etc/hostname")
+
+    with pytest.raises(ParamsError) as caught:
+        declaration.check(at)
+
+    small, chat = (problem.text for problem in caught.value.problems)
+    assert small.endswith('Modelfile "modelfiles/small.Modelfile.j2" does not exist')
+    assert chat.endswith('Modelfile "modelfiles/chat.Modelfile.j2" leads out of the repository')
 
 
 def test_the_declaration_of_the_repository_is_valid() -> None:
@@ -168,7 +235,7 @@ MISTAKES = {
     "number for a flag": ("imatrix: true", "imatrix: 1", "imatrix: 1 is not true or false"),
     "yes for a flag": ("imatrix: true", "imatrix: yes", 'imatrix: "yes" is not true or false'),
     "list for a mapping": (
-        "laptop: {memory_mib: 8192, margin_mib: 512}",
+        "laptop: {memory_mib: 8192, margin_mib: 512, slo: {ttft_ms: 300, tpot_ms: 20}}",
         "laptop: [1]",
         "hosts.laptop: a list is not a mapping with the keys vram_mib",
     ),
@@ -346,7 +413,7 @@ TOLD_ELSEWHERE = {
     "output tensor declared twice": "output_tensor_type:",
     "percentile of too little text": "max_kld_p999_nats:",
     "percentile of short windows": "max_kld_p999_nats:",
-    "quantized cache without flash attention": "kv_type:",
+    "quantized cache without flash attention": "  kv_type: q8_0",
 }
 
 
@@ -371,8 +438,8 @@ def test_a_mistake_is_told_on_its_line(tmp_path: Path, name: str) -> None:
     [
         ("recipe: 3", "recipe: x", (6, 11)),
         ("backend: cpu", "bakend: cpu", (5, 3)),
-        ("[0, 4096]", "[0, -1]", (56, 15)),
-        ("type: q4_k}", "type: q4}", (35, 47)),
+        ("[0, 4096]", "[0, -1]", (59, 15)),
+        ("type: q4_k}", "type: q4}", (38, 47)),
     ],
 )
 def test_line_and_column_point_at_the_very_value(
