@@ -253,9 +253,11 @@ def _diff_lines(wanted: list[str], got: list[str]) -> Iterator[str]:
             if kind == "equal":
                 yield from (f"  {_visible(line)}" for line in wanted[low:high])
                 continue
-            start = _shared_start(wanted[low:high], got[other_low:other_high])
-            yield from (f"- {_visible(line, start)}" for line in wanted[low:high])
-            yield from (f"+ {_visible(line, start)}" for line in got[other_low:other_high])
+            ours, theirs = wanted[low:high], got[other_low:other_high]
+            # Only the first of each is surely the same line.
+            starts = [_shared_start(ours, theirs)] + [0] * (len(ours) + len(theirs))
+            yield from (f"- {_visible(*each)}" for each in zip(ours, starts, strict=False))
+            yield from (f"+ {_visible(*each)}" for each in zip(theirs, starts, strict=False))
 
 
 def _shared_start(wanted: list[str], got: list[str]) -> int:

@@ -122,7 +122,13 @@ class Regression(Closed):
     """A question whose answer must stay right."""
 
     id: _Id = Field(description="Stable name; another question means another id.")
+    models: Annotated[tuple[_Id, ...], Field(min_length=1, max_length=1000)] | None = Field(
+        None, description="Models that are asked; every one if absent."
+    )
     messages: _Messages = Field(description="The turns; the last one is the user's.")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None, description="Of sampling; as the model is served if absent."
+    )
     repeats: Annotated[int, Field(ge=1, le=1000)] = Field(
         1, description="How often it is asked, each time with another seed."
     )
@@ -299,10 +305,15 @@ def _allowed(part: Mapping[str, Any]) -> str:
         "string": lambda: f"text of {_least(part)} {part['maxLength']:,} characters",
         "array": lambda: f"a list of {part['minItems']} to {part['maxItems']:,} items",
         "integer": lambda: f"a whole number from {part['minimum']:,} to {part['maximum']:,}",
-        "number": lambda: "a number above 0, at most 1",
+        "number": lambda: f"a number {_lower(part)}, at most {part['maximum']:g}",
         "boolean": lambda: "true or false",
     }
     return words.get(part.get("type", ""), lambda: "a mapping")()
+
+
+def _lower(part: Mapping[str, Any]) -> str:
+    above = part.get("exclusiveMinimum")
+    return f"from {part['minimum']:g}" if above is None else f"above {above:g}"
 
 
 def _least(part: Mapping[str, Any]) -> str:

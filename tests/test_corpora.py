@@ -86,19 +86,19 @@ def test_the_texts_hold_no_control_tokens_addresses_or_machine_paths(name: str) 
     assert not re.findall(r"<\|\w+\|>|</?s>|\[INST\]|https?://\S+|/(?:home|Users)/\S+", text)
 
 
-def test_prompts_are_conversations_that_end_with_the_user() -> None:
-    """Each conversation can be rendered with a generation prompt and sent to a server."""
+def test_prompts_are_conversations_that_end_with_the_user_or_are_gone_on_with() -> None:
+    """Each conversation can be rendered for an answer and sent to a server."""
     prompts = read_yaml("prompts.yaml")
     conversations = prompts["conversations"]
 
-    assert prompts["version"] == 1
+    assert prompts["version"] == 2
     assert len({conversation["id"] for conversation in conversations}) == len(conversations)
     for conversation in conversations:
         messages = conversation["messages"]
         roles = [message["role"] for message in messages]
         turns = roles[1:] if roles[0] == "system" else roles
         assert turns == [("user", "assistant")[index % 2] for index in range(len(turns))]
-        assert turns[-1] == "user"
+        assert turns[-1] == ("assistant" if "prefill" in conversation.get("needs", []) else "user")
         assert all(isinstance(message["content"], str) for message in messages)
 
 
