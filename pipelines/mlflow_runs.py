@@ -11,13 +11,22 @@ last tag, `fleet.complete`, is set; what a kill left without it is deleted by th
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.track import RUN_KEY_TAG, RunSpec, Task, scrubbed
+from pipelines.track import (
+    LOAD_TEST_PREFIX,
+    LOAD_TEST_TAG,
+    RUN_KEY_TAG,
+    RunSpec,
+    Task,
+    scrubbed,
+)
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -150,22 +159,47 @@ def _project(client: MlflowClient, experiment: str, spec: RunSpec) -> None:
         if run not in complete:
             client.delete_run(run.info.run_id)
     if complete:
-        _follow_choice(client, complete[0], spec)
+        _follow(client, complete[0], spec)
     else:
         _create(client, experiment, spec)
 
 
-def _follow_choice(client: MlflowClient, run: Any, spec: RunSpec) -> None:  # noqa: ANN401
-    """Bring the verdict on an existing run up to date: the choice may change, numbers may not."""
+def _follow(client: MlflowClient, run: Any, spec: RunSpec) -> None:  # noqa: ANN401
+    """Bring an existing run up to date: choice and load test change, what it measured does not."""
     different = {
         name: value for name, value in spec.tags.items() if run.data.tags.get(name) != value
     }
     if not different:
         return
+    if LOAD_TEST_TAG in different:
+        _log_load_test(client, run, spec)
     for name, path in spec.artifacts.items():
         _upload(client, run.info.run_id, name, path)
     for name, value in different.items():
         client.set_tag(run.info.run_id, name, value)
+
+
+def _log_load_test(client: MlflowClient, run: Any, spec: RunSpec) -> None:  # noqa: ANN401
+    """
+    Log what a load test measured over what an earlier one did.
+
+    MLflow shows the value with the latest time. That is the time of telling, not of measuring: a
+    test that came back with a reverted commit is older than the one that it replaces.
+    """
+    from mlflow.entities import Metric  # noqa: PLC0415 - loaded already
+
+    now_ms = int(time.time() * 1000)
+    gone = {
+        name: math.nan
+        for name in run.data.metrics
+        if name.startswith(LOAD_TEST_PREFIX) and name not in spec.load_metrics
+    }
+    values = spec.load_metrics | gone
+    if values:
+        client.log_batch(
+            run.info.run_id,
+            metrics=[Metric(name, value, now_ms, 0) for name, value in values.items()],
+        )
 
 
 def _create(client: MlflowClient, experiment: str, spec: RunSpec) -> None:
@@ -181,7 +215,10 @@ def _create(client: MlflowClient, experiment: str, spec: RunSpec) -> None:
     run_id = str(run.info.run_id)
     client.log_batch(
         run_id,
-        metrics=[Metric(name, value, spec.ended_ms, 0) for name, value in spec.metrics.items()],
+        metrics=[
+            Metric(name, value, spec.ended_ms, 0)
+            for name, value in (spec.metrics | spec.load_metrics).items()
+        ],
         params=[Param(name, value) for name, value in spec.params.items()],
         tags=[RunTag(name, value) for name, value in spec.tags.items()],
     )

@@ -3,7 +3,9 @@ Track: MLflow shows one run for each measured quant; the records in results/ sta
 
 A run is a projection of records. Its `run_key` is the digest of what it shows: model, quant, GGUF
 and the bytes of the benchmark record. It is found again by that key, so telling twice makes nothing
-twice, and a lost store is told everything again.
+twice, and a lost store is told everything again. What was decided about a quant, and what its load
+test showed if it was chosen, is not in that key: the run follows when they change. MLflow forgets
+no metric, so one that a newer load test does not have becomes NaN.
 
 A store that cannot be reached never holds up the chain: after 10 s at most the receipt says
 `pending`, with the reason, and the next `fleet repro` tries again. MLflow itself runs in a process
@@ -25,8 +27,9 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict
 
-from pipelines import atomic, console, proc, records
+from pipelines import atomic, console, proc, records, wording
 from pipelines.errors import DigestError, MachineError, StoreError, ToolError
+from pipelines.load_records import LoadTestRecord, metrics_rows
 from pipelines.records import (
     BenchmarkRecord,
     ChoiceRecord,
@@ -44,6 +47,12 @@ if TYPE_CHECKING:
     from pipelines.params import TrackSlice
 
 RUN_KEY_TAG = "fleet.run_key"
+# Changes with everything that a run says of a load test; MLflow groups metrics by the prefix.
+LOAD_TEST_TAG = "fleet.load_test_sha256"
+LOAD_TEST_PREFIX = "load-test/"
+_NO_LOAD_TEST = "none"
+# MLflow refuses a tag of more than 5,000 bytes (mlflow/utils/validation.py).
+_TAG_CHARACTERS = 1000
 # A database is on this machine or near it; creating its tables takes 2 s, 10 s on a busy machine.
 _TABLES_WITHIN_S = 120
 # What a server may take for one run (ten requests). With the start of Python and the import of
@@ -64,6 +73,8 @@ class RunSpec(BaseModel):
     ended_ms: int
     params: dict[str, str]
     metrics: dict[str, float]
+    # Those of the load test: they change while the run stays.
+    load_metrics: dict[str, float]
     tags: dict[str, str]
     # Name below the run's artifacts: file of ours.
     artifacts: dict[str, str]
@@ -156,6 +167,10 @@ def _spec(model: str, key: str, type_: str, at: Layout) -> RunSpec:
         "benchmark": at.quant_record("benchmark", model, type_),
         "choice": at.model_record("choose", model),
     }
+    load_test = at.model_record("load-test", model)
+    tested = records.read(load_test, LoadTestRecord) if load_test.exists() else None
+    if tested is not None:
+        paths["load-test"] = load_test
     fetched = records.read(at.model_record("fetch", model), FetchRecord)
     quantized = records.read(paths["quantize"], QuantizeRecord)
     measured = records.read(paths["benchmark"], BenchmarkRecord)
@@ -175,10 +190,14 @@ def _spec(model: str, key: str, type_: str, at: Layout) -> RunSpec:
         ended_ms=_ms(started + timedelta(seconds=measured.wall_s)),
         params=_params(quantized, measured),
         metrics=_metrics(quantized, measured),
+        load_metrics=_load_metrics(quantized, tested),
         tags={
             **_tags(fetched, quantized, measured),
             **_verdict(key, choice),
+            **_load_tags(quantized, tested),
             "fleet.choice_sha256": hashlib.sha256(paths["choice"].read_bytes()).hexdigest(),
+            # Last: a run without it is told the whole load test again.
+            LOAD_TEST_TAG: _sha256(load_test) or _NO_LOAD_TEST,
         },
         artifacts={f"records/{name}.json": str(path) for name, path in paths.items()},
     )
@@ -290,6 +309,37 @@ def _verdict(key: str, choice: ChoiceRecord) -> dict[str, str]:
     }
 
 
+def _load_metrics(quantized: QuantizeRecord, tested: LoadTestRecord | None) -> dict[str, float]:
+    """What the load test measured of a quant, if it served this very file."""
+    if tested is None or not _was_served(quantized, tested):
+        return {}
+    row = metrics_rows(tested).get(quantized.type, {})
+    return {f"{LOAD_TEST_PREFIX}{name}": value for name, value in row.items()}
+
+
+def _was_served(quantized: QuantizeRecord, tested: LoadTestRecord) -> bool:
+    served = (one.served for one in tested.winners if one.type == quantized.type)
+    return any(one is not None and one.gguf_sha256 == quantized.gguf.sha256 for one in served)
+
+
+def _load_tags(quantized: QuantizeRecord, tested: LoadTestRecord | None) -> dict[str, str]:
+    """What served a quant, and what follows; the same tags for all, so that old ones go."""
+    test = next((t for t in tested.winners if t.type == quantized.type), None) if tested else None
+    if tested is None or test is None or not _was_served(quantized, tested):
+        names = ("engine", "engine_version", "engine_llama_cpp", "manifest_sha256", "load_test")
+        return {f"fleet.{name}": "none" for name in names}
+    engine, served = tested.engine, test.served
+    said = (one for one in tested.verdicts if one.winner == quantized.type)
+    sentences = "\n".join(f"{one.host}: {one.verdict}: {one.sentence}" for one in said)
+    return {
+        "fleet.engine": engine.kind if engine else "none",
+        "fleet.engine_version": (engine.version if engine else "") or "unknown",
+        "fleet.engine_llama_cpp": (engine.llama_cpp if engine else "") or "unknown",
+        "fleet.manifest_sha256": (served.manifest_sha256 if served else None) or "none",
+        "fleet.load_test": wording.shortened(console.clean(sentences), _TAG_CHARACTERS) or "none",
+    }
+
+
 # --- telling ----------------------------------------------------------------------------------
 
 
@@ -335,14 +385,18 @@ def _tell(slice_: TrackSlice, specs: tuple[RunSpec, ...], at: Layout) -> TrackRe
 def _receipt(
     slice_: TrackSlice, at: Layout, told: tuple[TrackedRun, ...], reason: str
 ) -> TrackReceipt:
-    choice = at.model_record("choose", slice_.model)
     return TrackReceipt(
         model=slice_.model,
         status="pending" if reason else "tracked",
         reason=reason,
-        choice_sha256=hashlib.sha256(choice.read_bytes()).hexdigest() if choice.exists() else None,
+        choice_sha256=_sha256(at.model_record("choose", slice_.model)),
+        load_test_sha256=_sha256(at.model_record("load-test", slice_.model)),
         runs=told,
     )
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def _store(uri: str, root: Path) -> tuple[str, dict[str, str], str | None]:

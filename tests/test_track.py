@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
+from record_factory import load_run, load_test_record, served, winner_test
 
 from pipelines import records, track
 from pipelines.errors import DigestError, StoreError
@@ -26,6 +27,7 @@ from pipelines.params import Track, TrackSlice
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pipelines.load_records import LoadTestRecord
     from pipelines.params import QuantType
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,6 +238,93 @@ def test_verdict_follows_the_choice_and_the_run_stays(
     assert again.choice_sha256 != receipt.choice_sha256
     assert verdicts == {"tiny-Q8_0": "CHOSEN", "tiny-Q4_0": "PASS"}
     assert kept.read_bytes() == at.model_record("choose", "tiny").read_bytes()
+
+
+def load_test(
+    type_: str, *, concurrency: tuple[int, ...] = (1, 2), ttft_ms: float = 20.0
+) -> LoadTestRecord:
+    """Build the load test of one quant of this fleet."""
+    runs = tuple(load_run(many, hosts=["here"], ttft_ms=ttft_ms) for many in concurrency)
+    file = served(type_, gguf_sha256=("8" if type_ == "Q8_0" else "4") * 64)
+    return load_test_record(
+        {"here": type_}, "tiny", winners=(winner_test(type_, ["here"], served=file, runs=runs),)
+    )
+
+
+def metric(at: Layout, receipt: records.TrackReceipt, key: str, name: str) -> float | None:
+    """Ask the store for the latest value of a metric; None if it is NaN, i.e. not measured."""
+    own = run_id(at, next(run.run_key for run in receipt.runs if run.key == key))
+    query = "select value, is_nan from latest_metrics where run_uuid=? and key=?"
+    ((value, is_nan),) = rows(at, query, own, name)
+    return None if is_nan else float(value)
+
+
+def tag(at: Layout, receipt: records.TrackReceipt, key: str, name: str) -> str:
+    """Ask the store for a tag."""
+    own = run_id(at, next(run.run_key for run in receipt.runs if run.key == key))
+    ((value,),) = rows(at, "select value from tags where run_uuid=? and key=?", own, name)
+    return str(value)
+
+
+def test_the_load_test_of_the_winner_is_on_its_run(tmp_path: Path) -> None:
+    """A new load test changes the run of what it served, and no run is made twice for it."""
+    at = Layout(tmp_path)
+    write_records(at)
+    path = at.model_record("load-test", "tiny")
+    before = track.run(slice_of(), at)
+    records.write(path, load_test("Q4_0", ttft_ms=20.0))
+    first = track.run(slice_of(), at)
+    assert metric(at, first, "tiny-Q4_0", "load-test/ttft_p50_ms_c2") == 40.0
+
+    records.write(path, load_test("Q4_0", ttft_ms=30.0, concurrency=(1,)))
+    second = track.run(slice_of(), at)
+
+    assert before.load_test_sha256 is None
+    assert second.load_test_sha256 != first.load_test_sha256
+    assert second.runs == before.runs
+    assert active_runs(at) == {run_id(at, run.run_key) for run in before.runs}
+    assert metric(at, second, "tiny-Q4_0", "load-test/ttft_p50_ms_c1") == 30.0
+    # The newer test has no second concurrency.
+    assert metric(at, second, "tiny-Q4_0", "load-test/ttft_p50_ms_c2") is None
+    assert tag(at, second, "tiny-Q4_0", "fleet.engine") == "ollama"
+    assert tag(at, second, "tiny-Q4_0", "fleet.engine_version") == "0.33.0"
+    assert tag(at, second, "tiny-Q8_0", "fleet.engine") == "none"
+
+
+def test_a_load_test_that_came_back_is_shown_again(tmp_path: Path) -> None:
+    """After a revert the older test counts again; a quant that lost its place has no numbers."""
+    at = Layout(tmp_path)
+    write_records(at)
+    path = at.model_record("load-test", "tiny")
+    older, newer = load_test("Q4_0", ttft_ms=20.0), load_test("Q8_0", ttft_ms=30.0)
+    records.write(path, older)
+    track.run(slice_of(), at)
+    records.write(path, newer)
+    receipt = track.run(slice_of(), at)
+    assert metric(at, receipt, "tiny-Q4_0", "load-test/ttft_p50_ms_c1") is None
+    assert metric(at, receipt, "tiny-Q8_0", "load-test/ttft_p50_ms_c1") == 30.0
+
+    records.write(path, older)
+    receipt = track.run(slice_of(), at)
+    runs = active_runs(at)
+
+    assert track.run(slice_of(), at) == receipt
+    assert active_runs(at) == runs
+    assert metric(at, receipt, "tiny-Q4_0", "load-test/ttft_p50_ms_c1") == 20.0
+    assert metric(at, receipt, "tiny-Q8_0", "load-test/ttft_p50_ms_c1") is None
+
+
+def test_a_load_test_of_another_file_gives_no_numbers(tmp_path: Path) -> None:
+    """What was served under the same name but with other bytes is no metric of this quant."""
+    at = Layout(tmp_path)
+    write_records(at)
+    tested = load_test_record({"here": "Q4_0"}, "tiny")
+    records.write(at.model_record("load-test", "tiny"), tested)
+
+    receipt = track.run(slice_of(), at)
+
+    assert rows(at, "select key from latest_metrics where key like 'load-test/%'") == []
+    assert tag(at, receipt, "tiny-Q4_0", "fleet.engine") == "none"
 
 
 def test_new_measurement_is_a_new_run_and_an_unfinished_one_is_replaced(
