@@ -113,6 +113,8 @@ class LoadRun(Part):
     effective_slots: int
     good_count: dict[str, int]
     kept_count: dict[str, dict[str, int]]
+    # From the scheduled start of a request to its send; None of a closed run: it has no schedule.
+    send_lag_p99_ms: Finite | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -122,7 +124,8 @@ class Calibration(Part):
 
     `delay_p99_ms` is from the server's send to the client's stamp of a chunk, `send_lag_p99_ms`
     from the scheduled start of a request to its send in the real open run. A client that is too
-    slow makes the run INVALID: `reason` then says by how much.
+    slow makes the run INVALID: `reason` then says by how much. `null_late_p99_ms` is by how much
+    the null server itself was behind its pace; it is in none of the delays.
     """
 
     streams_count: int
@@ -130,6 +133,7 @@ class Calibration(Part):
     delay_p50_ms: Finite
     delay_p99_ms: Finite
     send_lag_p99_ms: Finite | None
+    null_late_p99_ms: Finite | None = None
     cpu_s_per_1000_chunks: Finite
     client_bound: bool
     reason: str
