@@ -210,7 +210,7 @@ def run(
                 for line in repair.repair(at, died=died):
                     console.info(f"repaired: {line}")
                 prepare()
-                return _follow(at, plan, force=force, mark=mark)
+                return _follow(at, plan, stop, force=force, mark=mark)
         except KeyboardInterrupt:
             orphans.end_marked(mark)
             console.error("stopped. Nothing unfinished has a final name; the same command goes on.")
@@ -299,7 +299,7 @@ def _holder(path: Path) -> str:
 # --- DVC --------------------------------------------------------------------------------------
 
 
-def _follow(at: Layout, plan: Plan, *, force: bool, mark: str) -> int:
+def _follow(at: Layout, plan: Plan, stop: _Stop, *, force: bool, mark: str) -> int:
     """Run DVC, show what it does, and close with the table."""
     log = at.log("repro", "fleet")
     progress = log.with_name("progress.jsonl")
@@ -309,6 +309,8 @@ def _follow(at: Layout, plan: Plan, *, force: bool, mark: str) -> int:
     board = live.Board(plan.stages, log_of=lambda name: _log_of(at, name))
 
     def on_line(line: str) -> None:
+        if stop.number:
+            return  # what DVC says while it is ended is no news: each stage of it as a failure
         events = board.read(line, time.monotonic())
         if any(event.stage.state == "running" for event in events):
             repair.keep(at)
@@ -322,7 +324,7 @@ def _follow(at: Layout, plan: Plan, *, force: bool, mark: str) -> int:
         try:
             done = proc.run(
                 [
-                    *(sys.executable, "-m", "dvc", "repro", "--keep-going"),
+                    *(sys.executable, "-m", "pipelines.quick_dvc", "repro", "--keep-going"),
                     *(["--force"] if force else []),
                     *plan.targets,
                 ],

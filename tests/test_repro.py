@@ -309,6 +309,42 @@ def test_cancel_ends_everything_below(
     assert "stopped" in process.communicate()[1]
 
 
+def test_a_cancel_is_told_in_one_line(graph: Callable[..., Path]) -> None:
+    """After Ctrl-C nothing is called failed or skipped, whatever DVC prints while it ends."""
+    then = {"cmd": "cat slow.txt > then.txt", "deps": ["slow.txt"], "outs": ["then.txt"]}
+    root = graph({"slow": SLEEPER, "then": then})
+    process = start(root, "slow then")
+    below(root)
+
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert stderr.splitlines() == [
+        "▸ slow",
+        "error: stopped. Nothing unfinished has a final name; the same command goes on.",
+    ]
+
+
+def test_a_cancel_while_dvc_starts_is_told_in_one_line(graph: Callable[..., Path]) -> None:
+    """Also before the first stage, where DVC would complain about its own locks."""
+    root = graph({"slow": SLEEPER})
+    process = start(root, "slow")
+    deadline = time.monotonic() + 60
+    while not (children := psutil.Process(process.pid).children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+
+    assert survivors([child.pid for child in children]) == []
+    assert process.returncode == 130
+    assert stderr.splitlines() == [
+        "error: stopped. Nothing unfinished has a final name; the same command goes on."
+    ]
+
+
 def test_kill_of_the_run_leaves_no_process(graph: Callable[..., Path]) -> None:
     """After `kill -9` of `fleet repro` nothing that it started is there 5 s later."""
     root = graph({"slow": SLEEPER})
