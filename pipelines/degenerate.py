@@ -20,17 +20,16 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from pipelines.load_records import Degenerate
 from pipelines.stats import CONFIDENCE
 from pipelines.wording import counted, listed, number, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from pipelines.load_records import Outcome
+    from pipelines.load_records import ErrorClass, Outcome
 
 Kind = Literal["empty", "one_token", "loop", "no_end"]
 
@@ -52,40 +51,56 @@ _KIND_WORDS: Final = {
 }
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Protocol):
     """
-    One greedy answer: its text, why it ended (`stop`, `length`, None if unknown), its tokens.
+    What is looked at of an answer of the load generator (`pipelines.load.measures.Answer`).
 
-    `tokens_count` is the server's own and counts the token that ends the answer.
+    `output_tokens` is the server's own count and includes the token that ends the answer; `error`
+    is the class of the failure if there was one, and then nothing else counts.
     """
 
-    text: str
-    done_reason: str | None
-    tokens_count: int
+    @property
+    def text(self) -> str:
+        """The answer."""
+
+    @property
+    def done_reason(self) -> str:
+        """Why the server ended it: `stop`, `length`; empty if it does not say."""
+
+    @property
+    def output_tokens(self) -> int | None:
+        """Tokens; None where the server does not count."""
+
+    @property
+    def error(self) -> ErrorClass | None:
+        """None of a success."""
+
+
+# Failures of a request that are degenerate answers: Ollama's repeat guard, and `done` at once.
+_DEGENERATE_ERRORS: Final[Mapping[str, Kind]] = {"loop": "loop", "empty_output": "empty"}
 
 
 def is_degenerate(
-    text: str, done_reason: str | None, tokens_count: int, limit_tokens: int | None = None
+    text: str, done_reason: str, tokens_count: int | None, limit_tokens: int | None = None
 ) -> Kind | None:
     """
     Tell what is wrong with an answer, the worst first, or None.
 
     Args:
         text: The answer.
-        done_reason: Why the server ended it; `length` if it reached the limit.
+        done_reason: Why the server ended it; `length` if it reached the limit, empty if unknown.
         tokens_count: Tokens generated, the end token included, as the server counts them.
         limit_tokens: The limit; decides about the end where the server gives no reason.
     """
     if not text.strip():
         return "empty"
-    ended = done_reason == "stop"
-    if ended and tokens_count <= 2:  # noqa: PLR2004 - the token and the end
+    if done_reason == "stop" and tokens_count in {1, 2}:
+        # The token, and the end if the server counts it.
         return "one_token"
     if is_loop(text):
         return "loop"
-    cut = limit_tokens is not None and tokens_count >= limit_tokens
-    return "no_end" if done_reason == "length" or (done_reason is None and cut) else None
+    cut = limit_tokens is not None and (tokens_count or 0) >= limit_tokens
+    return "no_end" if done_reason == "length" or (not done_reason and cut) else None
 
 
 def is_loop(text: str) -> bool:
@@ -132,8 +147,8 @@ def sign_test(more: int, fewer: int) -> float:
 
 
 def compare(
-    answers: Sequence[Answer | None],
-    f16_answers: Sequence[Answer | None] | None,
+    answers: Sequence[Answer],
+    f16_answers: Sequence[Answer] | None,
     limit: float,
     *,
     limit_tokens: int | None = None,
@@ -147,7 +162,8 @@ def compare(
     was seen, not that there is none: 24 prompts cannot show that.
 
     Args:
-        answers: The quant's answers; None where the request failed, which other gates count.
+        answers: The quant's answers. A request that failed is left out, for other gates count it,
+            unless it failed by a loop or by an empty answer.
         f16_answers: Those of f16 in the same order; None where this host cannot hold f16.
         limit: Largest excess, a share of the prompts.
         limit_tokens: Tokens that an answer could have.
@@ -178,7 +194,7 @@ def compare(
     pairs = [
         (kind is not None, f16_kind is not None)
         for kind, f16_kind, *both in zip(kinds, f16_kinds, answers, f16_answers, strict=True)
-        if None not in both
+        if all(map(_answered, both))
     ]
     outcome, excess, because = _judged(pairs, len(answers), limit)
     return Degenerate.model_validate(
@@ -192,10 +208,14 @@ def compare(
     )
 
 
-def _kind(answer: Answer | None, limit_tokens: int | None) -> Kind | None:
-    if answer is None:
-        return None
-    return is_degenerate(answer.text, answer.done_reason, answer.tokens_count, limit_tokens)
+def _answered(answer: Answer) -> bool:
+    return answer.error is None or answer.error in _DEGENERATE_ERRORS
+
+
+def _kind(answer: Answer, limit_tokens: int | None) -> Kind | None:
+    if answer.error is not None:
+        return _DEGENERATE_ERRORS.get(answer.error)
+    return is_degenerate(answer.text, answer.done_reason, answer.output_tokens, limit_tokens)
 
 
 def _kinds_in_words(counts: Counter[Kind]) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, StringConstraints, ValidationError
@@ -150,8 +149,7 @@ class _File(Closed):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
+class Prompts(Closed):
     """The content of one prompts file; `sha256` is that of its bytes, `name` what it is called."""
 
     name: str

@@ -105,7 +105,7 @@ class Reference(Part):
 # --- the side that asks -----------------------------------------------------------------------
 
 
-class Handle:
+class Pending:
     """A rendering under way. Leaving the block, or `close`, ends its process."""
 
     def __init__(self, source: Path, request: Mapping[str, Any], log: Path) -> None:
@@ -170,7 +170,7 @@ def start(
     *,
     system: str = "",
     messages: Sequence[Mapping[str, str]] = (),
-) -> Handle:
+) -> Pending:
     """
     Begin to render all conversations with the tokenizer in `source`.
 
@@ -186,7 +186,7 @@ def start(
         "system": system,
         "messages": [dict(each) for each in messages],
     }
-    return Handle(source.absolute(), request, log)
+    return Pending(source.absolute(), request, log)
 
 
 def _asked(conversation: Conversation) -> dict[str, Any]:
