@@ -12,28 +12,115 @@ before anything is judged: a client that was too slow makes all of it INVALID.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from pipelines import console
+from pipelines.errors import ToolError
 from pipelines.load import calibration, generator, measures, plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from pipelines.load.plan import Plan, Target
+    from pipelines.load.dialects import Answer
+    from pipelines.load.plan import Api, Plan, Target
     from pipelines.load_records import Calibration, LoadRun
     from pipelines.params import LoadTest, Slo
 
 # Arrivals at what a server can do at most queue without end; at 70 % of it the queue stays short
-# enough that the levels speak of the server and not of the backlog (M/D/1: 1.2 services of waiting).
+# enough that the levels speak of the server and not of the backlog (M/D/1: a mean wait of 1.2
+# services).
 _SHARE_OF_SATURATION: Final = 0.70
 # A twentieth of the level that is judged, and never less than what threads in Python can keep on a
 # busy machine.
 _DELAY_SHARE: Final = 0.05
 _LEAST_DELAY_MS: Final = 2.0
 _CALIBRATION_S: Final = 1.5
+
+
+# Two prompts of one text: what a chat template adds to both cancels out.
+_PROBE_CHARACTERS: Final = (120, 480)
+
+
+def opened(  # noqa: PLR0913 - each is one independent fact about the session
+    *,
+    url: str,
+    api: Api,
+    name: str,
+    declared: LoadTest,
+    slos: Mapping[str, Slo],
+    corpus: str,
+    context_tokens: int | None,
+    log: Path,
+) -> Session:
+    """
+    Make ready to drive a model: ask the server how it tokenizes the corpus.
+
+    Args:
+        url: Root of the server.
+        api: What it speaks.
+        name: The model as it calls it.
+        declared: Sizes of the runs.
+        slos: Levels by host.
+        corpus: Text from which prompts are cut.
+        context_tokens: Context of a request, if it is known.
+        log: Output of the generator's processes.
+
+    Raises:
+        ToolError: The server does not answer, or says nothing of the tokens that it read.
+    """
+    # Greedy: two runs of one plan then have answers of the same length, and can be compared.
+    target = plan.Target(
+        url=url,
+        api=api,
+        model=name,
+        generate_tokens=declared.generate_tokens,
+        timeout_s=float(declared.timeout_seconds),
+        temperature=0.0,
+        seed=declared.seed,
+        context_tokens=context_tokens,
+    )
+    return Session(
+        target=target,
+        declared=declared,
+        slos=slos,
+        corpus=corpus,
+        chars_per_token=_chars_per_token(target, corpus, log),
+        log=log,
+    )
+
+
+def _chars_per_token(target: Target, corpus: str, log: Path) -> float:
+    """Measure how many characters of a text the server reads as one token."""
+    planned = plan.closed(
+        "tokens of the corpus",
+        concurrency=1,
+        prompts=[
+            plan.Prompt(messages=({"role": "user", "content": corpus[:count]},))
+            for count in _PROBE_CHARACTERS
+        ],
+        warm_up_requests=0,
+        max_run_s=2 * target.timeout_s,
+        seed=target.seed,
+    )
+    raw = generator.run(planned, replace(target, generate_tokens=1), log=log, progress=None)
+    short, long = measures.texts(raw)
+    for each in (short, long):
+        if not each.ok:
+            raise ToolError(
+                f"{target.url} does not answer a request: {each.error}: {each.detail}",
+                hint="Look at the server's own log.",
+                log=log,
+            )
+    if not short.prompt_tokens or not long.prompt_tokens:
+        raise ToolError(
+            f"{target.url} does not say how many tokens it read, and they are not guessed here.",
+            hint="For an OpenAI-compatible server: it has to support stream_options.include_usage.",
+            log=log,
+        )
+    characters = _PROBE_CHARACTERS[1] - _PROBE_CHARACTERS[0]
+    return characters / max(1, long.prompt_tokens - short.prompt_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +144,25 @@ class Session:
     chars_per_token: float
     log: Path
 
-    def ladder(self) -> tuple[LoadRun, ...]:
-        """Run every declared concurrency, from few to many."""
-        return tuple(self._closed(each) for each in sorted(set(self.declared.concurrency)))
+    def drive(self, runs: list[LoadRun], verify: Callable[[], None]) -> None:
+        """
+        Run the ladder, the open run, and the soak if one is declared.
+
+        Args:
+            runs: Each finished run is appended at once, so that what breaks later loses nothing.
+            verify: Called after each run; raises if the server is no longer what it was.
+        """
+        for concurrency in sorted(set(self.declared.concurrency)):
+            runs.append(self._closed(concurrency))
+            verify()
+        rate_per_s = self.rate_per_s(runs)
+        if rate_per_s <= 0:
+            return
+        runs.append(self.open_loop(rate_per_s))
+        verify()
+        if self.declared.soak_seconds:
+            runs.append(self.soak(rate_per_s))
+            verify()
 
     def _closed(self, concurrency: int) -> LoadRun:
         return self._run(
@@ -73,7 +176,7 @@ class Session:
             )
         )
 
-    def rate_per_s(self, ladder: tuple[LoadRun, ...]) -> float:
+    def rate_per_s(self, ladder: Sequence[LoadRun]) -> float:
         """Return the declared rate of arrivals, or 70 % of the most that the ladder reached."""
         if self.declared.rate_per_s is not None:
             return self.declared.rate_per_s
@@ -106,22 +209,57 @@ class Session:
             )
         )
 
-    def _prompts(self, count: int, *, salt: int) -> tuple[plan.Prompt, ...]:
+    def smoke(self, type_: str) -> LoadRun:
+        """Send a few requests, one at a time."""
+        return self._run(
+            plan.closed(
+                f"smoke {type_}",
+                concurrency=1,
+                prompts=self._prompts(self.declared.smoke_requests, salt=1 << 18, warm_up=False),
+                warm_up_requests=0,
+                max_run_s=self.declared.max_run_seconds,
+                seed=self.declared.seed,
+            )
+        )
+
+    def greedy_answers(self, type_: str) -> list[Answer]:
+        """Ask the same of every type, one request at a time, without chance."""
+        planned = plan.closed(
+            f"greedy answers of {type_}",
+            concurrency=1,
+            prompts=plan.corpus_prompts(
+                self.corpus,
+                self.declared.degenerate_prompts,
+                prompt_tokens=self.declared.prompt_tokens,
+                chars_per_token=self.chars_per_token,
+                seed=self.declared.seed,
+            ),
+            warm_up_requests=0,
+            max_run_s=self.declared.max_run_seconds,
+            seed=self.declared.seed,
+        )
+        return measures.texts(self._send(planned))
+
+    def _prompts(self, count: int, *, salt: int, warm_up: bool = True) -> tuple[plan.Prompt, ...]:
         """Cut prompts that no earlier run sent, so that no cache of the server knows them."""
         return plan.corpus_prompts(
             self.corpus,
-            count + self.declared.warm_up_requests,
+            count + (self.declared.warm_up_requests if warm_up else 0),
             prompt_tokens=self.declared.prompt_tokens,
             chars_per_token=self.chars_per_token,
             seed=self.declared.seed * (1 << 20) + salt,
         )
 
     def _run(self, planned: Plan) -> LoadRun:
-        with console.Progress(f"load: {planned.name}", total=len(planned.prompts)) as progress:
-            raw = generator.run(planned, self.target, log=self.log, progress=progress)
-        return measures.summarise(planned, raw, self.slos)
+        return measures.summarise(planned, self._send(planned), self.slos)
 
-    def calibrate(self, runs: tuple[LoadRun, ...]) -> Calibration | None:
+    def _send(self, planned: Plan) -> generator.Raw:
+        with console.Progress(
+            f"load: {planned.name}", total=len(planned.prompts), unit="requests"
+        ) as progress:
+            return generator.run(planned, self.target, log=self.log, progress=progress)
+
+    def calibrate(self, runs: Sequence[LoadRun]) -> Calibration | None:
         """Measure the client at the fastest pace that a run showed; None if no run had output."""
         fastest = max(runs, key=lambda run: run.output_tok_s, default=None)
         if fastest is None or fastest.output_tok_s <= 0:

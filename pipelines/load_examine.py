@@ -1,0 +1,283 @@
+"""
+One GGUF in a running server: the whole test of a winner, the smoke of another quant.
+
+What is found before something breaks is kept: a record that says where it broke is worth more than
+an error. A server that is not what it should be (another digest, another context, gone) makes the
+numbers INVALID; a file that cannot be loaded is a failure of that file.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+from pipelines import (
+    console,
+    corpora,
+    degenerate,
+    golden,
+    load_gates,
+    load_session,
+    records,
+    validity,
+    watch,
+    wording,
+)
+from pipelines.errors import MachineError, ToolError
+from pipelines.load_records import Smoke, WinnerTest
+from pipelines.serving import server
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipelines.layout import Layout
+    from pipelines.load.dialects import Answer
+    from pipelines.load_records import Calibration, Degenerate, Golden, LoadGate, LoadRun, Served
+    from pipelines.load_session import Session
+    from pipelines.params import LoadTestSlice
+    from pipelines.prompts import Prompts
+    from pipelines.serving.modelfile import Modelfile
+    from pipelines.serving.server import GgufFile, Host, Loaded, Settings
+    from pipelines.upstream_chat import Reference
+    from pipelines.validity import CpuTimes
+
+    GreedyAnswers = list[Answer]
+
+# The 16-bit GGUF under the name that a type would have: with it greedy answers are compared.
+F16: Final = "F16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examiner:
+    """
+    What the tests of one model share.
+
+    Attributes:
+        wanted: What is served, how, and the levels to keep.
+        at: The checkout.
+        prompts: Golden prompts.
+        modelfile: Of the model, rendered.
+        threads: CPU threads of the server.
+    """
+
+    wanted: LoadTestSlice
+    at: Layout
+    prompts: Prompts
+    modelfile: Modelfile
+    threads: int
+
+    @property
+    def log(self) -> Path:
+        """Whole output of every program."""
+        return self.at.log("load-test", self.wanted.model)
+
+    @property
+    def settings(self) -> Settings:
+        """How every file of this model is served."""
+        serving = self.wanted.serving
+        return server.Settings(
+            context_tokens=self.wanted.context_tokens,
+            parallel=serving.parallel,
+            threads=self.threads,
+            gpu_layers=serving.gpu_layers,
+            kv_type=serving.kv_type,
+            flash_attention=serving.flash_attention,
+            load_timeout_s=float(self.wanted.load_test.timeout_seconds),
+        )
+
+    def file(self, type_: str) -> GgufFile:
+        """
+        Name a quant, or f16, with the digest of its record.
+
+        Raises:
+            RecordError: There is no record of it.
+        """
+        model = self.wanted.model
+        if type_ == F16:
+            made = records.read(self.at.model_record("convert", model), records.ConvertRecord)
+            path, sha256 = self.at.f16(model), made.gguf.sha256
+        else:
+            key = next(key for key, each in self.wanted.quants.items() if each == type_)
+            quantized = records.read(
+                self.at.quant_record("quantize", model, type_), records.QuantizeRecord
+            )
+            path, sha256 = self.at.gguf(model, key), quantized.gguf.sha256
+        return server.GgufFile(type=type_, path=path, sha256=sha256, modelfile=self.modelfile)
+
+    def session(self, loaded: Loaded) -> Session:
+        """Make ready to drive a loaded model."""
+        corpora.require(self.wanted.corpus, self.at, "text of the load test's prompts")
+        return load_session.opened(
+            url=loaded.url,
+            api=loaded.api,
+            name=loaded.name,
+            declared=self.wanted.load_test,
+            slos=self.wanted.slos,
+            corpus=(self.at.root / self.wanted.corpus.path).read_text(encoding="utf-8"),
+            context_tokens=self.wanted.context_tokens,
+            log=self.log,
+        )
+
+    # --- the whole test -----------------------------------------------------------------------
+
+    def winner(
+        self, host: Host, reference: Reference, f16: F16Answers, type_: str, hosts: tuple[str, ...]
+    ) -> WinnerTest:
+        """Test the quant that `hosts` chose."""
+        console.step(f"load test of {type_}")
+        seen = Findings()
+        try:
+            with host.load(self.file(type_)) as loaded:
+                seen.served = loaded.served
+                self._examine(loaded, reference, seen)
+        except server.LoadFailed as error:
+            seen.failures.append(error.message)
+        except server.ServingError as error:
+            seen.invalid.append(error.message)
+        if seen.answers and not seen.invalid:
+            declared = self.wanted.load_test
+            seen.degenerate = degenerate.compare(
+                seen.answers,
+                f16.get(),
+                declared.max_degenerate_excess,
+                limit_tokens=declared.generate_tokens,
+            )
+        return WinnerTest(
+            type=type_,
+            hosts=hosts,
+            served=seen.served,
+            golden=seen.golden,
+            runs=tuple(seen.runs),
+            calibration=seen.calibration,
+            degenerate=seen.degenerate,
+            gates=self._gates(seen, hosts),
+            failures=tuple(map(wording.clause, seen.failures)),
+            invalid=tuple(map(wording.clause, seen.invalid)),
+            notes=tuple(seen.notes),
+        )
+
+    def _examine(self, loaded: Loaded, reference: Reference, seen: Findings) -> None:
+        """Ask, drive, watch."""
+        seen.golden = golden.check(reference, self.prompts, loaded)
+        try:
+            session = self.session(loaded)
+        except ToolError as error:
+            loaded.verify()
+            seen.failures.append(error.message)
+            return
+        seen.answers = session.greedy_answers(loaded.served.type)
+        before, started = validity.cpu_times(), time.monotonic()
+        with watch.Watch("llama-server") as ours:
+            session.drive(seen.runs, loaded.verify)
+            ours.sample()
+        wall_s, after = time.monotonic() - started, validity.cpu_times()
+        seen.served = loaded.served.model_copy(update={"peak_memory_mib": loaded.peak_memory_mib()})
+        seen.calibration = session.calibrate(seen.runs)
+        waiting = validity.waiting_share(ours.usage(), wall_s=wall_s, threads=self.threads)
+        self._doubt(seen, before, after, waiting)
+
+    def _doubt(self, seen: Findings, before: CpuTimes, after: CpuTimes, waiting: float) -> None:
+        """Collect why the numbers of these runs are not to be trusted."""
+        stolen = validity.steal_share(before, after)
+        if stolen > validity.MAX_STEAL_SHARE:
+            seen.invalid.append(f"the hypervisor withheld {wording.percent(stolen)} of the CPU")
+        waited = f"the server waited for a core in {wording.percent(waiting)} of the time"
+        if waiting > validity.MAX_WAITING_SHARE:
+            seen.invalid.append(waited)
+        elif waiting > validity.NOTED_WAITING_SHARE:
+            seen.notes.append(f"{wording.sentence(waited[:1].upper() + waited[1:])}")
+        if validity.on_battery():
+            seen.invalid.append("the machine ran on its battery")
+        if seen.calibration is not None and seen.calibration.client_bound:
+            seen.invalid.append(seen.calibration.reason)
+        if seen.served is not None and seen.served.peak_memory_mib is None:
+            seen.invalid.append("the memory of the server could not be seen")
+        if not any(run.kind == "open" for run in seen.runs):
+            seen.failures.append("it answered no request of the ladder")
+
+    def _gates(self, seen: Findings, hosts: tuple[str, ...]) -> tuple[LoadGate, ...]:
+        judged = next((run for run in seen.runs if run.kind == "open"), None)
+        if judged is None or seen.served is None:
+            return ()
+        return tuple(
+            gate
+            for host in hosts
+            for gate in load_gates.judge(
+                judged,
+                self.wanted.slos[host],
+                host,
+                self.wanted.hosts[host],
+                peak_memory_mib=seen.served.peak_memory_mib,
+            )
+        )
+
+    # --- the smoke ----------------------------------------------------------------------------
+
+    def smoke(self, host: Host, reference: Reference, type_: str) -> Smoke:
+        """Load a quant, compare one prompt, send a few requests."""
+        console.step(f"smoke of {type_}")
+        one = replace(self.prompts, conversations=self.prompts.conversations[:1])
+        served: Served | None = None
+        run: LoadRun | None = None
+        wrong: list[str] = []
+        try:
+            with host.load(self.file(type_)) as loaded:
+                served = loaded.served
+                objection = golden.objection(golden.check(reference, one, loaded))
+                wrong += [objection] if objection else []
+                run = self.session(loaded).smoke(type_)
+                loaded.verify()
+        except server.ServingError as error:
+            wrong.append(error.message)
+        if run is not None and run.ok_count < run.requests_count:
+            errors = ", ".join(f"{name} {count}" for name, count in run.errors.items())
+            wrong.append(f"{run.requests_count - run.ok_count} requests failed: {errors}")
+        sent, ok = (run.requests_count, run.ok_count) if run else (0, 0)
+        return Smoke(
+            served=served,
+            type=type_,
+            requests_count=sent,
+            ok_count=ok,
+            outcome="FAIL" if wrong else "PASS",
+            sentence="; ".join(map(wording.clause, wrong))
+            or f"loaded, prompted right, {ok} of {sent} requests answered",
+        )
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What has been found of one winner so far."""
+
+    served: Served | None = None
+    golden: Golden | None = None
+    answers: GreedyAnswers = field(default_factory=list)
+    runs: list[LoadRun] = field(default_factory=list)
+    calibration: Calibration | None = None
+    degenerate: Degenerate | None = None
+    failures: list[str] = field(default_factory=list)
+    invalid: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class F16Answers:
+    """The greedy answers of f16, asked for once, when the first quant has been unloaded."""
+
+    def __init__(self, examiner: Examiner, host: Host) -> None:
+        """Prepare; nothing is served yet."""
+        self._examiner = examiner
+        self._host = host
+        self._answers: GreedyAnswers | None = None
+        self._asked = False
+
+    def get(self) -> GreedyAnswers | None:
+        """Return them; None where this machine cannot hold f16."""
+        if self._asked:
+            return self._answers
+        self._asked = True
+        try:
+            with self._host.load(self._examiner.file(F16)) as loaded:
+                self._answers = self._examiner.session(loaded).greedy_answers(F16)
+        except (MachineError, server.ServingError) as error:
+            console.warn(f"f16 is not served here, so loops are not compared: {error.message}")
+        return self._answers
