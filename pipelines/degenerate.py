@@ -41,8 +41,8 @@ MIN_SEQUENCES: Final = 40
 _SEQUENCE_WORDS: Final = 4
 # A loop that begins later than this shows in the end as well; the search takes quadratic time.
 _MAX_CHARACTERS: Final = 8000
-# Words, single signs, and single characters of the scripts that do without blanks.
-_WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|[^\w\s]")
+# Characters of the scripts that do without blanks, words, rows of one sign (people draw lines).
+_WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|([^\w\s])\1*")
 _KIND_WORDS: Final = {
     "empty": "empty",
     "one_token": "of one token",
@@ -129,7 +129,7 @@ def _periodic_end(text: str, period: int) -> int:
 
 def unique_share(text: str) -> float:
     """Return the share of different four-word sequences; 1 if there are too few to tell."""
-    words = _WORD.findall(text.lower())
+    words = [found[0] for found in _WORD.finditer(text.lower())]
     count = len(words) - _SEQUENCE_WORDS + 1
     if count < MIN_SEQUENCES:
         return 1.0
