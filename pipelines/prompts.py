@@ -212,7 +212,8 @@ def _judge(document: Document) -> _File:
             # From JSON, since strict types then take a list for a tuple, and nothing else for less.
             read = _File.model_validate_json(json.dumps(document.data))
         except ValidationError as error:
-            flaws = [_typed(document, each) for each in error.errors(include_url=False)]
+            details = error.errors(include_url=False)
+            flaws = [_typed(document, each) for each in details if not _follows(each, details)]
             flaws = [flaw for flaw in flaws if flaw.loc not in refused]
     refused |= {flaw.loc for flaw in flaws}
     flaws += [flaw for flaw in _contradictions(document.data) if flaw.loc not in refused]
@@ -237,6 +238,14 @@ def _unsendable(value: Any, loc: Loc) -> Iterator[_Flaw]:  # noqa: ANN401 - any 
 
 
 # --- what the types refuse --------------------------------------------------------------------
+
+
+def _follows(detail: ErrorDetails, others: list[ErrorDetails]) -> bool:
+    """Tell whether a list is only called too short since its items are wrong."""
+    loc = detail["loc"]
+    return detail["type"] == "too_short" and any(
+        len(each["loc"]) > len(loc) and each["loc"][: len(loc)] == loc for each in others
+    )
 
 
 def _typed(document: Document, detail: ErrorDetails) -> _Flaw:
