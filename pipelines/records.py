@@ -304,7 +304,7 @@ class TrackReceipt(Record):
 
     `choice_sha256` and `load_test_sha256` are the digests of the records that it speaks of. The
     report depends on receipts alone (DVC cannot list a file for each model), so they have to change
-    whenever a choice or a load test does.
+    whenever a choice or a load test does. `missing` are the keys that there was nothing to tell of.
     """
 
     stage: Literal["track"] = "track"
@@ -314,6 +314,7 @@ class TrackReceipt(Record):
     choice_sha256: str | None = None
     load_test_sha256: str | None = None
     runs: tuple[TrackedRun, ...]
+    missing: tuple[str, ...] = ()
 
 
 R = TypeVar("R", bound=Record)

@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from pydantic import BaseModel, ConfigDict
 
 from pipelines import atomic, console, proc, records, wording
-from pipelines.errors import DigestError, MachineError, StoreError, ToolError
+from pipelines.errors import DigestError, FleetError, MachineError, StoreError, ToolError
 from pipelines.load_records import LoadTestRecord, metrics_rows
 from pipelines.records import (
     BenchmarkRecord,
@@ -93,7 +93,9 @@ class Task(BaseModel):
 
 def run(slice_: TrackSlice, at: Layout) -> TrackReceipt:
     """
-    Tell the store about every declared quant of a model.
+    Tell the store about every declared quant of a model that has its records.
+
+    A quant without them is named and left out: a report of the others is worth more than none.
 
     Args:
         slice_: Model, quants, tracking URI and experiment.
@@ -104,11 +106,15 @@ def run(slice_: TrackSlice, at: Layout) -> TrackReceipt:
         be told all of them.
 
     Raises:
-        RecordError: A record is missing or unreadable.
+        RecordError: A record of the model itself is missing or unreadable.
         DigestError: A benchmark is of another GGUF than the one that was quantized.
     """
-    specs = tuple(_spec(slice_.model, key, type_, at) for key, type_ in slice_.quants.items())
-    return _tell(slice_, specs, at)
+    if slice_.quants:
+        records.read(at.model_record("fetch", slice_.model), FetchRecord)
+        records.read(at.model_record("choose", slice_.model), ChoiceRecord)
+    if at.model_record("load-test", slice_.model).exists():
+        records.read(at.model_record("load-test", slice_.model), LoadTestRecord)
+    return _tell(slice_, *_specs(slice_, at, RecordError), at)
 
 
 def rebuild(slice_: TrackSlice, at: Layout) -> TrackReceipt:
@@ -120,13 +126,7 @@ def rebuild(slice_: TrackSlice, at: Layout) -> TrackReceipt:
     Raises:
         StoreError: The store cannot be told; somebody asked for it, so it is no mere warning.
     """
-    specs = []
-    for key, type_ in slice_.quants.items():
-        try:
-            specs.append(_spec(slice_.model, key, type_, at))
-        except (RecordError, DigestError) as error:
-            console.warn(f"{key} is left out: {error.message}")
-    receipt = _tell(slice_, tuple(specs), at)
+    receipt = _tell(slice_, *_specs(slice_, at, RecordError, DigestError), at)
     if receipt.status == "pending":
         raise StoreError(f"{slice_.model} was not tracked: {receipt.reason}")
     return receipt
@@ -152,6 +152,20 @@ def withdraw_pending(at: Layout) -> list[str]:
 
 
 # --- from records to runs ---------------------------------------------------------------------
+
+
+def _specs(
+    slice_: TrackSlice, at: Layout, *left_out: type[FleetError]
+) -> tuple[tuple[RunSpec, ...], tuple[str, ...]]:
+    """Compose the runs of the quants; return the keys of those with such an error beside them."""
+    specs, missing = [], []
+    for key, type_ in slice_.quants.items():
+        try:
+            specs.append(_spec(slice_.model, key, type_, at))
+        except left_out as error:
+            console.warn(f"{key} is not tracked: {error.message}")
+            missing.append(key)
+    return tuple(specs), tuple(missing)
 
 
 def _spec(model: str, key: str, type_: str, at: Layout) -> RunSpec:
@@ -343,9 +357,11 @@ def _load_tags(quantized: QuantizeRecord, tested: LoadTestRecord | None) -> dict
 # --- telling ----------------------------------------------------------------------------------
 
 
-def _tell(slice_: TrackSlice, specs: tuple[RunSpec, ...], at: Layout) -> TrackReceipt:
+def _tell(
+    slice_: TrackSlice, specs: tuple[RunSpec, ...], missing: tuple[str, ...], at: Layout
+) -> TrackReceipt:
     if not specs:
-        return _receipt(slice_, at, (), "")
+        return _receipt(slice_, at, missing=missing)
     uri, secrets, artifacts = _store(slice_.track.tracking_uri, at.root)
     is_remote = not uri.startswith(_SQLITE)
     task = Task(
@@ -372,18 +388,23 @@ def _tell(slice_: TrackSlice, specs: tuple[RunSpec, ...], at: Layout) -> TrackRe
     told = _told(told_file)
     for file in (task_file, told_file):
         file.unlink(missing_ok=True)
-    missing = [spec.key for spec in specs if spec.run_key not in {run.run_key for run in told}]
-    if reason or missing:
-        reason = reason or f"no word of {', '.join(missing)}"
+    untold = [spec.key for spec in specs if spec.run_key not in {run.run_key for run in told}]
+    if reason or untold:
+        reason = reason or f"no word of {', '.join(untold)}"
         console.warn(
             f"{without_credentials(uri)} was not told about {slice_.model}: {reason}. "
             "The next `fleet repro` tries again."
         )
-    return _receipt(slice_, at, told, reason)
+    return _receipt(slice_, at, told, reason, missing=missing)
 
 
 def _receipt(
-    slice_: TrackSlice, at: Layout, told: tuple[TrackedRun, ...], reason: str
+    slice_: TrackSlice,
+    at: Layout,
+    told: tuple[TrackedRun, ...] = (),
+    reason: str = "",
+    *,
+    missing: tuple[str, ...],
 ) -> TrackReceipt:
     return TrackReceipt(
         model=slice_.model,
@@ -392,6 +413,7 @@ def _receipt(
         choice_sha256=_sha256(at.model_record("choose", slice_.model)),
         load_test_sha256=_sha256(at.model_record("load-test", slice_.model)),
         runs=told,
+        missing=missing,
     )
 
 

@@ -377,6 +377,32 @@ def test_benchmark_of_another_gguf_is_never_told(tmp_path: Path) -> None:
         track.run(slice_of(), at)
 
 
+def test_a_quant_without_records_is_named_and_the_others_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One benchmark that is missing costs its own run and a warning, not the stage."""
+    at = Layout(tmp_path)
+    write_records(at)
+    at.quant_record("benchmark", "tiny", "Q4_0").unlink()
+
+    receipt = track.run(slice_of(), at)
+
+    assert receipt.status == "tracked"
+    assert [run.key for run in receipt.runs] == ["tiny-Q8_0"]
+    assert receipt.missing == ("tiny-Q4_0",)
+    assert "tiny-Q4_0 is not tracked: " in capsys.readouterr().err
+
+
+def test_a_model_without_a_choice_is_an_error(tmp_path: Path) -> None:
+    """Without the records of the model itself there is nothing to tell of any quant."""
+    at = Layout(tmp_path)
+    write_records(at)
+    at.model_record("choose", "tiny").unlink()
+
+    with pytest.raises(records.RecordError, match=r"choice\.json does not exist"):
+        track.run(slice_of(), at)
+
+
 # --- servers ----------------------------------------------------------------------------------
 
 
