@@ -15,6 +15,7 @@ installing end with a rename, the compile tree belongs to the key and ninja goes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -101,6 +102,10 @@ _INSTALL_COMPILERS: Final = (
 _STEP = re.compile(r"^\[\s*(\d+)(?:/(\d+)\]|%\])")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
+# How the manifest calls gcc, and what only gcc says of itself.
+_GCC = "gcc "
+_WRITES_GCC = "Free Software Foundation"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
@@ -108,7 +113,7 @@ class Card:
 
     name: str
     architecture: str  # compute capability without its dot: "86"
-    driver_major: int
+    driver_major: int | None  # None where the driver does not tell its version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +153,10 @@ class Plan:
     @property
     def key(self) -> str:
         """The prefix's directory name, e.g. "cpu-3f9c2a71b04de855"."""
-        text = json.dumps({"layout": LAYOUT, **self.described()}, sort_keys=True)
+        # Only gcc goes by another name than its own; what it says of itself names it already.
+        compiler = self.compiler.removeprefix(_GCC)
+        described = {"layout": LAYOUT, **self.described(), "compiler": compiler}
+        text = json.dumps(described, sort_keys=True)
         return f"{self.backend}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -296,10 +304,11 @@ def _plan(spec: ToolchainSpec, backend: Backend, reason: str, log: Path) -> Plan
 
 
 def _compiler_version(log: Path) -> str:
-    """What the C++ compiler calls itself, without the name it was started by."""
+    """What the C++ compiler calls itself; gcc repeats the name it was started by, so not that."""
     compiler = os.environ.get("CXX") or "c++"
-    first = proc.run([compiler, "--version"], log=log).stdout.splitlines()[0]
-    return first.split(" ", 1)[-1].strip()
+    said = proc.run([compiler, "--version"], log=log).stdout
+    version = said.splitlines()[0].split(" ", 1)[-1].strip()
+    return f"{_GCC}{version}" if _WRITES_GCC in said else version
 
 
 def _flags(backend: Backend, architectures: tuple[str, ...]) -> tuple[str, ...]:
@@ -351,23 +360,32 @@ def nvidia_cards() -> tuple[Card, ...]:
         import pynvml  # noqa: PLC0415 - an extra: most machines do not have it
 
         pynvml.nvmlInit()
+        try:
+            return _cards_from_nvml(pynvml)
+        finally:
+            with contextlib.suppress(pynvml.NVMLError):
+                pynvml.nvmlShutdown()
     except Exception:  # noqa: BLE001 - every failure of NVML means the same: ask nvidia-smi
         return _cards_from_nvidia_smi()
-    try:
-        major = int(_text(pynvml.nvmlSystemGetDriverVersion()).split(".")[0])
-        handles = [
-            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
-        ]
-        return tuple(
-            Card(
-                name=_text(pynvml.nvmlDeviceGetName(handle)),
-                architecture="{}{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-                driver_major=major,
-            )
-            for handle in handles
+
+
+def _cards_from_nvml(nvml: Any) -> tuple[Card, ...]:  # noqa: ANN401 - a module without types
+    major = _series(_text(nvml.nvmlSystemGetDriverVersion()))
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    return tuple(
+        Card(
+            name=_text(nvml.nvmlDeviceGetName(handle)),
+            architecture="{}{}".format(*nvml.nvmlDeviceGetCudaComputeCapability(handle)),
+            driver_major=major,
         )
-    finally:
-        pynvml.nvmlShutdown()
+        for handle in handles
+    )
+
+
+def _series(version: str) -> int | None:
+    """Return 580 of `580.65.06`; None of what is no version, such as `[N/A]`."""
+    first = version.partition(".")[0]
+    return int(first) if first.isdecimal() else None
 
 
 def _text(value: str | bytes) -> str:
@@ -395,7 +413,7 @@ def cards_from_csv(text: str) -> tuple[Card, ...]:
         Card(
             name=row[0],
             architecture=row[1].replace(".", ""),
-            driver_major=int(row[2].split(".")[0]),
+            driver_major=_series(row[2]),
         )
         for row in rows
         if len(row) == 3 and re.fullmatch(r"\d+\.\d", row[1])  # noqa: PLR2004 - three columns
@@ -438,10 +456,11 @@ def _cuda_version(cards: tuple[Card, ...], log: Path) -> str:
             f"No CUDA compiler (nvcc) found, and NVIDIA's wheels do not cover {system_name()}.",
             hint="Install the CUDA toolkit, or set toolchain.backend to cpu.",
         )
-    old = [card for card in cards if card.driver_major < CUDA_DRIVER_MAJOR]
+    told = (card.driver_major for card in cards if card.driver_major is not None)
+    old = [series for series in told if series < CUDA_DRIVER_MAJOR]
     if old:
         raise MachineError(
-            f"The driver (series {old[0].driver_major}) is too old for CUDA {CUDA_VERSION}, the "
+            f"The driver (series {old[0]}) is too old for CUDA {CUDA_VERSION}, the "
             "toolkit that we can install ourselves.",
             hint=f"Install a driver of series {CUDA_DRIVER_MAJOR} or newer, or the CUDA "
             "12 toolkit and put its nvcc on PATH, or set toolchain.backend to cpu.",

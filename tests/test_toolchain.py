@@ -19,6 +19,7 @@ import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -484,6 +485,66 @@ def test_nvidia_cards_are_read_from_nvidia_smi_as_cmake_wants_them() -> None:
     assert [card.architecture for card in cards] == ["86", "90"]
     assert cards[0].name == "NVIDIA GeForce RTX 3090"
     assert cards[0].driver_major == 580
+
+
+def test_a_card_whose_driver_does_not_tell_its_version_is_a_card() -> None:
+    """`[N/A]` in a column is no reason to end with a traceback, nor to lose the card."""
+    (found,) = toolchain_build.cards_from_csv("NVIDIA H200, 9.0, [N/A]\n")
+
+    assert (found.name, found.architecture, found.driver_major) == ("NVIDIA H200", "90", None)
+
+
+@pytest.mark.parametrize(
+    "call", ["nvmlSystemGetDriverVersion", "nvmlDeviceGetCount", "nvmlDeviceGetName",
+             "nvmlDeviceGetCudaComputeCapability", "nvmlShutdown"],
+)  # fmt: skip
+def test_a_driver_that_fails_in_the_middle_is_asked_by_its_own_program(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """A card that fell off the bus raises in any call of NVML: nvidia-smi has the last word."""
+
+    class NVMLError(Exception):
+        pass
+
+    def fail(*_: object) -> None:
+        raise NVMLError("GPU is lost")
+
+    calls = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.65.06",
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda _: "NVIDIA H200",
+        "nvmlDeviceGetCudaComputeCapability": lambda _: (9, 0),
+    }
+    fake = SimpleNamespace(NVMLError=NVMLError, **(calls | {call: fail}))
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(toolchain_build, "_cards_from_nvidia_smi", lambda: (card("86"),))
+
+    found = toolchain_build.nvidia_cards()
+
+    # What fails only at the end has answered before.
+    assert [one.architecture for one in found] == ["90" if call == "nvmlShutdown" else "86"]
+
+
+def test_the_manifest_names_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name stands before the version, and a prefix that was built before keeps its key."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\necho 'c++ (Debian 12.2.0) 12.2.0'; "
+        "echo 'Copyright (C) 2022 Free Software Foundation, Inc.'\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    plan = toolchain_build._plan(
+        ToolchainSpec("0.0.1", "0" * 64, "cpu"), "cpu", "declared", tmp_path / "log"
+    )
+    compiler.write_text("#!/bin/sh\necho 'Debian clang version 14.0.6'\n")
+
+    assert plan.described()["compiler"] == "gcc (Debian 12.2.0) 12.2.0"
+    assert plan.key == replace(plan, compiler="(Debian 12.2.0) 12.2.0").key
+    assert toolchain_build._compiler_version(tmp_path / "log") == "clang version 14.0.6"
 
 
 def card(architecture: str, driver_major: int = 580) -> toolchain_build.Card:
