@@ -103,7 +103,8 @@ def find(serving: Serving, tools: Toolchain, *, log: Path) -> Engine:
             refusals.append(f"{found_by}: {_first_line(error.message)}")
             hint = error.hint
             continue
-        return _ollama(program, serving.ollama, found_by, tools, log)
+        version = ollama_install.version_of(program, log)
+        return _ollama(program, version, found_by, tools, log)
     why = " ".join(["PATH: no ollama.", *refusals])
     if serving.engine == "ollama":
         raise MachineError(
