@@ -15,6 +15,19 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from pipelines import wording
+from pipelines.drawing import (
+    CHARACTER_PX,
+    LINE_PX,
+    Box,
+    Scale,
+    Text,
+    draw_text,
+    line,
+    linear_ticks,
+    log_ticks,
+    padded,
+    text_at,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -22,50 +35,11 @@ if TYPE_CHECKING:
 WIDTH = 384
 HEIGHT = 296
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 16, 46
-_FONT_PX = 12
-# All monospaced faces of the style sheet advance by 0.55 to 0.61 em.
-_CHARACTER_PX = 0.61 * _FONT_PX
-_LINE_PX = 15
 _POINT_PX = 5
 _STEP_PX = 5
-_WANTED_TICKS = 5
 _NEAR_PX = 16
 # A label belongs to the point that is nearer by this much; otherwise a line joins them.
 _CLEARLY_PX = 3
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle in the units of the drawing."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def overlaps(self, other: Box) -> bool:
-        """Tell whether two boxes share more than an edge."""
-        return (
-            self.left < other.right
-            and other.left < self.right
-            and self.top < other.bottom
-            and other.top < self.bottom
-        )
-
-    def distance(self, x: float, y: float) -> float:
-        """Return how far a point is from the nearest edge; 0 inside."""
-        return math.hypot(
-            max(self.left - x, 0, x - self.right), max(self.top - y, 0, y - self.bottom)
-        )
-
-    def holds(self, other: Box) -> bool:
-        """Tell whether `other` lies inside."""
-        return (
-            self.left <= other.left
-            and other.right <= self.right
-            and self.top <= other.top
-            and other.bottom <= self.bottom
-        )
 
 
 _Spot = tuple["Mark", float, float]
@@ -83,18 +57,6 @@ class Mark:
     kld_mean_nats: float
     verdict: str
     on_frontier: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """A line of text and the box that it fills at most."""
-
-    text: str
-    x: float
-    y: float
-    anchor: str
-    kind: str
-    box: Box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,48 +91,6 @@ class Plan:
         return [*labels, *(text for _, text in (*self.x_ticks, *self.y_ticks))]
 
 
-# --- scales -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """A straight map from values to the drawing, after `log10` if the axis is logarithmic."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def at(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
-
-
-def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
-    """Return an interval around the values with some air; never empty."""
-    low, high = min(values), max(values)
-    air = max((high - low) * 0.12, least)
-    return low - air, high + air
-
-
-def _linear_ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers between two values."""
-    raw = (high - low) / _WANTED_TICKS
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
-    first = math.ceil(low / step)
-    ticks = (index * step for index in range(first, first + 2 * _WANTED_TICKS + 2))
-    return [tick for tick in ticks if tick <= high]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers between two powers, given as their logarithms."""
-    decades = range(math.floor(low), math.ceil(high) + 1)
-    factors = (1.0,) if high - low > 2.5 else (1.0, 2.0, 5.0)  # noqa: PLR2004 - decades
-    ticks = (factor * 10.0**decade for decade in decades for factor in factors)
-    return [tick for tick in ticks if low <= math.log10(tick) <= high]
-
-
 # --- placing ----------------------------------------------------------------------------------
 
 
@@ -198,15 +118,15 @@ def plan(  # noqa: PLR0913 - each is one independent fact about the drawing
     if not shown:
         return None
     depth = _log_depths(shown)
-    x_low, x_high = _padded([v for m in shown for v in (m.low, m.high)], shown[0].x * 0.02)
+    x_low, x_high = padded([v for m in shown for v in (m.low, m.high)], shown[0].x * 0.02)
     if x_limit is not None and x_high < x_limit <= x_high + (x_high - x_low) / 2:
         x_high = x_limit * 1.02
     ys = list(depth.values())
     if kld_limit is not None and min(ys) - 1 < math.log10(kld_limit) < max(ys) + 1:
         ys.append(math.log10(kld_limit))
-    y_low, y_high = _padded(ys, 0.15)
-    x = _Scale(x_low, x_high, PLOT.left, PLOT.right)
-    y = _Scale(y_low, y_high, PLOT.top, PLOT.bottom)
+    y_low, y_high = padded(ys, 0.15)
+    x = Scale(x_low, x_high, PLOT.left, PLOT.right)
+    y = Scale(y_low, y_high, PLOT.top, PLOT.bottom)
     spots = [(mark, x.at(mark.x), y.at(depth[mark.label])) for mark in shown]
     return Plan(
         title=title,
@@ -231,34 +151,28 @@ def _log_depths(marks: Sequence[Mark]) -> dict[str, float]:
     return {mark.label: math.log10(max(mark.kld_mean_nats, floor)) for mark in marks}
 
 
-def _x_ticks(scale: _Scale) -> Iterator[tuple[float, Text]]:
+def _x_ticks(scale: Scale) -> Iterator[tuple[float, Text]]:
     previous = -math.inf
-    for value in _linear_ticks(scale.low, scale.high):
-        text = _text(wording.declared(round(value, 9)), scale.at(value), PLOT.bottom + 17, "middle")
-        if text.box.left > previous + _CHARACTER_PX and text.box.right <= WIDTH:
+    for value in linear_ticks(scale.low, scale.high):
+        text = text_at(
+            wording.declared(round(value, 9)), scale.at(value), PLOT.bottom + 17, "middle"
+        )
+        if text.box.left > previous + CHARACTER_PX and text.box.right <= WIDTH:
             previous = text.box.right
             yield scale.at(value), text
 
 
-def _y_ticks(scale: _Scale) -> Iterator[tuple[float, Text]]:
+def _y_ticks(scale: Scale) -> Iterator[tuple[float, Text]]:
     previous = -math.inf
-    for value in _log_ticks(scale.low, scale.high):
+    for value in log_ticks(scale.low, scale.high):
         y = scale.at(math.log10(value))
-        text = _text(f"{value:.6g}", PLOT.left - 7, y + 4, "end")
+        text = text_at(f"{value:.6g}", PLOT.left - 7, y + 4, "end")
         if text.box.top > previous:
             previous = text.box.bottom
             yield y, text
 
 
-def _text(text: str, x: float, y: float, anchor: str, kind: str = "tick") -> Text:
-    """Place a line of text; `y` is its base line."""
-    width = len(text) * _CHARACTER_PX
-    left = {"start": x, "middle": x - width / 2, "end": x - width}[anchor]
-    box = Box(left, y - _LINE_PX + 4, left + width, y + 4)
-    return Text(text=text, x=x, y=y, anchor=anchor, kind=kind, box=box)
-
-
-def _place(spots: Sequence[_Spot], scale: _Scale) -> tuple[Placed, ...]:
+def _place(spots: Sequence[_Spot], scale: Scale) -> tuple[Placed, ...]:
     """Give labels their places, the chosen quant first; a label may not cover any point."""
     taken = [
         Box(x - _POINT_PX - 2, y - _POINT_PX - 2, x + _POINT_PX + 2, y + _POINT_PX + 2)
@@ -303,18 +217,18 @@ def _places(mark: Mark, x: float, y: float) -> Iterator[Text]:
     """Propose places for a label: beside its point, then ever farther away."""
     kind = "label chosen" if mark.verdict == "CHOSEN" else "label"
     gap = _POINT_PX + 4
-    yield _text(mark.label, x, y - gap - 2, "middle", kind)
-    yield _text(mark.label, x + gap, y + 4, "start", kind)
-    yield _text(mark.label, x - gap, y + 4, "end", kind)
-    yield _text(mark.label, x, y + gap + 10, "middle", kind)
+    yield text_at(mark.label, x, y - gap - 2, "middle", kind)
+    yield text_at(mark.label, x + gap, y + 4, "start", kind)
+    yield text_at(mark.label, x - gap, y + 4, "end", kind)
+    yield text_at(mark.label, x, y + gap + 10, "middle", kind)
     for anchor, side in (("start", gap - 2), ("end", 2 - gap)):
-        yield _text(mark.label, x + side, y - gap + 1, anchor, kind)
-        yield _text(mark.label, x + side, y + gap + 7, anchor, kind)
+        yield text_at(mark.label, x + side, y - gap + 1, anchor, kind)
+        yield text_at(mark.label, x + side, y + gap + 7, anchor, kind)
     columns = range(int(PLOT.left), int(PLOT.right), _STEP_PX * 2)
-    rows = range(int(PLOT.top), int(PLOT.bottom) + _LINE_PX, _STEP_PX)
+    rows = range(int(PLOT.top), int(PLOT.bottom) + LINE_PX, _STEP_PX)
     grid = ((column, row) for column in columns for row in rows)
     for column, row in sorted(grid, key=lambda at: math.hypot(at[0] - x, at[1] - 4 - y)):
-        yield _text(mark.label, column, row, "middle", kind)
+        yield text_at(mark.label, column, row, "middle", kind)
 
 
 def _front(spots: Sequence[_Spot], *, less_x_is_better: bool) -> tuple[tuple[float, float], ...]:
@@ -382,12 +296,12 @@ def _draw_limits(drawn: Plan) -> Iterator[str]:
 
 def _draw_axes(drawn: Plan) -> Iterator[str]:
     for x, text in drawn.x_ticks:
-        yield _line("tick", x, PLOT.bottom, x, PLOT.bottom + 4)
-        yield _draw_text(text)
+        yield line("tick", x, PLOT.bottom, x, PLOT.bottom + 4)
+        yield draw_text(text)
     for y, text in drawn.y_ticks:
-        yield _line("grid", PLOT.left, y, PLOT.right, y)
-        yield _draw_text(text)
-    yield _line("axis", PLOT.left, PLOT.bottom, PLOT.right, PLOT.bottom)
+        yield line("grid", PLOT.left, y, PLOT.right, y)
+        yield draw_text(text)
+    yield line("axis", PLOT.left, PLOT.bottom, PLOT.right, PLOT.bottom)
     middle = (PLOT.left + PLOT.right) / 2
     yield (
         f'<text class="title" x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor="middle">'
@@ -405,7 +319,7 @@ def _draw_mark(one: Placed) -> Iterator[str]:
     mark, x, y = one.mark, one.x, one.y
     kind = f"{mark.verdict.lower()}{'' if mark.on_frontier else ' dominated'}"
     if one.high - one.low > 1:
-        yield _line("whisker", one.low, y, one.high, y)
+        yield line("whisker", one.low, y, one.high, y)
     if one.label is not None and one.has_leader:
         yield _draw_leader(one.label, x, y)
     yield f'<g class="mark {escape(kind)}"><title>{escape(_tooltip(mark))}</title>'
@@ -420,29 +334,18 @@ def _draw_mark(one: Placed) -> Iterator[str]:
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
     yield "</g>"
     if one.label is not None:
-        yield _draw_text(one.label)
+        yield draw_text(one.label)
 
 
 def _draw_leader(label: Text, x: float, y: float) -> str:
     """Join a label to its point."""
     near_x = min(max(x, label.box.left), label.box.right)
     near_y = min(max(y, label.box.top), label.box.bottom)
-    return _line("leader", x, y, near_x, near_y)
+    return line("leader", x, y, near_x, near_y)
 
 
 def _tooltip(mark: Mark) -> str:
     return (
         f"{mark.label}: {wording.number(mark.x)}, {wording.number(mark.kld_mean_nats)} nats, "
         f"{mark.verdict.lower()}"
-    )
-
-
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def _draw_text(text: Text) -> str:
-    return (
-        f'<text class="{text.kind}" x="{text.x:.1f}" y="{text.y:.1f}" '
-        f'text-anchor="{text.anchor}">{escape(text.text)}</text>'
     )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines import chart
 from pipelines.chart import Mark, Plan
+from pipelines.drawing import Box
 
 
 def mark(label: str, x: float, kld_mean_nats: float, verdict: str = "PASS") -> Mark:
@@ -53,7 +54,7 @@ def test_texts_never_overlap_and_stay_inside(
 
     plan = drawn(marks, kld_limit=kld_limit, x_limit=x_limit)
 
-    frame = chart.Box(0, 0, chart.WIDTH, chart.HEIGHT)
+    frame = Box(0, 0, chart.WIDTH, chart.HEIGHT)
     boxes = [text.box for text in plan.texts()]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert all(frame.holds(text.box) for text in plan.texts() if text.kind != "tick")
