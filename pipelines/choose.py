@@ -29,6 +29,7 @@ from pipelines.election import Election
 from pipelines.errors import MachineError
 from pipelines.evidence import Trusted, examine
 from pipelines.limits import memory_notes
+from pipelines.load_records import SweepRecord
 from pipelines.objectives import dominators
 from pipelines.records import BenchmarkRecord, Candidate, ChoiceRecord, QuantizeRecord
 
@@ -98,7 +99,40 @@ def run(slice_: ChooseSlice, at: Layout) -> ChoiceRecord:
     shown = [one for one in candidates if one.verdict != "INVALID"]
     atomic.write_json(at.frontier(slice_.model), [_frontier_row(one) for one in shown])
     atomic.write_json(at.metrics(slice_.model), {one.type: _metrics_row(one) for one in shown})
-    return choice.model_copy(update={"notes": (*choice.notes, *notes)})
+    swept = sweep_notes(slice_, at, quantized)
+    return choice.model_copy(update={"notes": (*choice.notes, *notes, *swept)})
+
+
+def sweep_notes(
+    slice_: ChooseSlice, at: Layout, quantized: Mapping[str, QuantizeRecord | str]
+) -> tuple[str, ...]:
+    """
+    Say of each swept quant what it does with a part of its layers on the GPU.
+
+    A sweep of another file than the declared one, or one that cannot be read, says nothing.
+    """
+    notes = []
+    for key, type_ in slice_.quants.items():
+        swept = records.read_or_reason(at.sweep_record(slice_.model, type_), SweepRecord)
+        made = quantized[key]
+        if isinstance(swept, str) or isinstance(made, str):
+            continue
+        if swept.gguf_sha256 == made.gguf.sha256:
+            notes.append(_sweep_note(swept))
+    return tuple(notes)
+
+
+def _sweep_note(swept: SweepRecord) -> str:
+    """Say it in a sentence: `Q8_0 over the layers on the GPU (of 33): 0 4.1 tok/s, 33 no fit.`."""
+    points = (
+        f"{point.gpu_layers}: "
+        + (f"{point.output_tok_s:.3g} tok/s" if point.output_tok_s is not None else "not served")
+        for point in swept.points
+    )
+    return (
+        f"{swept.type} with a part of its {swept.layers_count} layers on the GPU, one request at "
+        f"a time: {', '.join(points)}."
+    )
 
 
 def _read_all(

@@ -82,6 +82,10 @@ class Layout:
         """Record of a stage that runs once for each quant."""
         return self.root / "results" / model / stage / f"{type_}.json"
 
+    def sweep_record(self, model: str, type_: str) -> Path:
+        """Speed of a quant over the layers on the GPU, beside its benchmark, if it was swept."""
+        return self.root / "results" / model / "benchmark" / f"{type_}.gpu-layers.json"
+
     def frontier(self, model: str) -> Path:
         """Size, speed and divergence of every measured quant, as rows that `dvc plots` draws."""
         return self.root / "results" / model / "frontier.json"
@@ -103,6 +107,7 @@ class Layout:
         return (
             self.quant_record("quantize", model, type_),
             self.quant_record("benchmark", model, type_),
+            self.sweep_record(model, type_),
             self.gguf(model, key),
         )
 

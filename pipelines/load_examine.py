@@ -9,7 +9,7 @@ numbers INVALID; a file that cannot be loaded is a failure of that file.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from pipelines import (
@@ -217,7 +217,7 @@ class Examiner:
     def smoke(self, host: Host, reference: Reference, type_: str) -> Smoke:
         """Load a quant, compare one prompt, send a few requests."""
         console.step(f"smoke of {type_}")
-        one = replace(self.prompts, conversations=self.prompts.conversations[:1])
+        one = self.prompts.model_copy(update={"conversations": self.prompts.conversations[:1]})
         served: Served | None = None
         run: LoadRun | None = None
         wrong: list[str] = []

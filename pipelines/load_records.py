@@ -257,6 +257,31 @@ class LoadTestRecord(Record):
     wall_s: Finite
 
 
+class SweepPoint(Part):
+    """One number of layers; what was not measured is None, and `sentence` says why."""
+
+    gpu_layers: int
+    size_vram_bytes: int | None
+    ttft_p50_ms: Finite | None
+    output_tok_s: Finite | None
+    sentence: str
+
+
+class SweepRecord(Record):
+    """One quant over the layers on the GPU, one request at a time."""
+
+    stage: Literal["sweep"] = "sweep"
+    model: str
+    type: str
+    gguf_sha256: str
+    layers_count: int
+    context_tokens: int
+    machine: MachineId
+    engine: str
+    points: tuple[SweepPoint, ...]
+    measured_at: str
+
+
 def metrics_rows(record: LoadTestRecord) -> dict[str, dict[str, float]]:
     """
     Return the headline numbers by type, for `dvc metrics diff` and MLflow; units at the end.

@@ -152,7 +152,10 @@ def _serve(
             examiner.prompts,
             examiner.log,
             system=examiner.modelfile.system or "",
-            messages=examiner.modelfile.messages,
+            messages=[
+                {"role": each.role, "content": each.content}
+                for each in examiner.modelfile.messages
+            ],
         ) as pending,
         server.open_host(
             engine, examiner.settings, model=wanted.model, at=at, log=examiner.log

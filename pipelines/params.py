@@ -629,7 +629,7 @@ def choose_slice(declared: Declaration, model: str) -> ChooseSlice:
 
 
 # A service level that nobody states.
-_MIN_GOODPUT = 0.95
+MIN_GOODPUT = 0.95
 
 
 def load_test_slice(declared: Declaration, model: str) -> LoadTestSlice:
@@ -639,7 +639,7 @@ def load_test_slice(declared: Declaration, model: str) -> LoadTestSlice:
     slos = {
         name: Slo(
             **(
-                {"min_goodput": _MIN_GOODPUT}
+                {"min_goodput": MIN_GOODPUT}
                 | fleet.model_dump(exclude_none=True)
                 | host.slo.model_dump(exclude_none=True)
                 | spec.slo.model_dump(exclude_none=True)

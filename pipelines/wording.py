@@ -107,12 +107,16 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+_NAMES = frozenset({"Ollama"})
+
+
 def clause(sentence: str) -> str:
     """Make a sentence a part of another one: `The card was hot.` becomes `the card was hot`."""
     text = sentence.strip().rstrip(".")
     word = text.split(" ", 1)[0]
-    # Names such as NVIDIA and Q4_K_M keep their letters.
-    return text[:1].lower() + text[1:] if word[1:].islower() or word == "A" else text
+    # Names such as NVIDIA, Q4_K_M and Ollama keep their letters.
+    common = (word[1:].islower() or word == "A") and word.removesuffix("'s") not in _NAMES
+    return text[:1].lower() + text[1:] if common else text
 
 
 def sentence(text: str) -> str:
