@@ -30,7 +30,7 @@ from pipelines import (
     records,
     tensor_mix,
 )
-from pipelines.errors import ParamsError, ToolError
+from pipelines.errors import DigestError, ParamsError, ToolError
 from pipelines.wording import first_few
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def quantize(wanted: QuantizeSlice, at: Layout, tools: Toolchain) -> QuantizeRec
         ParamsError: The declaration does not fit the model: a rule without effect, a type that
             rows do not fit, more fallbacks than allowed, a missing importance matrix.
         ToolError: llama-quantize failed, or made something else than it announced.
+        DigestError: The 16-bit model is not the one of its record.
         MachineError: The disk is too small; nothing was written.
     """
     convert = records.read(at.model_record("convert", wanted.model), records.ConvertRecord)
@@ -215,7 +216,14 @@ def _check_imatrix(made: Header, calibration: CalibrateRecord | None) -> None:
 
 
 def _source(path: Path, convert: ConvertRecord) -> Header:
-    """Read the header of the 16-bit GGUF and refuse one that is quantized already, or torn."""
+    """
+    Read the header of the 16-bit GGUF and refuse one that is quantized already, torn or another.
+
+    Up to 256 MiB it is hashed, which takes half a second. Of a larger one header and size have to
+    do, or each of ten quants would read it once more than the tool does. Below DVC its bytes were
+    compared before the stage started; of what somebody makes by hand from other bytes of the same
+    size, benchmark tells how far it is from the 16-bit model, which it hashes.
+    """
     source = gguf_header.read(path)
     if source.file_size_bytes != convert.gguf.size_bytes:
         raise ToolError(
@@ -223,6 +231,13 @@ def _source(path: Path, convert: ConvertRecord) -> Header:
             f"{convert.gguf.size_bytes:,}.",
             hint="fleet repro: it makes the file again.",
         )
+    if source.file_size_bytes <= dvc_state.WORTH_BYTES:
+        found = hashing.digest(path).sha256
+        if found != convert.gguf.sha256:
+            raise DigestError(
+                f"{path} is {found[:12]}, its record says {convert.gguf.sha256[:12]}.",
+                hint="fleet repro: it makes the file again.",
+            )
     # Only quantized types store more than one element in a block.
     quantized = sorted(type_ for type_ in source.type_counts() if gguf_header.BLOCKS[type_][0] > 1)
     if quantized:

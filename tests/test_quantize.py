@@ -20,7 +20,7 @@ from gguf_factory import converted_model, quant
 
 from pipelines import console, gguf_header, hashing, machine, records
 from pipelines.calibrate import calibrate
-from pipelines.errors import MachineError, ParamsError, ToolError
+from pipelines.errors import DigestError, MachineError, ParamsError, ToolError
 from pipelines.params import CalibrateSlice, Corpus
 from pipelines.quantize import quantize
 
@@ -312,6 +312,20 @@ def test_a_source_that_is_not_the_converted_one_is_refused(at: Layout, tools: To
         quantize(quant(), at, tools)
 
 
+def test_a_source_of_the_same_size_with_other_bytes_is_refused(
+    at: Layout, tools: Toolchain
+) -> None:
+    """One weight that another program changed is no model of ours, whatever its size."""
+    path = at.f16("tiny")
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(DigestError, match=r"f16\.gguf is .*, its record says"):
+        quantize(quant(), at, tools)
+    assert_nothing_left(at)
+
+
 def test_a_full_disk_is_noticed_before_the_first_byte(
     at: Layout, tools: Toolchain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,7 +345,7 @@ def test_a_nan_in_the_model_stops_the_quant(at: Layout, tools: Toolchain) -> Non
     data = bytearray(at.f16("tiny").read_bytes())
     place = header.data_offset + tensor.offset
     data[place : place + 2] = np.float16("nan").tobytes()
-    at.f16("tiny").write_bytes(data)
+    put_source(at, bytes(data))
 
     with pytest.raises(ToolError, match="llama-quantize ended with exit code 1"):
         quantize(quant(), at, tools)
@@ -483,11 +497,12 @@ def test_a_stopped_quant_leaves_no_final_name(
 
 
 def put_source(at: Layout, data: bytes) -> None:
-    """Replace the 16-bit GGUF and its size in the record."""
+    """Replace the 16-bit GGUF, and what its record says of the file."""
     at.f16("tiny").write_bytes(data)
     path = at.model_record("convert", "tiny")
     record = records.read(path, records.ConvertRecord)
-    file = record.gguf.model_copy(update={"size_bytes": len(data)})
+    digests = hashing.digest(at.f16("tiny"))
+    file = record.gguf.model_copy(update={"size_bytes": len(data), "sha256": digests.sha256})
     records.write(path, record.model_copy(update={"gguf": file}))
 
 
