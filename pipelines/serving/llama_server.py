@@ -224,10 +224,17 @@ def require_offload(running: Running) -> None:
 
 
 def render(
-    client: Client, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+    client: Client,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    think: bool = False,
 ) -> str:
     """Return the prompt that a llama-server makes of a conversation."""
-    body: dict[str, Any] = {"messages": [dict(message) for message in messages]}
+    body: dict[str, Any] = {
+        "messages": [dict(message) for message in messages],
+        "chat_template_kwargs": {"enable_thinking": think},
+    }
     if tools:
         body["tools"] = list(tools)
     prompt = client.post("/apply-template", body).get("prompt")
@@ -280,14 +287,22 @@ class _LoadedByLlamaServer(Loaded):
         return self._served.model_copy(update={"peak_memory_mib": self.peak_memory_mib()})
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        think: bool = False,
     ) -> str:
-        return render(self._running.client, messages, tools)
+        return render(self._running.client, messages, tools, think=think)
 
     def render_by_llama_server(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        think: bool = False,
     ) -> str:
-        return self.render(messages, tools)
+        return self.render(messages, tools, think=think)
 
     def prompt_tokens(self, messages: Sequence[Mapping[str, Any]]) -> int:
         return openai_prompt_tokens(self._running.client, PROGRAM, self.name, messages)

@@ -297,11 +297,16 @@ class _LoadedByOllama(Loaded):
     # --- what it is asked
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        think: bool = False,
     ) -> str:
         body = self._request | {
             "messages": [dict(message) for message in messages],
             "_debug_render_only": True,
+            "think": think,
         }
         if tools:
             body["tools"] = list(tools)
@@ -312,9 +317,13 @@ class _LoadedByOllama(Loaded):
         return prompt
 
     def render_by_llama_server(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        think: bool = False,
     ) -> str:
-        return llama_server.render(self._llama, messages, tools)
+        return llama_server.render(self._llama, messages, tools, think=think)
 
     def prompt_tokens(self, messages: Sequence[Mapping[str, Any]]) -> int:
         if self.api == "openai":

@@ -160,13 +160,21 @@ class Loaded(ABC):
 
     @abstractmethod
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        think: bool = False,
     ) -> str:
         """Return the prompt that this engine makes of a conversation, without a BOS text."""
 
     @abstractmethod
     def render_by_llama_server(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        think: bool = False,
     ) -> str:
         """Return the prompt that the llama-server makes of it: the one below, or the engine."""
 
