@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from pipelines import dvc_state, records
@@ -51,6 +51,8 @@ class Size:
 
     source_bytes: int
     parameters_count: int
+    # None if it cannot be known yet.
+    vocabulary_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +62,18 @@ class Plan:
     source_bytes: int = 0
     f16_bytes: int = 0
     quants_bytes: int = 0
+    # Scratch of the benchmark; DVC never sees it.
+    logits_bytes: int = 0
+
+    @property
+    def cached_bytes(self) -> int:
+        """What DVC will keep of it, with the reserve."""
+        return int((self.source_bytes + self.f16_bytes + self.quants_bytes) * (1 + RESERVE))
 
     @property
     def total_bytes(self) -> int:
         """All of it, with the reserve."""
-        return int((self.source_bytes + self.f16_bytes + self.quants_bytes) * (1 + RESERVE))
+        return self.cached_bytes + int(self.logits_bytes * (1 + RESERVE))
 
     def __add__(self, other: Plan) -> Plan:
         """Join the plans of two models."""
@@ -72,12 +81,14 @@ class Plan:
             source_bytes=self.source_bytes + other.source_bytes,
             f16_bytes=self.f16_bytes + other.f16_bytes,
             quants_bytes=self.quants_bytes + other.quants_bytes,
+            logits_bytes=self.logits_bytes + other.logits_bytes,
         )
 
     def __str__(self) -> str:
         """Say the parts, for the message."""
         parts = ((self.source_bytes, "sources"), (self.f16_bytes, "16-bit GGUFs"),
-                 (self.quants_bytes, "quants"))  # fmt: skip
+                 (self.quants_bytes, "quants"),
+                 (self.logits_bytes, "logits of the 16-bit models"))  # fmt: skip
         return ", ".join(f"{_gib(size)} {what}" for size, what in parts if size)
 
 
@@ -169,8 +180,8 @@ def check_disk(declared: Declaration, at: Layout) -> Plan:
 
     Sizes come from the fetch record, from the directory of a `path:` source, or from one question
     to the Hub. If the Hub cannot be asked, that model is left out here, and fetch itself asks
-    before its first byte. A cache of DVC's on another file system holds a copy of everything, so
-    it needs the same room.
+    before its first byte. A cache of DVC's on another file system holds a copy of everything but
+    the logits, so it needs the same room.
 
     Raises:
         MachineError: Too little is free; nothing was written.
@@ -186,7 +197,7 @@ def check_disk(declared: Declaration, at: Layout) -> Plan:
     require(at.root / "work", plan.total_bytes, what)
     cache = dvc_state.cache_dir(at.root)
     if _device(cache) != _device(at.root / "work"):
-        require(cache, plan.total_bytes, f"{what} in DVC's cache")
+        require(cache, plan.cached_bytes, f"{what} in DVC's cache")
     return plan
 
 
@@ -213,7 +224,44 @@ def _plan_of(name: str, model: Model, declared: Declaration, at: Layout, size: S
         for key, quant in declared.quants.items()
         if quant.model == name and not (converted_here and _quantized_here(key, quant, at, recipe))
     )
-    return plan_bytes(size, missing, fetched=fetched_here, converted=converted_here)
+    plan = plan_bytes(size, missing, fetched=fetched_here, converted=converted_here)
+    return replace(plan, logits_bytes=_logits_bytes(name, declared, at, size))
+
+
+def _logits_bytes(name: str, declared: Declaration, at: Layout, size: Size) -> int:
+    """
+    Bytes of scratch that the benchmarks of a model still have to write: the f16's logits, once.
+
+    They are one file for all quants of a model and stay until a run has ended well. A vocabulary
+    that cannot be known yet is left to the benchmark, which asks for its room itself.
+    """
+    from pipelines import llama_perplexity  # noqa: PLC0415 - not for the stages that ask us
+
+    quants = [quant for quant in declared.quants.values() if quant.model == name]
+    if size.vocabulary_tokens is None or all(_measured_here(quant, at) for quant in quants):
+        return 0
+    quality = declared.benchmark.quality
+    needed_bytes = llama_perplexity.base_size_bytes(
+        llama_perplexity.BaseHeader(
+            context_tokens=quality.context_tokens,
+            vocabulary_tokens=size.vocabulary_tokens,
+            chunks=quality.chunks,
+        )
+    )
+    there = at.scratch(name).glob("logits-*.kld")
+    return 0 if any(path.stat().st_size == needed_bytes for path in there) else needed_bytes
+
+
+def _measured_here(quant: Quant, at: Layout) -> bool:
+    """Tell whether a quant has a measurement of its present file that nobody has to repeat."""
+    made = _record(at.quant_record("quantize", quant.model, quant.type), records.QuantizeRecord)
+    found = _record(at.quant_record("benchmark", quant.model, quant.type), records.BenchmarkRecord)
+    return (
+        made is not None
+        and found is not None
+        and found.gguf_sha256 == made.gguf.sha256
+        and found.validity.verdict == "VALID"
+    )
 
 
 def _quantized_here(key: str, quant: Quant, at: Layout, recipe: int) -> bool:
@@ -229,7 +277,15 @@ def _size_of(name: str, model: Model, at: Layout) -> Size | None:
 
     known = _record(at.model_record("fetch", name), records.FetchRecord)
     if known is not None and (known.source, known.revision) == (model.source, model.revision):
-        return Size(source_bytes=known.size_bytes, parameters_count=known.parameters_count)
+        return Size(
+            source_bytes=known.size_bytes,
+            parameters_count=known.parameters_count,
+            vocabulary_tokens=fetch.vocabulary_tokens(
+                at.source(name)
+                if at.source(name).is_dir() or not model.source.startswith("path:")
+                else at.root / model.source.removeprefix("path:")
+            ),
+        )
     try:
         return fetch.size_of(model.source, model.revision, at)
     except FleetError:

@@ -341,7 +341,24 @@ def size_of(source: str, revision: str, at: Layout) -> disk.Size:
         checkpoint = _checkpoint(opened.path, _shards(listing, opened.path))
         parameters_count = checkpoint.parameters_count
     small_bytes = sum(file.size_bytes for file in _small_files(listing))
-    return disk.Size(source_bytes=small_bytes + weights_bytes, parameters_count=parameters_count)
+    return disk.Size(
+        source_bytes=small_bytes + weights_bytes,
+        parameters_count=parameters_count,
+        vocabulary_tokens=vocabulary_tokens(opened.path)
+        if isinstance(opened, LocalDirectory)
+        else None,
+    )
+
+
+def vocabulary_tokens(directory: Path) -> int | None:
+    """Return the tokens that a model of this directory predicts; None if its config hides that."""
+    try:
+        config = read_config(directory)
+    except (UpstreamError, OSError):
+        return None
+    inner = config.get("text_config")
+    counts = [each.get("vocab_size") for each in (config, inner) if isinstance(each, dict)]
+    return max((count for count in counts if isinstance(count, int)), default=None)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 from typing import TYPE_CHECKING, get_args
 
 import pytest
-from checkpoints import PARAMETERS_COUNT, tiny
+from checkpoints import CONFIG, PARAMETERS_COUNT, tiny
+from record_factory import benchmark_record, quantize_record, validity
 
 from pipelines import declaration, disk, fetch, params, records
 from pipelines.errors import MachineError
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from pipelines.toolchain import Toolchain
 
 LLAMA_3_8B = 8_030_261_248
+# 100 windows of 512 tokens, by default, over the vocabulary of the tiny model: 20 bytes, 4 for each
+# token, and for each of 100 * 255 scored ones 2 for each entry and 8 more.
+LOGITS_BYTES = 20 + 4 * 51_200 + 25_500 * (2 * CONFIG["vocab_size"] + 8)
 PARAMS = """\
 toolchain: {{llama_cpp_python: 0.3.36, sha256: "{digest}"}}
 corpora: {{evaluation: {{path: corpora/evaluation.txt, sha256: "{digest}"}}}}
@@ -55,7 +60,7 @@ def needed(root: Path) -> int:
         disk.quant_bytes("Q8_0", PARAMETERS_COUNT),
         disk.quant_bytes("Q4_K_M", PARAMETERS_COUNT),
     )
-    return int(sum(parts) * 1.05)
+    return int(sum(parts) * 1.05) + int(LOGITS_BYTES * 1.05)
 
 
 def test_the_plan_is_the_sum_of_source_f16_and_every_quant(tmp_path: Path) -> None:
@@ -65,6 +70,44 @@ def test_the_plan_is_the_sum_of_source_f16_and_every_quant(tmp_path: Path) -> No
     plan = disk.check_disk(declare(tmp_path), Layout(tmp_path))
 
     assert plan.total_bytes == needed(tmp_path)
+    assert plan.logits_bytes == LOGITS_BYTES
+
+
+def test_logits_that_are_there_or_not_needed_take_no_room(tmp_path: Path) -> None:
+    """The f16's logits count until every quant is measured or they lie in scratch already."""
+    tiny(tmp_path / "model")
+    declared, at = declare(tmp_path), Layout(tmp_path)
+    at.scratch("tiny").mkdir(parents=True)
+    logits = at.scratch("tiny") / "logits-0123456789abcdef.kld"
+    with logits.open("wb") as file:
+        file.truncate(LOGITS_BYTES)
+    there = disk.check_disk(declared, at)
+    logits.unlink()
+    for type_ in ("Q8_0", "Q4_K_M"):
+        records.write(at.quant_record("quantize", "tiny", type_), quantize_record(type_))
+        records.write(at.quant_record("benchmark", "tiny", type_), benchmark_record(type_))
+    measured = disk.check_disk(declared, at)
+    again = benchmark_record("Q8_0", validity=validity("The box was busy."))
+    records.write(at.quant_record("benchmark", "tiny", "Q8_0"), again)
+
+    assert there.logits_bytes == measured.logits_bytes == 0
+    assert disk.check_disk(declared, at).logits_bytes == LOGITS_BYTES
+
+
+def test_a_model_whose_vocabulary_is_unknown_leaves_the_logits_to_the_benchmark(
+    tmp_path: Path,
+) -> None:
+    """No estimate is made of what the config does not say."""
+    source = tiny(tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    del config["vocab_size"]
+    (source / "config.json").write_text(json.dumps(config))
+    unknown = disk.check_disk(declare(tmp_path), Layout(tmp_path))
+    (source / "config.json").write_text(json.dumps(config | {"text_config": {"vocab_size": 4000}}))
+    inner = disk.check_disk(declare(tmp_path), Layout(tmp_path))
+
+    assert unknown.logits_bytes == 0
+    assert inner.logits_bytes == 20 + 4 * 51_200 + 25_500 * (2 * 4000 + 8)
 
 
 def test_one_byte_too_few_is_refused_with_needed_free_and_place(
@@ -83,7 +126,8 @@ def test_one_byte_too_few_is_refused_with_needed_free_and_place(
 
     message = caught.value.message
     assert "the disk is too small: the fleet (" in message
-    assert all(part in message for part in ("sources", "16-bit GGUFs", "quants", "are free in"))
+    parts = ("sources", "16-bit GGUFs", "quants", "logits of the 16-bit models", "are free in")
+    assert all(part in message for part in parts)
     assert str(tmp_path) in message
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -94,6 +138,7 @@ def test_what_is_there_already_needs_no_room(tmp_path: Path) -> None:
     revision = fetch.content_digest(source)
     declared, at = declare(tmp_path, revision=revision), Layout(tmp_path)
     shutil.copytree(source, at.source("tiny"))
+    shutil.rmtree(source)
     file = records.FileDigest(name="f16.gguf", size_bytes=1, sha256="", md5="")
     records.write(
         at.model_record("fetch", "tiny"),
@@ -104,6 +149,7 @@ def test_what_is_there_already_needs_no_room(tmp_path: Path) -> None:
     )  # fmt: skip
 
     plan = disk.check_disk(declared, at)
+    assert plan.logits_bytes == LOGITS_BYTES
     assert plan.source_bytes == 0
     assert plan.f16_bytes == disk.f16_bytes(PARAMETERS_COUNT)
 
@@ -127,6 +173,9 @@ def test_what_is_there_already_needs_no_room(tmp_path: Path) -> None:
                 gguf=file,
             ),
         )  # fmt: skip
+        records.write(
+            at.quant_record("benchmark", "tiny", type_), benchmark_record(type_, gguf_sha256="")
+        )
     assert disk.check_disk(declared, at).total_bytes == 0
 
 
