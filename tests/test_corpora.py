@@ -5,10 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from ruamel.yaml import YAML
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+
+    Fleet = Callable[..., subprocess.CompletedProcess[str]]
 
 CORPORA = Path(__file__).resolve().parent.parent / "corpora"
 MIN_SHARED_PARAGRAPH_CHARS = 40
@@ -58,6 +64,25 @@ def test_the_readme_states_the_digest_and_size_of_every_corpus_file() -> None:
         (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
         assert entry["sha256"] in row
         assert f" {(CORPORA / name).stat().st_size:,} " in row
+
+
+def test_a_text_is_renewed_as_the_readme_says(fleet: Fleet, checkout: Path) -> None:
+    """`fleet check` refuses other bytes and prints the line that params.yaml then needs."""
+    readme = " ".join((CORPORA / "README.md").read_text(encoding="utf-8").split())
+    text, params = checkout / "corpora/evaluation.txt", checkout / "params.yaml"
+    before = manifest()["evaluation.txt"]["sha256"]
+    text.write_text(text.read_text(encoding="utf-8") + "One more line.\n", encoding="utf-8")
+
+    refused = fleet("check", cwd=checkout)
+    told = re.search(r"write: sha256: ([0-9a-f]{64})", refused.stderr)
+    assert told is not None
+    params.write_text(params.read_text().replace(before, told[1]))
+    accepted = fleet("check", cwd=checkout)
+
+    assert (refused.returncode, accepted.returncode) == (2, 0)
+    assert told[1] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert "`params.yaml` carries the sha256" in readme
+    assert "`write: sha256: ...`" in readme
 
 
 def test_every_source_project_is_redistributed_with_its_licence_text() -> None:
