@@ -45,7 +45,9 @@ _BEFORE: Final = 30
 class Renderer(Protocol):
     """What is needed of a loaded model (`pipelines.serving.server.Loaded`)."""
 
-    served: Served
+    @property
+    def served(self) -> Served:
+        """The file as the server has it."""
 
     def render(
         self,
