@@ -56,6 +56,8 @@ _STALE_WITHIN_NS: Final = 100_000_000
 _NS: Final = 1_000_000_000
 # Before the first request, so that all threads are there.
 _START_IN_NS: Final = 20_000_000
+# Reading what lies ready takes some microseconds, waking up for new bytes some tens.
+_TOGETHER_NS: Final = 20_000
 _COLON: Final = ord(":")
 _LENGTH: Final = struct.Struct("<Q")
 
@@ -469,10 +471,10 @@ def _write(out: Path, planned: Plan, target: Target, spool: _Spool, facts: dict[
 
 
 def _gaps_us(answer: Answer) -> Iterator[int]:
-    """Pauses between reads that brought content; what came in one read came at one time."""
+    """Pauses between chunks; what had come together is read within microseconds of each other."""
     before = None
     for stamp in answer.stamps_ns:
-        if before is not None and stamp != before:
+        if before is not None and stamp - before >= _TOGETHER_NS:
             yield round((stamp - before) / 1000)
         before = stamp
 
