@@ -61,7 +61,7 @@ def checkout(tmp_path: Path) -> Path:
     """A copy of the template as a fork has it: a git repository with DVC, and no cache of ours."""
     root = tmp_path / "fork"
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "work", "results")
-    for name in ("pipelines", "examples", "corpora", ".dvc", "tests/data"):
+    for name in ("pipelines", "examples", "corpora", "modelfiles", ".dvc", "tests/data"):
         shutil.copytree(ROOT / name, root / name, ignore=_and_dvc_state(ignored))
     for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root / name)

@@ -87,7 +87,7 @@ def _finished(
     assert tools.tool("llama-quantize").exists()
     root = tmp_path_factory.mktemp("chain") / "fork"
     hidden = shutil.ignore_patterns("work", "cache", "tmp", "results", "__pycache__")
-    for name in ("pipelines", "examples", "corpora", ".dvc"):
+    for name in ("pipelines", "examples", "corpora", "modelfiles", ".dvc"):
         shutil.copytree(ROOT / name, root / name, ignore=hidden)
     for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root / name)

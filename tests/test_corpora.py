@@ -79,7 +79,7 @@ def test_a_text_is_renewed_as_the_readme_says(fleet: Fleet, checkout: Path) -> N
     params.write_text(params.read_text().replace(before, told[1]))
     accepted = fleet("check", cwd=checkout)
 
-    assert (refused.returncode, accepted.returncode) == (2, 0)
+    assert (refused.returncode, accepted.returncode) == (2, 0), accepted.stderr
     assert told[1] == hashlib.sha256(text.read_bytes()).hexdigest()
     assert "`params.yaml` carries the sha256" in readme
     assert "`write: sha256: ...`" in readme
