@@ -15,6 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pipelines.serving.engine import Engine
     from pipelines.toolchain import Toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,16 @@ def tools() -> Toolchain:
 
     spec = toolchain.spec_of(declaration.load(ROOT / "params.yaml"))
     return toolchain.ensure(spec)
+
+
+@pytest.fixture(scope="session")
+def engine(tools: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """The real Ollama, of PATH or built by Go; installed once, as the toolchain is."""
+    from pipelines import params  # noqa: PLC0415 - only tests that need it
+    from pipelines.serving import engine as engines  # noqa: PLC0415
+
+    log = tmp_path_factory.mktemp("engine") / "log"
+    return engines.find(params.Serving(engine="ollama"), tools, log=log)
 
 
 @pytest.fixture
