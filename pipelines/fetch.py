@@ -17,9 +17,11 @@ import hashlib
 import json
 import re
 import stat
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 from pipelines import (
@@ -40,7 +42,6 @@ from pipelines.hub import HubRepo, RemoteFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from pipelines.layout import Layout
     from pipelines.params import FetchSlice
@@ -324,7 +325,7 @@ def revision_flaw(directory: Path, revision: str, known: records.FetchRecord | N
 
 def size_of(source: str, revision: str, at: Layout) -> disk.Size:
     """
-    Ask a source how large the model is, without bringing it.
+    Ask a source how large the model is, without bringing more of it than its config.json.
 
     Weights whose headers are not at hand count as 16-bit, so that the answer is an upper bound.
 
@@ -340,14 +341,24 @@ def size_of(source: str, revision: str, at: Layout) -> disk.Size:
     if isinstance(opened, LocalDirectory):
         checkpoint = _checkpoint(opened.path, _shards(listing, opened.path))
         parameters_count = checkpoint.parameters_count
-    small_bytes = sum(file.size_bytes for file in _small_files(listing))
+    small = _small_files(listing)
     return disk.Size(
-        source_bytes=small_bytes + weights_bytes,
+        source_bytes=sum(file.size_bytes for file in small) + weights_bytes,
         parameters_count=parameters_count,
-        vocabulary_tokens=vocabulary_tokens(opened.path)
-        if isinstance(opened, LocalDirectory)
-        else None,
+        vocabulary_tokens=_vocabulary_tokens_of(opened, small),
     )
+
+
+def _vocabulary_tokens_of(source: Upstream, small: Sequence[RemoteFile]) -> int | None:
+    """Return the size of the vocabulary by the one small file that tells it."""
+    if isinstance(source, LocalDirectory):
+        return vocabulary_tokens(source.path)
+    config = next((file for file in small if file.name == CONFIG), None)
+    if config is None:
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        source.bring(config, Path(directory) / CONFIG, lambda _: None)
+        return vocabulary_tokens(Path(directory))
 
 
 def vocabulary_tokens(directory: Path) -> int | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from checkpoints import PARAMETERS_COUNT, tiny
+from checkpoints import CONFIG, PARAMETERS_COUNT, tiny
 
 from pipelines.errors import DigestError, RetryLaterError, UpstreamError
 
@@ -47,6 +47,13 @@ except FleetError as error:
 else:
     print(json.dumps({"code": 0, "parameters": fetched.checkpoint.parameters_count,
                       "files": {n: d.sha256 for n, d in fetched.digests.items()}}))
+"""
+
+SIZE = """
+import dataclasses, json, sys
+from pipelines import fetch
+from pipelines.layout import Layout
+print(json.dumps(dataclasses.asdict(fetch.size_of(*sys.argv[1:], Layout()))))
 """
 
 
@@ -192,6 +199,25 @@ def test_a_good_repository_is_fetched_whole_and_verified(hub: Hub, tmp_path: Pat
     assert left(into) == ["source", *(f"source/{name}" for name in taken)]
     assert sum("/api/" in line for line in hub.asked) == 1
     assert all(f"/{REVISION}" in line for line in hub.asked)
+
+
+def test_the_size_of_a_model_is_asked_without_its_weights(hub: Hub, tmp_path: Path) -> None:
+    """The listing and config.json tell bytes, weights and vocabulary before anything is fetched."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIZE, f"hf:{REPO}", REVISION],
+        cwd=tmp_path,
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url,
+            "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path / "hf"),
+        },
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    size = json.loads(done.stdout)
+    assert size["vocabulary_tokens"] == CONFIG["vocab_size"]
+    assert size["parameters_count"] == len(hub.files["model.safetensors"]) // 2
+    assert hub.bodies_of("model.safetensors") == 0
 
 
 def _flip_weights(hub: Hub) -> str:
