@@ -163,21 +163,14 @@ class Modelfile:
         lines = [f"# version: {self.version}", f"FROM {from_}"]
         for name, value in sorted(self.parameters.items()):
             each = value if isinstance(value, tuple) else (_spelled(value),)
-            lines += [f"PARAMETER {name} {_quote(item)}" for item in each]
+            lines += [_written(f"PARAMETER {name}", item) for item in each]
         if self.system is not None:
-            lines.append(f"SYSTEM {_quote(self.system)}")
+            lines.append(_written("SYSTEM", self.system))
         if self.template is not None:
-            lines.append(f"TEMPLATE {_quote(self.template)}")
-        lines += [f"MESSAGE {each.role} {_quote(each.content)}" for each in self.messages]
-        lines += [f"LICENSE {_quote(each)}" for each in self.licenses]
-        text = "\n".join(lines) + "\n"
-        try:
-            read = parse(text)
-        except ParamsError as error:
-            raise _unwritable(error.message) from error
-        if read != self:
-            raise _unwritable("it would be read as something else.")
-        return text
+            lines.append(_written("TEMPLATE", self.template))
+        lines += [_written(f"MESSAGE {each.role}", each.content) for each in self.messages]
+        lines += [_written("LICENSE", each) for each in self.licenses]
+        return "\n".join(lines) + "\n"
 
     def layers(self) -> tuple[Layer, ...]:
         """
@@ -297,7 +290,10 @@ def render(path: Path, *, context_tokens: int, **values: str | float) -> Modelfi
     if problems:
         raise failure(problems, hint=_HINT)
     built = _built(version, directives, name).with_parameters({"num_ctx": context_tokens})
-    built.text(name)  # what people cannot be shown is not served either
+    try:
+        built.text(name)
+    except ParamsError as error:  # what people cannot be shown is not served either
+        raise ParamsError(f"{name}: {error.message}", hint=_HINT) from error
     return built
 
 
@@ -428,6 +424,9 @@ def parse(text: str, name: str = "Modelfile") -> Modelfile:
 
 def _directives(text: str, name: str, holes: list[str]) -> tuple[int, list[_Directive]]:
     lines = _numbered(text)
+    returned = next((number for number, line in lines if "\r" in line), None)
+    if returned is not None:
+        _fail(name, returned, "this line holds a carriage return; end lines as Unix does")
     first = _VERSION.fullmatch(lines[0][1].rstrip())
     if first is None:
         _fail(name, 1, "the first line is not `# version: N`, with a number that a change raises")
@@ -501,10 +500,29 @@ def _unquote(text: str) -> str | None:
     return text
 
 
-def _quote(text: str) -> str:
-    """Quotes around a text that would be read otherwise without them."""
-    bare = bool(text) and text == text.strip() and "\n" not in text and not text.startswith('"')
-    return text if bare else f'"""{text}"""'
+def _written(head: str, text: str) -> str:
+    """
+    One directive, its text in quotes if it would be read otherwise without them.
+
+    Raises:
+        ParamsError: The text would be read otherwise with them, too.
+    """
+    bad = next((each for each in text if each in "\ue000\ue001" or not _is_kept(each)), None)
+    if bad is not None:
+        raise ParamsError(f"{head} holds {_dropped(bad)}.", hint=_HINT)
+    if text and text == text.strip() and "\n" not in text and not text.startswith('"'):
+        return f"{head} {text}"
+    quote = '"""'
+    *inner, _ = f"{quote}{text}{quote}".split("\n")
+    for number, line in enumerate(inner, 1):
+        closes = line.rstrip().endswith(quote)
+        if closes and (number > 1 or len(line.strip()) >= 2 * len(quote)):
+            raise ParamsError(
+                f"Line {number} of the text of {head} ends in {quote}: a Modelfile cannot hold it, "
+                "the text would end there and what follows would be read as directives.",
+                hint=_HINT,
+            )
+    return f"{head} {quote}{text}{quote}"
 
 
 def _is_kept(letter: str) -> bool:
@@ -615,10 +633,6 @@ def _spelled(value: float | bool) -> str:  # noqa: FBT001 - a value, not a switc
 
 def _json(value: Any) -> str:  # noqa: ANN401 - any JSON value
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-
-def _unwritable(why: str) -> ParamsError:
-    return ParamsError(f"These directives cannot be written as a Modelfile: {why}", hint=_HINT)
 
 
 def _fail(name: str, line: int, cause: str) -> NoReturn:
