@@ -1,7 +1,7 @@
 """
 Set up `.venv` from requirements.lock: what `make` runs before anything else.
 
-    python3 -m pipelines.bootstrap base      everything but torch: enough to plan, publish, comment
+    python3 -m pipelines.bootstrap base      everything but torch: enough for all but `convert`
     python3 -m pipelines.bootstrap convert   and torch, which only the converter and its tests need
 
 Runs on the system's Python with nothing installed, so it uses the standard library and the
