@@ -246,7 +246,11 @@ def render(
 def openai_prompt_tokens(
     client: Client, program: str, name: str, messages: Sequence[Mapping[str, Any]]
 ) -> int:
-    """Return the prompt tokens that an OpenAI-compatible server counts; one token is generated."""
+    """
+    Return the prompt tokens that an OpenAI-compatible server counts; one token is generated.
+
+    Thinking is switched off, as it is where a prompt is rendered.
+    """
     told = client.post(
         "/v1/chat/completions",
         {
@@ -255,10 +259,18 @@ def openai_prompt_tokens(
             "max_tokens": 1,
             "temperature": 0,
             "stream": False,
+            **without_thinking(program),
         },
     )
     usage = told.get("usage")
     return server.count_of(usage if isinstance(usage, dict) else {}, "prompt_tokens", program)
+
+
+def without_thinking(program: str) -> dict[str, Any]:
+    """Return what tells an OpenAI-compatible route to answer at once: Ollama's, or all others'."""
+    if program == PROGRAM:
+        return {"chat_template_kwargs": {"enable_thinking": False}}
+    return {"reasoning_effort": "none"}
 
 
 class _LoadedByLlamaServer(Loaded):

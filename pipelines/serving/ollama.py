@@ -235,6 +235,7 @@ class _LoadedByOllama(Loaded):
         self._cold_load_ms = self._load()
         self._below = self._only_below()
         self._llama = server.Client(llama_server.PROGRAM, self._below.port)
+        self.llama_server_renders = self._below.has_templates
         self.notes = (
             ()
             if self._below.has_templates
@@ -331,6 +332,7 @@ class _LoadedByOllama(Loaded):
         body = self._request | {
             "messages": [dict(message) for message in messages],
             "options": {"num_predict": 1, "temperature": 0},
+            "think": False,
         }
         return server.count_of(self._ollama.post("/api/chat", body), "prompt_eval_count", PROGRAM)
 

@@ -146,12 +146,15 @@ class Loaded(ABC):
         api: Which of its two dialects requests are to use.
         name: What requests call the model.
         notes: What a reader of the numbers should know.
+        llama_server_renders: Whether the llama-server has the model's template; it has not where
+            Ollama renders by a template of the Modelfile.
     """
 
     url: str
     api: Api
     name: str
     notes: tuple[str, ...] = ()
+    llama_server_renders: bool = True
 
     @property
     @abstractmethod
