@@ -3,8 +3,9 @@ Golden prompts: the engines make of a conversation what upstream's chat template
 
 A wrong template does not show in any benchmark. The model answers, a little worse or for ever, and
 nobody knows why. So each conversation is rendered by upstream's tokenizer (`upstream_chat`), by the
-engine that serves, and by the llama-server below it, and the texts have to be equal, control tokens
-and blanks included. Texts are compared without the one BOS in front: Ollama leaves it to the
+engine that serves, and by the llama-server below it (unless the Modelfile has a template of its
+own, by which Ollama renders alone), and the texts have to be equal, control tokens and blanks
+included. Texts are compared without the one BOS in front: Ollama leaves it to the
 tokenizer, others write it. What that hides, a second BOS or none, shows in the next comparison: the
 number of tokens that the server counts is the number that upstream's tokenizer gives.
 
@@ -44,6 +45,8 @@ _BEFORE: Final = 30
 
 class Renderer(Protocol):
     """What is needed of a loaded model (`pipelines.serving.server.Loaded`)."""
+
+    llama_server_renders: bool
 
     @property
     def served(self) -> Served:
@@ -120,7 +123,7 @@ def objection(golden: Golden) -> str | None:
         what = f"{counted(len(failed), 'conversation')} of {len(golden.prompts)}"
         return (
             f"{what} ({first_few([each.id for each in failed])}) did not pass as a prompt: "
-            f"{clause(failed[0].sentence)}."
+            f"{sentence(clause(failed[0].sentence))}"
         )
     if not any(each.outcome == "PASS" for each in golden.prompts):
         return f"No prompt could be compared with upstream: {clause(golden.prompts[0].sentence)}."
@@ -164,13 +167,13 @@ def _skipped(conversation: Conversation, why: str) -> GoldenPrompt:
 
 
 def _sides(rendered: Rendered, loaded: Renderer) -> list[_Side]:
-    """Return the engine that serves, and the llama-server below it if that is another one."""
+    """Return the engine that serves, and the llama-server below if it is one that renders."""
     if loaded.served.manifest_sha256 is None:
         return [_Side("llama-server", loaded.render, rendered.plain)]
-    return [
-        _Side("Ollama", loaded.render, rendered.served),
-        _Side("llama-server", loaded.render_by_llama_server, rendered.plain),
-    ]
+    ollama = _Side("Ollama", loaded.render, rendered.served)
+    if not loaded.llama_server_renders:
+        return [ollama]
+    return [ollama, _Side("llama-server", loaded.render_by_llama_server, rendered.plain)]
 
 
 def _difference(
@@ -188,6 +191,7 @@ def _difference(
             think=conversation.has("thinking"),
         )
     except FleetError as error:
+        _require_refusal(error)
         return f"{side.name} does not render it: {clause(error.message)}", ()
     wanted, got = (text.removeprefix(bos) for text in (side.wanted.text, got))
     if wanted == got:
@@ -199,6 +203,20 @@ def _difference(
     )
 
 
+def _require_refusal(error: FleetError) -> None:
+    """
+    Let an answer of the server pass, and nothing else: one that is gone has refused nothing.
+
+    Raises:
+        FleetError: The same error.
+    """
+    from pipelines.serving.server import ServingError  # noqa: PLC0415 - not for the report
+
+    # Those below it say what is wrong with the server, not with the request.
+    if type(error) is not ServingError:
+        raise error
+
+
 def _counted(
     conversation: Conversation, rendered: Rendered, side: _Side, loaded: Renderer
 ) -> tuple[str, str]:
@@ -208,7 +226,11 @@ def _counted(
         return "", ""
     if wanted >= loaded.served.context_tokens:
         return "", "; not counted, for it is longer than the context"
-    got = loaded.prompt_tokens(list(rendered.messages))
+    try:
+        got = loaded.prompt_tokens(list(rendered.messages))
+    except FleetError as error:
+        _require_refusal(error)
+        return f"{side.name} does not answer it: {clause(error.message)}", ""
     if got == wanted:
         return "", f", {got:,} tokens"
     if got == wanted + 1 and side.wanted.tokenizer_bos:

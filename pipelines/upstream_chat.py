@@ -352,9 +352,24 @@ class _Renderer:
         for need in ("tools", "thinking"):
             if need in needs and not self._differs(need, messages, tools):
                 result["skipped"] = f"the upstream template has no {need}"
-        if "prefill" in needs and result["plain"]["refused"]:
-            result["skipped"] = f"upstream has no prefill: {result['plain']['refused']}"
+        if "prefill" in needs and (why := self._ambiguous(messages, result["plain"])):
+            result["skipped"] = why
         return result
+
+    def _ambiguous(self, messages: list[Message], going_on: Mapping[str, Any]) -> str | None:
+        """
+        Say why there is no one right text for an answer that has begun.
+
+        transformers renders the answer as one that was given and cuts its end off. Servers render
+        the question and append the words of the answer. Where a template puts something of its own
+        in front of an answer (an empty thought), these differ, and neither is wrong.
+        """
+        if going_on["refused"] is not None:
+            return f"upstream has no prefill: {going_on['refused']}"
+        question = self._render(messages[:-1], None, ())
+        if question["text"] + messages[-1]["content"] == going_on["text"]:
+            return None
+        return "the upstream template begins an answer otherwise than it shows one that was given"
 
     def _behind(self, messages: list[Message]) -> list[Message]:
         """Put in front what Ollama does."""
