@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import atomic, console, disk, fetch, gguf_header, hashing
@@ -215,7 +215,8 @@ def place(  # noqa: PLR0913 - each is one independent fact, named at the call
     """
     with disk.explained(models_dir):
         _place_gguf(gguf, gguf_sha256, _blob(models_dir, gguf_sha256))
-        header = gguf_header.read(_blob(models_dir, gguf_sha256))
+        # Read from the blob, whose bytes are proven; called what people call it.
+        header = replace(gguf_header.read(_blob(models_dir, gguf_sha256)), path=gguf)
         made = manifest(
             header, gguf_sha256=gguf_sha256, modelfile=modelfile.with_parameters(options)
         )
@@ -264,6 +265,8 @@ def _place_gguf(gguf: Path, expected: str, blob: Path) -> None:
                 f"file has {got}. Nothing of it is served.",
                 hint="Run `fleet repro`: it makes a file again that is not what its record says.",
             )
+    # rename(2) does nothing, and keeps both names, where they are links to one file already.
+    atomic.remove(part)
 
 
 def _sha256(path: Path, progress: Callable[[int], None]) -> str:
