@@ -267,6 +267,7 @@ class Session:
         streams = fastest.concurrency or max(1, fastest.effective_slots)
         pace = fastest.output_tok_s / streams
         levels = [slo.tpot_ms for slo in self.slos.values() if slo.tpot_ms is not None]
+        lags = [run.send_lag_p99_ms for run in runs if run.send_lag_p99_ms is not None]
         allowed = _DELAY_SHARE * min(levels) if levels else _LEAST_DELAY_MS
         return calibration.calibrate(
             streams=streams,
@@ -275,4 +276,5 @@ class Session:
             api=self.target.api,
             limit_ms=max(_LEAST_DELAY_MS, allowed),
             log=self.log,
+            send_lag_p99_ms=max(lags, default=None),
         )

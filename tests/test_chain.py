@@ -26,6 +26,16 @@ QUICK = {
     "prompt_tokens": "32", "generate_tokens": "8", "depths": "[0, 32]", "repetitions": "4",
     "dropped_repetitions": "1", "chunks": "16",
 }  # fmt: skip
+# Fewer requests of each kind, where the shipped declaration states none.
+FEW = """\
+  concurrency: [1]
+  requests: 10
+  open_requests: 20
+  warm_up_requests: 1
+  smoke_requests: 1
+  degenerate_prompts: 8
+"""
+CHOICE_AND_AFTER = {f"choose@{MODEL}", f"load-test@{MODEL}", f"track@{MODEL}", "report"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -66,7 +76,9 @@ def edit(root: Path, change: Callable[[str], str], name: str = "params.yaml") ->
 
 
 def quick(text: str) -> str:
-    """Make the benchmark of params.yaml short."""
+    """Make the benchmark and the load test of params.yaml short."""
+    text, count = re.subn(r"^  concurrency: .*\n", FEW, text, flags=re.MULTILINE)
+    assert count == 1
     for key, value in QUICK.items():
         text, count = re.subn(rf"\b({key}: )(?:\[[^\]]*\]|[^,}}\n#]+)", rf"\g<1>{value}", text)
         assert count, key
@@ -129,6 +141,25 @@ def test_one_command_ends_with_the_report(
     assert MODEL in done.stdout
 
 
+def test_the_chosen_quant_was_served_by_a_real_engine_byte_for_byte(
+    finished: tuple[Path, object],
+) -> None:
+    """The record holds the digest of the chosen file, and the manifest's that the server listed."""
+    root, _ = finished
+    tested = json.loads((root / "results" / MODEL / "load-test.json").read_text())
+    (winner,) = tested["winners"]
+
+    assert winner["served"]["gguf_sha256"] == digests(root)[winner["type"]]
+    assert winner["served"]["context_tokens"] == tested["context_tokens"]
+    assert {one["outcome"] for one in winner["golden"]["prompts"]} == {"PASS", "SKIPPED"}
+    assert [run["kind"] for run in winner["runs"]] == ["closed", "open"]
+    assert winner["runs"][-1]["requests_count"] == 20
+    if shutil.which("go") or Path("/usr/local/go/bin/go").exists():
+        assert tested["engine"]["kind"] == "ollama"
+        assert re.fullmatch(r"[0-9a-f]{64}", winner["served"]["manifest_sha256"])
+    assert not list((root / "work/serving").iterdir())
+
+
 def test_mlflow_holds_one_run_for_each_quant(finished: tuple[Path, object]) -> None:
     """Every measured quant is a run in the tracking store, found by the digest of its GGUF."""
     root, _ = finished
@@ -170,16 +201,14 @@ def test_a_new_quant_is_one_line_and_so_is_its_end(fork: Path) -> None:
         "pipelines/dvc.yaml:machine",
         f"quantize@{MODEL}-Q5_K_S",
         f"benchmark@{MODEL}-Q5_K_S",
-        f"choose@{MODEL}",
-        f"track@{MODEL}",
-        "report",
+        *CHOICE_AND_AFTER,
     }
     assert "Q5_K_S" in digests(fork)
     assert "Q5_K_S" in (fork / "results/report.md").read_text()
 
     edit(fork, lambda text: text.replace(line, ""))
 
-    assert dvc_repro(fork) == {f"choose@{MODEL}", f"track@{MODEL}", "report"}
+    assert dvc_repro(fork) == CHOICE_AND_AFTER
     assert "Q5_K_S" not in (fork / "results" / MODEL / "choice.json").read_text()
     assert "Q5_K_S" not in (fork / "results/report.md").read_text()
 
@@ -203,7 +232,7 @@ def test_a_gate_edit_only_chooses_again(fork: Path) -> None:
     """Gates decide the choice; no GGUF is made or measured again for them."""
     edit(fork, lambda text: re.sub(r"max_ppl_ratio: [0-9.]+", "max_ppl_ratio: 1.5", text, count=1))
 
-    assert dvc_repro(fork) == {f"choose@{MODEL}", f"track@{MODEL}", "report"}
+    assert dvc_repro(fork) == CHOICE_AND_AFTER
 
 
 def test_a_new_recipe_makes_everything_after_fetch_again(fork: Path) -> None:
@@ -213,7 +242,15 @@ def test_a_new_recipe_makes_everything_after_fetch_again(fork: Path) -> None:
     found = dvc_repro(fork)
 
     stages = {name.partition("@")[0] for name in found}
-    assert stages >= {"convert", "calibrate", "quantize", "benchmark", "choose", "track"}
+    assert stages >= {
+        "convert",
+        "calibrate",
+        "quantize",
+        "benchmark",
+        "choose",
+        "load-test",
+        "track",
+    }
     assert "fetch" not in stages
     assert len([name for name in found if name.startswith("quantize@")]) == len(digests(fork))
 
