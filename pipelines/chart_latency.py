@@ -295,7 +295,7 @@ def _y_ticks(ticks: Iterable[tuple[float, float]]) -> tuple[tuple[float, Text], 
     found: list[tuple[float, Text]] = []
     previous = math.inf
     for value, y in ticks:
-        text = text_at(f"{value:.6g}", PLOT.left - 7, y + 4, "end")
+        text = text_at(f"{value:,.6g}", PLOT.left - 7, y + 4, "end")
         if text.box.bottom <= previous and text.box.top >= PLOT.top - 8:
             previous = text.box.top
             found.append((y, text))

@@ -13,7 +13,6 @@ import base64
 import hashlib
 import re
 import textwrap
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -21,89 +20,27 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipelines import chart, wording
+from pipelines import chart, chart_latency, tables, wording
 from pipelines.console import clean
-from pipelines.report_tree import VERDICTS
+from pipelines.report_tree import VERDICTS, Finding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pipelines.evidence import Measured
-    from pipelines.report_tree import ModelReport, Report, Row
+    from pipelines.report_tree import LoadBlock, ModelReport, Report, Row
 
 # GitHub takes 65,536 characters in a comment; the sticky marker and the footer need some.
 MARKDOWN_LIMIT = 60_000
 _COLOURS = {
     "PROMOTE": "32", "CHOSEN": "32", "HOLD": "33", "REJECT": "31", "INVALID": "35", "PASS": "2",
+    "FAIL": "31", "INCONCLUSIVE": "33",
 }  # fmt: skip
+# Whose tone of the style sheet the outcome of a load test has.
+_TONES = {"PASS": "promote", "FAIL": "reject", "INCONCLUSIVE": "hold", "INVALID": "invalid"}
+_TERMINAL_FACTS = frozenset({"manifest", "cold load", "slots", "client"})
 _MARKS = {"PROMOTE": "✅", "HOLD": "⏸️", "REJECT": "❌", "INVALID": "⚠️"}
-
-
-# --- cells ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """One column of the table of quants: its head, its text, and the number by which it sorts."""
-
-    head: str
-    unit: str
-    text: Callable[[Row], str]
-    sort: Callable[[Row], float | str | None]
-    is_number: bool = True
-    priority: int = 0
-
-    @property
-    def title(self) -> str:
-        """Head and unit in one line."""
-        return f"{self.head}, {self.unit}" if self.unit else self.head
-
-
-def columns(model: ModelReport) -> tuple[Column, ...]:
-    """Return the columns of a model; context and depth stand in their heads."""
-    context = _at(model.context_tokens)
-    depth = _at(model.depth_tokens)
-    return (
-        Column(head="quant", unit="", text=lambda r: r.type, sort=lambda r: r.type,
-               is_number=False),
-        Column(head="size", unit="MiB", text=lambda r: wording.number(r.size_mib),
-               sort=lambda r: r.size_mib, priority=2),
-        Column(head="bits/weight", unit="", text=lambda r: wording.number(r.bits_per_weight),
-               sort=lambda r: r.bits_per_weight, priority=5),
-        Column(head=f"memory{context}", unit="MiB", text=lambda r: wording.number(r.memory_mib),
-               sort=lambda r: r.memory_mib, priority=1),
-        Column(head=f"decode{depth}", unit="tok/s", text=lambda r: _interval(r.decode_tok_s),
-               sort=lambda r: _value(r.decode_tok_s)),
-        Column(head="prefill", unit="tok/s", text=lambda r: _interval(r.prefill_tok_s),
-               sort=lambda r: _value(r.prefill_tok_s), priority=4),
-        Column(head="divergence", unit="nats", text=lambda r: wording.number(r.kld_mean_nats),
-               sort=lambda r: r.kld_mean_nats),
-        Column(head="same top", unit="%", text=lambda r: wording.number(_percent(r.same_top)),
-               sort=lambda r: r.same_top, priority=3),
-        Column(head="PPL ratio", unit="", text=lambda r: wording.number(r.ppl_ratio, 4),
-               sort=lambda r: r.ppl_ratio, priority=6),
-        Column(head="verdict", unit="", text=lambda r: r.verdict_words,
-               sort=lambda r: r.verdict_words, is_number=False),
-    )  # fmt: skip
-
-
-def _at(count: int | None) -> str:
-    return "" if count is None else f" at {wording.tokens(count)}"
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else share * 100
-
-
-def _value(measured: Measured | None) -> float | None:
-    return None if measured is None else measured.value
-
-
-def _interval(value: Measured | None) -> str:
-    if value is None:
-        return wording.ABSENT
-    low, high = wording.number(value.low), wording.number(value.high)
-    return f"{wording.number(value.value)} [{low}, {high}]"
+_OUTCOMES = {"PASS": "✅", "INCONCLUSIVE": "⏸️", "FAIL": "❌"}
 
 
 # --- Markdown ---------------------------------------------------------------------------------
@@ -151,9 +88,11 @@ def _markdown(report: Report, detail: int) -> str:
         report=report,
         models=shown,
         detail=detail,
-        columns=columns,
+        columns=tables.of_quants,
+        run_columns=tables.of_runs,
         rows=lambda model: _rows(model, everyone=detail > 2),  # noqa: PLR2004 - see `markdown`
         marks=_MARKS,
+        outcomes=_OUTCOMES,
         number=wording.number,
         safe=Markup,
     )
@@ -176,8 +115,11 @@ def html(report: Report) -> str:
         css=Markup(css),  # noqa: S704 - a file of this package
         script=Markup(script),  # noqa: S704 - a file of this package
         policy=_policy(css, script),
-        columns=columns,
+        columns=tables.of_quants,
+        run_columns=tables.of_runs,
         charts=charts,
+        load_charts=load_charts,
+        tones=_TONES,
         number=wording.number,
         prose=prose,
         commands=lambda model: "\n".join(model.commands),
@@ -214,7 +156,7 @@ def charts(model: ModelReport, index: int) -> list[Markup]:
     by_memory = chart.plan(
         [_mark(row, row.memory_mib, None) for row in shown if row.memory_mib],
         title=f"{model.name}: memory and divergence",
-        x_title=f"memory{_at(model.context_tokens)} tokens, MiB",
+        x_title=f"memory{tables.at(model.context_tokens)} tokens, MiB",
         less_x_is_better=True,
         x_limit=model.memory_limit_mib,
         kld_limit=kld_limit,
@@ -222,7 +164,7 @@ def charts(model: ModelReport, index: int) -> list[Markup]:
     by_speed = chart.plan(
         [_mark(row, r.value, r) for row in shown if (r := row.decode_tok_s)],
         title=f"{model.name}: speed and divergence",
-        x_title=f"decode{_at(model.depth_tokens)}, tok/s",
+        x_title=f"decode{tables.at(model.depth_tokens)}, tok/s",
         less_x_is_better=False,
         x_limit=None,
         kld_limit=kld_limit,
@@ -232,6 +174,28 @@ def charts(model: ModelReport, index: int) -> list[Markup]:
         Markup(chart.svg(plan, name=f"m{index}-{word}"))  # noqa: S704 - escaped by chart
         for plan, word in drawings
         if plan is not None
+    ]
+
+
+def load_charts(block: LoadBlock, name: str) -> list[Markup]:
+    """Draw latency and throughput over concurrency; empty if fewer than two were tried."""
+    steps = [
+        chart_latency.Step(
+            concurrency=row.concurrency,
+            ttft_p50_ms=row.ttft_p50_ms,
+            ttft_p95_ms=row.ttft_p95_ms,
+            ttft_max_ms=row.ttft_max_ms,
+            tpot_p50_ms=row.tpot_p50_ms,
+            output_tok_s=row.output_tok_s,
+        )
+        for row in block.rows
+        if row.concurrency is not None
+    ]
+    panels = chart_latency.plan(steps, title=block.type, levels=block.slos)
+    words = ("latency", "throughput")
+    return [
+        Markup(chart_latency.svg(panel, name=f"{name}-{word}"))  # noqa: S704 - escaped there
+        for panel, word in zip(panels or (), words, strict=False)
     ]
 
 
@@ -269,6 +233,13 @@ def _terminal_model(model: ModelReport, width: int, *, colour: bool) -> list[str
     details = dict.fromkeys(text for host in model.hosts for text in host.details)
     for text in (*details, *model.notes):
         lines += _wrap(text, width, indent=2)
+    for block in model.tests:
+        lines += _terminal_test(block, width, colour=colour)
+    if model.smokes:
+        lines += ["", *_wrap("Smoke of the other quants", width)]
+    for one in model.smokes:
+        lines += _terminal_finding(one, width, colour=colour)
+    lines += [""] if model.tests else []
     lines += [
         _paint(line, "2", on=colour) for text in model.method for line in _wrap(text, width, 2)
     ]
@@ -284,41 +255,48 @@ def _wrap(text: str, width: int, indent: int = 0) -> list[str]:
 
 
 def _terminal_table(model: ModelReport, width: int, *, colour: bool) -> list[str]:
-    """Set the table in as many columns as fit, the least telling ones left out first."""
-    shown = list(columns(model))
-    while _table_width(shown, model.rows) > width and any(column.priority for column in shown):
-        shown.remove(max(shown, key=lambda column: column.priority))
-    widths = [_column_width(column, model.rows) for column in shown]
-    heads = [_cell(column, column.head, w) for column, w in zip(shown, widths, strict=True)]
-    units = [_cell(column, column.unit, w) for column, w in zip(shown, widths, strict=True)]
-    lines = [
-        _paint(_cut(("  " + "  ".join(cells)).rstrip(), width), "2", on=colour)
-        for cells in (heads, units)
+    """Set the table of the quants, what was chosen marked and coloured."""
+    found = tables.lines(
+        tables.of_quants(model), model.rows, width, is_marked=lambda row: row.is_winner
+    )
+    return [
+        _paint(line.text, "2", on=colour)
+        if line.row is None
+        else _paint(line.text, _COLOURS[line.row.verdict], on=colour and line.row.verdict != "PASS")
+        for line in found
     ]
-    for row in model.rows:
-        cells = [_cell(c, clean(c.text(row)), w) for c, w in zip(shown, widths, strict=True)]
-        mark = "▸ " if row.is_winner else "  "
-        text = _cut((mark + "  ".join(cells)).rstrip(), width)
-        lines.append(_paint(text, _COLOURS[row.verdict], on=colour and row.verdict != "PASS"))
+
+
+def _terminal_test(block: LoadBlock, width: int, *, colour: bool) -> list[str]:
+    """Set the load test of one winner: title, levels, table, what else was looked at."""
+    lines = ["", *_wrap(f"Load test of {block.title}", width)]
+    for text in block.doubts:
+        lines += _terminal_finding(Finding(outcome="INVALID", text=text), width, colour=colour)
+    for one in (*block.levels, *block.checks):
+        lines += _terminal_finding(one, width, colour=colour)
+    lines += [line for text in block.capacity for line in _wrap(text, width, indent=2)]
+    if block.rows:
+        found = tables.lines(
+            tables.of_runs(block.rows), block.rows, width, is_marked=lambda _: False
+        )
+        lines += ["", *(_paint(one.text, "2", on=colour and one.row is None) for one in found), ""]
+    for text in block.notes:
+        lines += _wrap(text, width, indent=2)
+    facts = [f"{label}: {text}" for label, text in block.facts if label in _TERMINAL_FACTS]
+    lines += [_paint(line, "2", on=colour) for line in _wrap(f"{'; '.join(facts)}.", width, 2)]
     return lines
+
+
+def _terminal_finding(one: Finding, width: int, *, colour: bool) -> list[str]:
+    lines = [
+        _paint(line, _COLOURS[one.outcome], on=colour)
+        for line in _wrap(f"{one.outcome.lower()}: {one.text}", width, indent=2)
+    ]
+    return [*lines, *(_cut(f"      {line}", width) for line in one.lines)]
 
 
 def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
-
-
-def _column_width(column: Column, rows: Sequence[Row]) -> int:
-    return max(
-        len(column.head), len(column.unit), *(len(clean(column.text(row))) for row in rows), 0
-    )
-
-
-def _table_width(shown: Sequence[Column], rows: Sequence[Row]) -> int:
-    return 2 * len(shown) + sum(_column_width(column, rows) for column in shown)
-
-
-def _cell(column: Column, text: str, width: int) -> str:
-    return text.rjust(width) if column.is_number else text.ljust(width)
 
 
 def _paint(text: str, code: str, *, on: bool) -> str:

@@ -1,11 +1,12 @@
 """
 What the records say, as one tree of words and numbers (`pipelines.report_tree`).
 
-`build` reads and never judges: verdicts are those of `choose`. It is fail-closed in the same way,
-though. A choice that is missing, unreadable or older than the files and measurements that it
-speaks of counts as INVALID, and a number whose record is missing is shown as not measured, with
-the reason. Of an INVALID quant only those numbers are shown that the choice kept. Nothing here
-depends on the clock: equal records give equal bytes.
+`build` reads and never judges: verdicts are those of `choose` and of the load test, the worse of
+the two (`pipelines.verdict`). It is fail-closed in the same way, though. A choice that is missing,
+unreadable or older than the files and measurements that it speaks of counts as INVALID, and a
+number whose record is missing is shown as not measured, with the reason. Of an INVALID quant only
+those numbers are shown that the choice kept. Nothing here depends on the clock: equal records give
+equal bytes.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
-from pipelines import atomic, records, wording
+from pipelines import atomic, records, report_load, verdict, wording
 from pipelines.console import clean
 from pipelines.errors import GateError
 from pipelines.evidence import MIB, Readings
+from pipelines.load_records import LoadTestRecord
 from pipelines.records import (
     BenchmarkRecord,
     CalibrateRecord,
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from pipelines.layout import Layout
     from pipelines.params import ReportSlice
     from pipelines.records import HostChoice
+    from pipelines.report_tree import Finding, LoadBlock
+    from pipelines.verdict import HostFinal
 
 _TEXT_CHARACTERS = 600
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -103,6 +107,13 @@ def build(slice_: ReportSlice, at: Layout) -> Report:
 # --- one model --------------------------------------------------------------------------------
 
 
+class _LoadTests(TypedDict):
+    """What a load test adds to the report of a model."""
+
+    tests: tuple[LoadBlock, ...]
+    smokes: tuple[Finding, ...]
+
+
 class _Reader:
     """Reads the records of one model and composes its part of the report."""
 
@@ -116,6 +127,7 @@ class _Reader:
             at.model_record("calibrate", model), CalibrateRecord
         )
         self.choice = records.read_or_reason(at.model_record("choose", model), ChoiceRecord)
+        self.tested = records.read_or_reason(at.model_record("load-test", model), LoadTestRecord)
         self.built = {
             type_: records.read_or_reason(at.quant_record("quantize", model, type_), QuantizeRecord)
             for type_ in quants.values()
@@ -128,7 +140,8 @@ class _Reader:
         }
 
     def model(self) -> ModelReport:
-        hosts = self._hosts()
+        finals = self._finals()
+        hosts = self._hosts(finals)
         choice = self.choice if isinstance(self.choice, ChoiceRecord) else None
         limits = [one.limit_mib - one.margin_mib for one in (choice.hosts if choice else ())
                   if one.limit_mib is not None]  # fmt: skip
@@ -148,20 +161,40 @@ class _Reader:
             files=self._files(),
             notes=tuple(_tidy(note) for note in choice.notes) if choice else (),
             commands=self._commands(),
+            **self._load_tests(finals),
         )
 
     # --- verdicts ---
 
-    def _hosts(self) -> tuple[HostVerdict, ...]:
-        doubt = self._doubt()
+    def _finals(self) -> tuple[HostFinal, ...]:
+        """Judge every host; none if there is no choice that could be judged."""
+        if isinstance(self.choice, str) or self._doubt():
+            return ()
+        return verdict.final(self.choice, self.tested)
+
+    def _hosts(self, finals: Sequence[HostFinal]) -> tuple[HostVerdict, ...]:
         if not self._is_measured():
             sentence = "nothing is measured yet"
             return (HostVerdict(hosts=(), verdict="INVALID", sentence=sentence, details=()),)
-        if isinstance(self.choice, str) or doubt or not self.choice.hosts:
-            reason = self.choice if isinstance(self.choice, str) else doubt or "no host is declared"
+        if isinstance(self.choice, str) or not finals:
+            doubt = self._doubt() or "no host is declared"
+            reason = self.choice if isinstance(self.choice, str) else doubt
             sentence = f"invalid: nothing is chosen ({_tidy(reason)})"
             return (HostVerdict(hosts=(), verdict="INVALID", sentence=sentence, details=()),)
-        return _host_verdicts(self.choice.hosts)
+        return _host_verdicts(self.choice.hosts, finals)
+
+    def _load_tests(self, finals: Sequence[HostFinal]) -> _LoadTests:
+        """Tell what served the winners; nothing if no host has a test that speaks of its winner."""
+        if isinstance(self.tested, str):
+            return {"tests": (), "smokes": ()}
+        blocks = report_load.blocks(self.tested, finals)
+        built = {
+            type_: one.gguf.sha256
+            for type_, one in self.built.items()
+            if isinstance(one, QuantizeRecord)
+        }
+        smokes = report_load.smokes(self.tested, built) if blocks else ()
+        return {"tests": blocks, "smokes": smokes}
 
     def _is_measured(self) -> bool:
         """Tell whether there is any measurement, good or bad, or a choice that spoke of one."""
@@ -325,15 +358,17 @@ def _tidy(text: str) -> str:
     return wording.shortened(line, _TEXT_CHARACTERS)
 
 
-def _host_verdicts(hosts: Sequence[HostChoice]) -> tuple[HostVerdict, ...]:
+def _host_verdicts(
+    hosts: Sequence[HostChoice], finals: Sequence[HostFinal]
+) -> tuple[HostVerdict, ...]:
     """Say what was decided; hosts of which the same is to be said are named together."""
     together: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
-    for one in hosts:
-        said = (one.verdict, _tidy(one.sentence).rstrip("."), _details(one))
-        together.setdefault(said, []).append(one.host)
+    for one, final in zip(hosts, finals, strict=True):
+        details = (*map(_tidy, final.reasons), *_details(one))
+        together.setdefault((final.verdict, final.sentence, details), []).append(one.host)
     return tuple(
-        HostVerdict(hosts=tuple(names), verdict=verdict, sentence=sentence, details=details)
-        for (verdict, sentence, details), names in together.items()
+        HostVerdict(hosts=tuple(names), verdict=judged, sentence=sentence, details=details)
+        for (judged, sentence, details), names in together.items()
     )
 
 

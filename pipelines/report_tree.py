@@ -87,6 +87,56 @@ class File:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoadRow:
+    """One run of a load test. Absent numbers are those that its sample does not carry."""
+
+    name: str
+    concurrency: int | None
+    requests_count: int
+    ok_count: int
+    failed_count: int
+    ttft_p50_ms: float | None
+    ttft_p95_ms: float | None
+    ttft_max_ms: float | None
+    tpot_p50_ms: float | None
+    e2e_p50_ms: float | None
+    output_tok_s: float
+    requests_s: float
+    good: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that a load test looked at: what came of it, and the lines that show it."""
+
+    outcome: str
+    text: str
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadBlock:
+    """
+    The load test of one winner.
+
+    `doubts` say why its numbers cannot be trusted; then there are no rows. `levels` are the service
+    levels, the share of good requests first; `capacity` says up to which concurrency they hold.
+    """
+
+    type: str
+    hosts: tuple[str, ...]
+    title: str
+    doubts: tuple[str, ...]
+    rows: tuple[LoadRow, ...]
+    slos: tuple[Mapping[str, float], ...]
+    levels: tuple[Finding, ...]
+    capacity: tuple[str, ...]
+    checks: tuple[Finding, ...]
+    facts: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelReport:
     """Everything that is told about one model."""
 
@@ -105,6 +155,8 @@ class ModelReport:
     files: tuple[File, ...]
     notes: tuple[str, ...]
     commands: tuple[str, ...]
+    tests: tuple[LoadBlock, ...] = ()
+    smokes: tuple[Finding, ...] = ()
 
     @property
     def standing(self) -> str:

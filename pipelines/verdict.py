@@ -215,9 +215,7 @@ def _golden_floor(test: WinnerTest) -> Iterator[Finding]:
         return
     objection = golden.objection(test.golden)
     if objection:
-        failed = any(prompt.outcome == "FAIL" for prompt in test.golden.prompts)
-        clause = wording.clause(_short(objection))
-        yield Finding(verdict="REJECT" if failed else "INVALID", clause=clause)
+        yield Finding(verdict="REJECT", clause=wording.clause(_short(objection)))
 
 
 def _engine_floor(tested: LoadTestRecord) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from record_factory import (
     benchmark_record,
     choose_slice,
     fetch_record,
+    load_test_record,
     machine_id,
     quantize_record,
     sha256,
@@ -61,8 +62,10 @@ def write_fleet(
         if fields.get("missing") is None:
             measured.append(benchmark_record(type_, model, **fields))
     write_model(at, model, quantized=built, measured=measured)
-    slice_ = choose_slice(numbers, model, **kwargs)
-    records.write(at.model_record("choose", model), choose.run(slice_, at))
+    chosen = choose.run(choose_slice(numbers, model, **kwargs), at)
+    records.write(at.model_record("choose", model), chosen)
+    winners = {host.host: host.winner for host in chosen.hosts if host.winner is not None}
+    records.write(at.model_record("load-test", model), load_test_record(winners, model))
     return {f"{model}-{type_}": type_ for type_ in numbers}
 
 
@@ -379,6 +382,10 @@ def test_a_digest_that_is_none_goes_into_no_command(tmp_path: Path) -> None:
     for one in choice["hosts"][0]["candidates"]:
         one["gguf_sha256"] = evil
     path.write_text(json.dumps(choice))
+    path = at.model_record("load-test", MODEL)
+    tested = json.loads(path.read_text())
+    tested["winners"][0]["served"]["gguf_sha256"] = evil
+    path.write_text(json.dumps(tested))
 
     built = report.build(ReportSlice(models={MODEL: quants}), at)
 
@@ -422,7 +429,7 @@ for (const svg of document.querySelectorAll("svg.chart")) {
     if (wide > 1 && high > 4) overlaps.push([texts[i].textContent, texts[i + 1 + j].textContent]);
   }));
 }
-const table = [...document.querySelectorAll("table")].at(-3);
+const table = [...document.querySelectorAll("table.quants")].at(-3);
 const types = () => [...table.tBodies[0].rows].map((row) => row.cells[0].textContent.trim());
 const before = types();
 const head = table.tHead.rows[0].cells[4];
@@ -476,7 +483,7 @@ def test_the_page_fits_a_phone_and_a_desk(tmp_path: Path, width: int) -> None:
     assert seen["width"] == width
     assert seen["scroll"] <= width
     assert seen["wider"] == []
-    assert seen["charts"] == 8
+    assert seen["charts"] == 14
     assert seen["overlaps"] == []
     # `held`: two quants were measured; those without a number stay at the end both ways.
     assert seen["before"] == ["Q8_0", "Q5_K_M", "Q4_K_M", "Q2_K"]

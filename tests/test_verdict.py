@@ -158,7 +158,7 @@ SKIPPED = GoldenPrompt(id="system", outcome="SKIPPED", sentence="upstream has no
         ({"golden": golden(prompts=(DIFFERENT,))}, "REJECT", "1 conversation of 1 (system)"),
         ({"failures": ("it does not load",), "served": None}, "REJECT", "it does not load"),
         ({"golden": None}, "INVALID", "were not compared"),
-        ({"golden": golden(prompts=(SKIPPED,))}, "INVALID", "no prompt could be compared"),
+        ({"golden": golden(prompts=(SKIPPED,))}, "REJECT", "no prompt could be compared"),
         ({"golden": golden(prompts=())}, "INVALID", "were not compared"),
         ({"gates": ()}, "INVALID", "no level of host local was judged"),
         ({"gates": (load_gate(outcome="FAIL", sentence="90 of 100"),)}, "REJECT", "90 of 100"),
