@@ -214,6 +214,26 @@ class LoadVerdict(Part):
     sentence: str
 
 
+class RegressionResult(Part):
+    """
+    One declared question: how many of its answers were as expected.
+
+    [`low`, `high`] is Wilson's interval of `share`; `misses` are the first answers that were not
+    as expected, each with its reason.
+    """
+
+    id: str
+    repeats_count: int
+    pass_count: int
+    share: Finite
+    low: Finite
+    high: Finite
+    min_pass_share: Finite
+    outcome: Outcome
+    sentence: str
+    misses: tuple[str, ...] = ()
+
+
 class WinnerTest(Part):
     """The whole test of one winning quant: `hosts` are those that chose it."""
 
@@ -224,6 +244,7 @@ class WinnerTest(Part):
     runs: tuple[LoadRun, ...]
     calibration: Calibration | None
     degenerate: Degenerate | None
+    regressions: tuple[RegressionResult, ...] = ()
     gates: tuple[LoadGate, ...]
     # What the quant or its server failed at, beside the gates: it could not be loaded, say.
     failures: tuple[str, ...]
