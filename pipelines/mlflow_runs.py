@@ -19,16 +19,20 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import atomic
 from pipelines.track import (
     LOAD_TEST_PREFIX,
     LOAD_TEST_TAG,
     RUN_KEY_TAG,
+    SQLITE,
     RunSpec,
     Task,
     scrubbed,
 )
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from mlflow.tracking import MlflowClient
 
 COMPLETE_TAG = "fleet.complete"
@@ -124,7 +128,38 @@ def _client(uri: str) -> MlflowClient:
         raise NoStoreError(
             "mlflow is not installed here; it is in the extra `track`: pip install -e '.[track]'"
         ) from None
+    file = Path(uri.removeprefix(SQLITE))
+    if uri.startswith(SQLITE) and "?" not in uri and not file.exists():
+        _create_store(file)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _create_store(file: Path) -> None:
+    """
+    Make the tables of a new store under a temporary name, without sqlite's journal.
+
+    MLflow makes them by all migrations that it ever had: 10 MB written with a journal, 1 MB
+    without. A kill in between costs nothing, since the file has no final name yet.
+    """
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415 - loaded already
+    from sqlalchemy import event  # noqa: PLC0415 - loaded with it
+    from sqlalchemy.engine import Engine  # noqa: PLC0415 - the same
+
+    opened: list[sqlite3.Connection] = []
+
+    def unguard(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute("PRAGMA journal_mode = OFF")
+        connection.execute("PRAGMA synchronous = OFF")
+        opened.append(connection)
+
+    with atomic.replacing(file) as part:
+        event.listen(Engine, "connect", unguard)
+        try:
+            MlflowClient(tracking_uri=f"{SQLITE}{part}").search_experiments(max_results=1)
+        finally:
+            event.remove(Engine, "connect", unguard)
+        for connection in opened:
+            connection.close()
 
 
 def _experiment(client: MlflowClient, task: Task) -> str:

@@ -59,7 +59,7 @@ _TABLES_WITHIN_S = 120
 # mlflow it makes the 10 s.
 _ANSWER_WITHIN_S = 7
 _CREDENTIALS = re.compile(r"//[^/@\s]*@")
-_SQLITE = "sqlite:///"
+SQLITE = "sqlite:///"
 
 
 class RunSpec(BaseModel):
@@ -363,7 +363,7 @@ def _tell(
     if not specs:
         return _receipt(slice_, at, missing=missing)
     uri, secrets, artifacts = _store(slice_.track.tracking_uri, at.root)
-    is_remote = not uri.startswith(_SQLITE)
+    is_remote = not uri.startswith(SQLITE)
     task = Task(
         experiment=slice_.track.experiment,
         artifacts=artifacts,
@@ -430,10 +430,10 @@ def _store(uri: str, root: Path) -> tuple[str, dict[str, str], str | None]:
         from; for a sqlite file of ours the place of the artifacts, beside it, since MLflow would
         put them into whatever the working directory is.
     """
-    if uri.startswith(_SQLITE):
-        file = Path(root.resolve(), uri.removeprefix(_SQLITE))
+    if uri.startswith(SQLITE):
+        file = Path(root.resolve(), uri.removeprefix(SQLITE))
         file.parent.mkdir(parents=True, exist_ok=True)
-        return f"{_SQLITE}{file}", {}, (file.parent / "mlartifacts").as_uri()
+        return f"{SQLITE}{file}", {}, (file.parent / "mlartifacts").as_uri()
     parts = urlsplit(uri)
     if parts.scheme not in {"http", "https"} or "@" not in parts.netloc:
         return uri, {}, None
