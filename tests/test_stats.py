@@ -76,3 +76,86 @@ def test_spread() -> None:
     assert stats.spread([5.0, 5.0]) == 0.0
     with pytest.raises(ValueError, match="not positive"):
         stats.spread([-1.0, 0.0, 1.0])
+
+
+# --- shares -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "low", "high"),
+    [
+        # (p + z^2/2n -+ z sqrt(p q / n + z^2/4n^2)) / (1 + z^2/n), by hand, to four places
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (1, 10, 0.0179, 0.4042),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I
+        (15, 148, 0.0624, 0.1605),  # the same
+        (73, 73, 0.9500, 1.0),
+    ],
+)
+def test_interval_of_a_share(successes: int, count: int, low: float, high: float) -> None:
+    """Wilson's interval, also where the share is 0 or 1."""
+    interval = stats.wilson(successes, count)
+
+    assert interval.share == successes / count
+    assert interval.low == pytest.approx(low, abs=5e-5)
+    assert interval.high == pytest.approx(high, abs=5e-5)
+
+
+def test_interval_of_a_share_covers_about_95_percent() -> None:
+    """Of many runs of 100 requests of which 96 % are good, about 5 % miss the true share."""
+    source = random.Random(3)
+    covered = 0
+    for _ in range(4000):
+        interval = stats.wilson(sum(source.random() < 0.96 for _ in range(100)), 100)
+        covered += interval.low <= 0.96 <= interval.high
+
+    assert 0.93 < covered / 4000 < 0.98
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "limit"),
+    [(98, 100, 0.95), (93, 100, 0.95), (100, 100, 0.95), (2, 40, 0.01), (50, 50, 0.95)],
+)
+def test_so_many_more_requests_decide_and_one_fewer_does_not(
+    successes: int, count: int, limit: float
+) -> None:
+    """With the same share of successes, the interval of all requests then excludes the limit."""
+    more = stats.requests_to_decide(successes, count, limit)
+    assert more is not None
+    share = successes / count
+
+    def undecided(requests: int) -> bool:
+        # The interval of a share that need not be a whole number of requests (score test).
+        return abs(share - limit) <= 1.959963984540054 * math.sqrt(limit * (1 - limit) / requests)
+
+    assert not undecided(count + more)
+    assert more == 0 or undecided(count + more - 1)
+
+
+@pytest.mark.parametrize("count", [20, 72, 73, 74, 200])
+def test_deciding_agrees_with_the_interval(count: int) -> None:
+    """No more requests are needed exactly where the interval excludes the limit."""
+    for good in range(count + 1):
+        interval = stats.wilson(good, count)
+        decided = not interval.low <= 0.95 <= interval.high
+
+        assert (stats.requests_to_decide(good, count, 0.95) == 0) is decided
+
+
+def test_a_share_on_its_limit_is_never_decided() -> None:
+    """No number of requests moves an interval off its own middle; close to it there is a cap."""
+    assert stats.requests_to_decide(95, 100, 0.95) is None
+    assert stats.requests_to_decide(949_999, 1_000_000, 0.95) == stats.MOST_REQUESTS
+
+
+@pytest.mark.parametrize(("successes", "count"), [(0, 0), (3, 2), (-1, 2)])
+def test_no_interval_of_what_is_no_share(successes: int, count: int) -> None:
+    """Nothing of nothing is no share."""
+    with pytest.raises(ValueError, match="is no share"):
+        stats.wilson(successes, count)
+    with pytest.raises(ValueError, match="is no share"):
+        stats.requests_to_decide(successes, count, 0.5)
+    with pytest.raises(ValueError, match="no share between 0 and 1"):
+        stats.requests_to_decide(1, 2, 1.0)
