@@ -226,6 +226,22 @@ def _checks(test: WinnerTest) -> Iterator[Finding]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in one.kinds.items() if count)
         text = _tidy(one.sentence).rstrip(".") + (f" ({_tidy(kinds)})" if kinds else "")
         yield Finding(outcome=one.outcome, text=text)
+    yield from _regressions(test)
+
+
+def _regressions(test: WinnerTest) -> Iterator[Finding]:
+    """Tell each declared question that was not answered as expected, and count the others."""
+    good = sum(one.outcome == "PASS" for one in test.regressions)
+    if good:
+        of = f"{good:,} of {wording.counted(len(test.regressions), 'prompt regression')}"
+        yield Finding(outcome="PASS", text=f"{of} answered as expected")
+    for one in test.regressions:
+        if one.outcome != "PASS":
+            yield Finding(
+                outcome=one.outcome,
+                text=f"{_tidy(one.id)}: {wording.clause(_tidy(one.sentence))}",
+                lines=tuple(_line(miss) for miss in one.misses),
+            )
 
 
 def _golden(test: WinnerTest) -> Finding:

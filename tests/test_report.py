@@ -17,25 +17,37 @@ from markdown_it import MarkdownIt
 from record_factory import (
     MODEL,
     benchmark_record,
+    calibration,
     choose_slice,
+    degenerate,
+    engine_id,
     fetch_record,
+    golden,
+    load_gate,
+    load_run,
     load_test_record,
+    load_verdict,
     machine_id,
     quantize_record,
+    served,
     sha256,
+    smoke,
     validity,
+    winner_test,
     write_model,
 )
 
 from pipelines import choose, records, render, report
 from pipelines.errors import GateError
 from pipelines.layout import Layout
+from pipelines.load_records import GoldenPrompt
 from pipelines.params import ReportSlice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    from pipelines.load_records import LoadTestRecord
     from pipelines.report_tree import Report
 
 FLEET: dict[str, dict[str, float]] = {
@@ -247,6 +259,197 @@ def test_only_the_chosen_file_is_proved_by_a_command(tmp_path: Path) -> None:
     assert f"echo '{digest}  work/{MODEL}/gguf/{MODEL}-Q4_K_M.gguf' | sha256sum --check" in text
 
 
+# --- the load test ----------------------------------------------------------------------------
+
+
+def load_report(tmp_path: Path, *, hosts: Iterable[str] = ("local",), **changes: Any) -> Report:
+    """Build the report of one model whose load test of Q4_K_M is special in `changes`."""
+    at = Layout(tmp_path)
+    hosts = list(hosts)
+    quants = write_fleet(at, hosts={host: {"vram_mib": 4000} for host in hosts})
+    record = {name: changes.pop(name) for name in ("smokes", "slos") if name in changes}
+    tested = load_test_record(
+        dict.fromkeys(hosts, "Q4_K_M"),
+        winners=(winner_test("Q4_K_M", hosts, **changes),),
+        **record,
+    )
+    records.write(at.model_record("load-test", MODEL), tested)
+    return report.build(ReportSlice(models={MODEL: quants}), at)
+
+
+def forms(built: Report) -> tuple[str, str, str]:
+    """Render in all three forms, as plain text without what merely escapes or breaks lines."""
+    terminal = " ".join(render.terminal(built, 200).split())
+    page = re.sub(r"<[^>]*>", " ", re.sub(r"<(style|script).*?</\1>", "", render.html(built)))
+    return (
+        terminal,
+        unescape(render.markdown(built)).replace("\u200b", ""),
+        " ".join(unescape(page).replace("\u00a0", " ").split()),
+    )
+
+
+def test_the_levels_are_told_in_words(tmp_path: Path) -> None:
+    """How many requests kept which levels, in what interval, and what was needed."""
+    built = load_report(tmp_path)
+    words = "100 of 100 requests kept ttft <= 300 ms, tpot <= 50 ms: 96.3-100 %, 95 % needed"
+
+    for text in forms(built):
+        assert words in text
+        assert "Q4_K_M on Ollama 0.33.0 with llama.cpp b6500" in text
+        assert "The highest concurrency that keeps the levels is 4, the most that was tried" in text
+        assert "2 of 2 golden prompts are equal to those of upstream" in text
+        assert "2 of 24 answers are degenerate" in text
+        assert "adds 0.900 ms at p99 to 4 streams of a null server" in text
+
+
+def test_each_run_is_a_row_and_a_missing_percentile_a_dash(tmp_path: Path) -> None:
+    """The ladder and the open run stand in one table; a p95 of 40 requests is not made up."""
+    _, text, _ = forms(load_report(tmp_path))
+
+    assert "| 1 at a time | 40 | 40 | 20.0 | — | 1.90 | 140 | 510 | 8.00 | 100 % |" in text
+    assert "| 4 at a time | 40 | 40 | 80.0 |" in text
+    assert "| at random, 5.50/s | 100 | 100 |" in text
+
+
+def test_failed_requests_are_told_by_class(tmp_path: Path) -> None:
+    """Errors have a column of their own and are named."""
+    bad = load_run(
+        None, 100, ok_count=97, errors={"timeout": 2, "http_5xx": 1}, good_count={"local": 96}
+    )
+
+    for text in forms(load_report(tmp_path, runs=(load_run(1), load_run(2), bad))):
+        assert "2 timeout, 1 http_5xx" in text
+        assert "96.0 %" in text
+
+
+def test_an_open_question_says_how_many_requests_decide_it(tmp_path: Path) -> None:
+    """An interval on both sides of its limit is shown as such, with digits that show the side."""
+    gate = load_gate(
+        value=0.98, low=0.94996, high=0.99, outcome="INCONCLUSIVE", more_requests=310,
+        sentence="too few requests",
+    )  # fmt: skip
+    built = load_report(tmp_path, gates=(gate,))
+
+    assert report.worst_verdict(built) == "HOLD"
+    for text in forms(built):
+        assert "94.996-99.0 %, 95 % needed; about 310 more requests would decide" in text
+        assert re.search("(?i)inconclusive", text)
+
+
+def test_the_highest_concurrency_is_the_last_before_a_miss(tmp_path: Path) -> None:
+    """A step beyond the first one that misses the levels does not count."""
+    runs = (
+        load_run(1), load_run(2), load_run(4, good_count={"local": 20}), load_run(8),
+        load_run(None, 100),
+    )  # fmt: skip
+    none = (load_run(1, good_count={"local": 30}), load_run(2), load_run(None, 100))
+
+    some = forms(load_report(tmp_path / "a", runs=runs))[0]
+    nothing = forms(load_report(tmp_path / "b", runs=none))[0]
+
+    assert "The highest concurrency that keeps the levels is 2 (40 of 40 requests)." in some
+    assert "Not even 1 at a time keeps the levels: 30 of 40 requests did." in nothing
+
+
+def test_hosts_with_other_levels_are_told_apart(tmp_path: Path) -> None:
+    """One file, two hosts, two sets of levels: each gets its share and its sentence."""
+    hosts = ("big", "small")
+    runs = (
+        load_run(1, hosts=hosts), load_run(2, hosts=hosts),
+        load_run(None, 100, hosts=hosts, good_count={"big": 100, "small": 80}),
+    )  # fmt: skip
+    missed = load_gate(
+        host="small", value=0.8, low=0.711, high=0.867, outcome="FAIL", sentence="80 of 100"
+    )
+    slos = {
+        "big": {"ttft_ms": 300.0, "min_goodput": 0.95},
+        "small": {"ttft_ms": 30.0, "min_goodput": 0.95},
+    }
+    gates = (load_gate(host="big"), missed)
+
+    built = load_report(tmp_path, hosts=hosts, runs=runs, gates=gates, slos=slos)
+
+    text = forms(built)[0]
+    assert "tiny-llama on big: promote Q4_K_M" in text
+    assert "tiny-llama on small: reject: Q4_K_M is chosen, but 80 of 100" in text
+    assert "on small: 80 of 100 requests kept ttft <= 30 ms: 71.1-86.7 %, 95 % needed" in text
+    assert "big 100 %, small 80.0 %" in text
+
+
+def test_a_wrong_prompt_is_shown_where_it_differs(tmp_path: Path) -> None:
+    """The gate fails with the lines that differ, readable in every form."""
+    wrong = GoldenPrompt(
+        id="system", outcome="FAIL", sentence="Ollama renders it otherwise.",
+        diff=("- <|im_start|>system↵", "+ ··[INST] <<SYS>>↵"),
+    )  # fmt: skip
+    built = load_report(tmp_path, golden=golden(prompts=(*golden().prompts, wrong)))
+
+    assert report.worst_verdict(built) == "REJECT"
+    for text in forms(built):
+        assert "2 of 3 golden prompts are equal to those of upstream; system: Ollama" in text
+        assert "- <|im_start|>system↵" in text
+        assert "+ ··[INST] <<SYS>>↵" in text
+
+
+def test_times_of_a_client_that_was_too_slow_are_not_shown(tmp_path: Path) -> None:
+    """An INVALID test shows its reason and what was compared as text, but no time and no chart."""
+    slow = tuple(load_run(many, ttft_ms=87654.0) for many in (1, 2, None))
+    built = load_report(tmp_path, runs=slow, invalid=("the client was too slow by 12 ms",))
+
+    assert report.worst_verdict(built) == "INVALID"
+    for text in forms(built):
+        assert "he client was too slow by 12 ms" in text
+        assert "87,7" not in text
+        assert "golden prompts are equal" in text
+        assert "requests kept" not in text
+    assert render.load_charts(built.models[0].tests[0], "m1") == []
+
+
+def test_without_a_load_test_nothing_is_promoted(tmp_path: Path) -> None:
+    """A missing, unreadable or old load test is INVALID, said first, and no old number is shown."""
+    at = Layout(tmp_path)
+    slice_ = ReportSlice(models={MODEL: write_fleet(at)})
+    path = at.model_record("load-test", MODEL)
+    said = {}
+    path.write_text("{")
+    said["unreadable"] = render.terminal(report.build(slice_, at), 200)
+    records.write(path, load_test_record({"local": "Q8_0"}))
+    said["old"] = render.terminal(report.build(slice_, at), 200)
+    path.unlink()
+    said["missing"] = render.terminal(report.build(slice_, at), 200)
+
+    for text in said.values():
+        assert text.startswith(f"{MODEL}: invalid: Q4_K_M is chosen, but ")
+        assert "Load test of" not in text
+    assert "load-test.json is not a LoadTestRecord" in said["unreadable"]
+    assert "older than the choice: it served Q8_0, not Q4_K_M" in said["old"]
+    assert "load-test.json does not exist" in said["missing"]
+    with pytest.raises(GateError, match="not served under load"):
+        report.require_promote(slice_, at)
+
+
+def test_the_other_quants_are_told_with_their_smoke(tmp_path: Path) -> None:
+    """Each published quant was at least loaded; a smoke of another file counts as none."""
+    stale = smoke("Q5_K_M", served=served("Q5_K_M", gguf_sha256=sha256("old file")))
+
+    for text in forms(load_report(tmp_path, smokes=(smoke("Q8_0"), stale))):
+        assert "Q8_0: loads, renders its prompt and answers 10 of 10 requests" in text
+        assert "Q5_K_M: what was served is another file" in text
+
+
+def test_latency_over_concurrency_is_drawn_for_everybody(tmp_path: Path) -> None:
+    """Two drawings with a title and the numbers in words; one concurrency makes none."""
+    drawn = render.load_charts(load_report(tmp_path / "a").models[0].tests[0], "m1")
+    single = load_report(tmp_path / "b", runs=(load_run(1), load_run(None, 100)))
+
+    assert [re.findall(r'id="(m1-\w+)-title"', text) for text in drawn] == [
+        ["m1-latency"], ["m1-throughput"],
+    ]  # fmt: skip
+    assert "TTFT p50 20.0, 40.0, 80.0" in drawn[0]
+    assert "TPOT p50 1.90, 1.90, 1.90" in drawn[0]
+    assert render.load_charts(single.models[0].tests[0], "m1") == []
+
+
 # --- forms ------------------------------------------------------------------------------------
 
 
@@ -312,7 +515,41 @@ def hostile_report(tmp_path: Path, text: str) -> Report:
     host["host"], host["sentence"], host["binding"] = text, text, text
     host["candidates"][0]["sentence"] = text
     path.write_text(json.dumps(choice))
-    return report.build(ReportSlice(models={MODEL: quants}), at)
+    records.write(at.model_record("load-test", MODEL), hostile_load_test(text))
+    built = report.build(ReportSlice(models={MODEL: quants}), at)
+    assert built.models[0].tests
+    assert built.models[0].smokes
+    return built
+
+
+def hostile_load_test(text: str) -> LoadTestRecord:
+    """Build a load test of the host `text` that holds `text` wherever a string is free."""
+    wrong = GoldenPrompt(id=text, outcome="FAIL", sentence=text, diff=(text, f"- {text}"))
+    failed = load_run(
+        None, 100, hosts=[text], ok_count=99, errors={text: 1}, notes=(text,), name=text
+    )
+    test = winner_test(
+        hosts=[text],
+        served=served(manifest_sha256=text, gpu_layers=text, kv_type=text),
+        golden=golden(sha256=text, upstream=text, prompts=(wrong,)),
+        runs=(load_run(1, hosts=[text]), load_run(2, hosts=[text]), failed),
+        calibration=calibration(client_bound=True, reason=text),
+        degenerate=degenerate(sentence=text, kinds={text: 1}),
+        gates=(load_gate(host=text), load_gate("ttft", text, sentence=text)),
+        failures=(text,),
+        notes=(text,),
+    )
+    return load_test_record(
+        {text: "Q4_K_M"},
+        slos={text: {"ttft_ms": 300.0, "min_goodput": 0.95}},
+        engine=engine_id(version=text, llama_cpp=text, sentence=text),
+        modelfile=text,
+        modelfile_sha256=text,
+        winners=(test,),
+        smokes=(smoke("Q8_0", sentence=text),),
+        verdicts=(load_verdict(text, sentence=text),),
+        measured_at=text,
+    )
 
 
 class _Tags(HTMLParser):
