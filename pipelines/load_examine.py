@@ -9,7 +9,7 @@ numbers INVALID; a file that cannot be loaded is a failure of that file.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from pipelines import (
@@ -20,6 +20,7 @@ from pipelines import (
     load_gates,
     load_session,
     records,
+    regressions,
     validity,
     watch,
     wording,
@@ -33,7 +34,15 @@ if TYPE_CHECKING:
 
     from pipelines.layout import Layout
     from pipelines.load.dialects import Answer
-    from pipelines.load_records import Calibration, Degenerate, Golden, LoadGate, LoadRun, Served
+    from pipelines.load_records import (
+        Calibration,
+        Degenerate,
+        Golden,
+        LoadGate,
+        LoadRun,
+        RegressionResult,
+        Served,
+    )
     from pipelines.load_session import Session
     from pipelines.params import LoadTestSlice
     from pipelines.prompts import Prompts
@@ -44,6 +53,8 @@ if TYPE_CHECKING:
 
     GreedyAnswers = list[Answer]
 
+# What Ollama samples with where neither Modelfile nor request says (api/types.go, DefaultOptions).
+_OLLAMA_TEMPERATURE: Final = 0.8
 # The 16-bit GGUF under the name that a type would have: with it greedy answers are compared.
 F16: Final = "F16"
 
@@ -119,6 +130,17 @@ class Examiner:
             log=self.log,
         )
 
+    def regressions(self, session: Session) -> tuple[RegressionResult, ...]:
+        """Ask the declared questions, with the temperature at which the model is served."""
+        declared = self.modelfile.parameters.get("temperature")
+        temperature = float(declared) if isinstance(declared, int | float) else _OLLAMA_TEMPERATURE
+        return regressions.run(
+            self.prompts,
+            replace(session.target, temperature=temperature),
+            model=self.wanted.model,
+            log=self.log,
+        )
+
     # --- the whole test -----------------------------------------------------------------------
 
     def winner(
@@ -151,6 +173,7 @@ class Examiner:
             runs=tuple(seen.runs),
             calibration=seen.calibration,
             degenerate=seen.degenerate,
+            regressions=seen.regressions,
             gates=self._gates(seen, hosts),
             failures=tuple(map(wording.clause, seen.failures)),
             invalid=tuple(map(wording.clause, seen.invalid)),
@@ -167,6 +190,7 @@ class Examiner:
             seen.failures.append(error.message)
             return
         seen.answers = session.greedy_answers(loaded.served.type)
+        seen.regressions = self.regressions(session)
         before, started = validity.cpu_times(), time.monotonic()
         with watch.Watch("llama-server") as ours:
             session.drive(seen.runs, loaded.verify)
@@ -255,6 +279,7 @@ class Findings:
     runs: list[LoadRun] = field(default_factory=list)
     calibration: Calibration | None = None
     degenerate: Degenerate | None = None
+    regressions: tuple[RegressionResult, ...] = ()
     failures: list[str] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pipelines.layout import Layout
     from pipelines.load.plan import Api
+    from pipelines.load_remote import Wanted
     from pipelines.params import Declaration, LoadTestSlice
 
 
@@ -49,18 +50,23 @@ def _slice(declared: Declaration, at: Layout, model: str) -> LoadTestSlice:
     return params.load_test_slice(declared, model)
 
 
-def _remote(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
-    from pipelines import load_remote, render_load  # noqa: PLC0415 - requests
+def _wanted(args: argparse.Namespace) -> Wanted:
+    from pipelines import load_remote  # noqa: PLC0415 - requests
 
-    wanted = load_remote.Wanted(
+    return load_remote.Wanted(
         url=args.url,
         api=None if args.api == "auto" else cast("Api", args.api),
         name=args.name,
         key=args.key,
     )
+
+
+def _remote(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import load_remote, render_load  # noqa: PLC0415 - requests
+
     log = at.log("load-test", "remote")
     log.unlink(missing_ok=True)
-    tested = load_remote.drive(wanted, declared, at, log=log)
+    tested = load_remote.drive(_wanted(args), declared, at, log=log)
     if args.json:
         console.out(tested.model_dump_json(indent=2))
     else:
@@ -70,6 +76,32 @@ def _remote(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
         raise GateError(f"INVALID: {'; '.join(tested.invalid)}")
     if missed:
         raise GateError(f"a level is missed: {'; '.join(missed)}.")
+    return 0
+
+
+def _prompts(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
+    """
+    Ask the declared prompt regressions: of the chosen quant, served privately, or of a server.
+
+    Raises:
+        ParamsError: The model has none.
+        GateError: One of them failed.
+    """
+    from pipelines import load_prompts, render_load  # noqa: PLC0415 - the serving side
+
+    wanted = _slice(declared, at, args.key)
+    if args.url:
+        remote = _wanted(args)
+        results = load_prompts.of_server(wanted, remote, at)
+    else:
+        results = load_prompts.of_winner(wanted, at)
+    if args.json:
+        console.out(json.dumps([json.loads(one.model_dump_json()) for one in results], indent=2))
+    else:
+        console.out(render_load.regressions(results))
+    failed = [one.id for one in results if one.outcome == "FAIL"]
+    if failed:
+        raise GateError(f"prompt regressions failed: {', '.join(failed)}.")
     return 0
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from pipelines import corpora, load_gates, load_session, params
 from pipelines.console import clean
-from pipelines.errors import RetryLaterError, ParamsError
+from pipelines.errors import ParamsError, RetryLaterError
 from pipelines.load_records import Calibration, EngineId, LoadGate, LoadRun
 from pipelines.records import Part
 from pipelines.wording import did_you_mean, first_few, quoted
@@ -68,6 +68,29 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Found:
+    """A model on a running server: where, in which dialect, under which name, of which version."""
+
+    url: str
+    api: Api
+    name: str
+    version: str
+
+
+def find(wanted: Wanted) -> Found:
+    """
+    Find a model on a running server.
+
+    Raises:
+        ParamsError: The URL is none, or the server does not have the model.
+        RetryLaterError: Nothing answers there.
+    """
+    url = checked_url(wanted.url)
+    api, version = identify(url, wanted.api)
+    return Found(url=url, api=api, name=pick_name(names(url, api), wanted), version=version)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Declared:
     load_test: LoadTest
     slos: dict[str, Slo]
@@ -87,15 +110,13 @@ def drive(wanted: Wanted, declared: Declaration, at: Layout, *, log: Path) -> Re
         RetryLaterError: Nothing answers there.
         ToolError: The server answers, but not as its API says.
     """
-    url = checked_url(wanted.url)
-    api, version = identify(url, wanted.api)
-    name = pick_name(names(url, api), wanted)
+    found = find(wanted)
     plan = _declared(declared, wanted.key)
     corpora.require(plan.corpus, at, "text of the load test's prompts")
     session = load_session.opened(
-        url=url,
-        api=api,
-        name=name,
+        url=found.url,
+        api=found.api,
+        name=found.name,
         declared=plan.load_test,
         slos=plan.slos,
         corpus=(at.root / plan.corpus.path).read_text(encoding="utf-8"),
@@ -107,16 +128,16 @@ def drive(wanted: Wanted, declared: Declaration, at: Layout, *, log: Path) -> Re
     calibrated = session.calibrate(runs)
     judged = next((run for run in runs if run.kind == "open"), None)
     return RemoteTest(
-        url=url,
-        api=api,
-        name=name,
+        url=found.url,
+        api=found.api,
+        name=found.name,
         engine=EngineId(
             kind="remote",
-            version=version,
+            version=found.version,
             llama_cpp="unknown",
             found_by="url",
             declared=True,
-            sentence=f"a running server at {url}",
+            sentence=f"a running server at {found.url}",
         ),
         slos={host: slo.model_dump(exclude_none=True) for host, slo in plan.slos.items()},
         runs=tuple(runs),
