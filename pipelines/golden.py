@@ -38,6 +38,7 @@ NO_TEMPLATE: Final = (
     "ChatML, which this model has never seen"
 )
 _MAX_DIFF_LINES: Final = 16
+_MAX_SIDE_LINES: Final = 5
 _LINE_CHARACTERS: Final = 110
 # How much of a line is shown in front of the first difference.
 _BEFORE: Final = 30
@@ -280,8 +281,16 @@ def _diff_lines(wanted: list[str], got: list[str]) -> Iterator[str]:
             ours, theirs = wanted[low:high], got[other_low:other_high]
             # Only the first of each is surely the same line.
             starts = [_shared_start(ours, theirs)] + [0] * (len(ours) + len(theirs))
-            yield from (f"- {_visible(*each)}" for each in zip(ours, starts, strict=False))
-            yield from (f"+ {_visible(*each)}" for each in zip(theirs, starts, strict=False))
+            yield from _side_lines("-", ours, starts)
+            yield from _side_lines("+", theirs, starts)
+
+
+def _side_lines(sign: str, lines: list[str], starts: list[int]) -> Iterator[str]:
+    """Show the first lines of one side, so that the other has room as well."""
+    shown = zip(lines[:_MAX_SIDE_LINES], starts, strict=False)
+    yield from (f"{sign} {_visible(*each)}" for each in shown)
+    if len(lines) > _MAX_SIDE_LINES:
+        yield f"{sign} … and {counted(len(lines) - _MAX_SIDE_LINES, 'line')} more"
 
 
 def _shared_start(wanted: list[str], got: list[str]) -> int:

@@ -229,8 +229,8 @@ def _result(
         _miss(answer, reason) for answer, reason in zip(answers, reasons, strict=True) if reason
     )[:_MAX_MISSES]
     text = (
-        f"{good:,} of {counted(count, 'answer')} as expected, a share of {declared(wanted)} is required "
-        f"(interval {number(interval.low)} to {number(interval.high)})"
+        f"{good:,} of {counted(count, 'answer')} as expected (share {number(interval.low)} to "
+        f"{number(interval.high)}, {declared(wanted)} required)"
     )
     if outcome == "INCONCLUSIVE":
         text += "; more repeats would decide"
