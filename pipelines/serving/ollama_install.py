@@ -65,9 +65,7 @@ _OUT_OF_REACH: Final = re.compile(
     r"dial tcp|no such host|i/o timeout|connection re|proxyconnect|TLS handshake|x509|"
     r"\b50[0234] |unexpected EOF|disabled by GOPROXY"
 )
-_UNKNOWN_VERSION: Final = re.compile(
-    r"unknown revision|404 Not Found|410 Gone|no matching versions"
-)
+_UNKNOWN_VERSION: Final = re.compile(r"unknown revision|no matching|\b(?:404|410) ")
 
 
 def cache_root() -> Path:
@@ -439,7 +437,7 @@ def _fetch(archive: Archive, part: Path) -> None:
                 part.open("ab" if resumes else "wb") as file,
                 console.Progress(label, total=total_bytes / 2**20 or None, unit="MiB") as progress,
             ):
-                for chunk in answer.iter_content(1 << 20):
+                for chunk in answer.iter_content(1 << 18):
                     file.write(chunk)
                     done_bytes += len(chunk)
                     progress.update(done_bytes / 2**20)
