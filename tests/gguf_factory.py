@@ -40,6 +40,7 @@ def tiny_llama_gguf(  # noqa: PLR0913 - each argument is one dimension of the mo
     n_ctx: int = 512,
     dtype: Literal["F32", "F16", "BF16"] = "F16",
     tied: bool = False,
+    chat_template: str | None = None,
 ) -> Path:
     """
     Write a Llama with a SentencePiece vocabulary and return its path.
@@ -56,11 +57,14 @@ def tiny_llama_gguf(  # noqa: PLR0913 - each argument is one dimension of the mo
         n_ctx: Context that the metadata promises.
         dtype: Type of the matrices; norms are always F32.
         tied: Leave out `output.weight`, so that the embeddings serve as output.
+        chat_template: Jinja; None leaves it out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama")
     _write_metadata(writer, n_embd, n_ff, n_layer, n_head, n_head_kv, n_ctx, dtype)
     _write_vocabulary(writer, vocab)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     random = np.random.default_rng(seed)
     for name, shape in _shapes(n_embd, n_ff, n_layer, vocab, n_head, n_head_kv, tied=tied):
         if len(shape) == 1:

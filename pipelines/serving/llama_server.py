@@ -39,9 +39,9 @@ PROGRAM: Final = "llama-server"
 # tools/server/server-http.cpp
 _BIND_FAILURE: Final = "couldn't bind HTTP server socket"
 _OFFLOADED: Final = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
-# Lines that say why a load failed, among hundreds that say how it went.
-_COMPLAINT: Final = re.compile(r"error|fail|unknown|unable|cannot|out of memory", re.IGNORECASE)
-_COMPLAINTS_SHOWN: Final = 4
+# `0.00.018.276 E message`: common/log.cpp. The first says why, the following that it is the end.
+_ERROR_LINE: Final = re.compile(r"\d+\.\d\d\.\d{3}\.\d{3} E (.*)")
+_ERRORS_SHOWN: Final = 4
 
 
 def argv(  # noqa: PLR0913 - each is one independent fact about a server
@@ -164,12 +164,10 @@ def is_bind_failure(output: str) -> bool:
 
 
 def complaints(running: Running) -> str:
-    """Return the last lines in which a program says what is wrong, or else its last lines."""
-    said = [console.clean(line)[:300] for line in running.process.output().splitlines()]
-    wrong = [line for line in said if _COMPLAINT.search(line)]
-    if not wrong:
-        return running.process.last_lines()
-    return "\n".join(f"    {line}" for line in wrong[-_COMPLAINTS_SHOWN:])
+    """Return the first errors that a llama-server logged, indented, or else its last lines."""
+    errors = [console.clean(line)[:300] for line in _ERROR_LINE.findall(running.process.output())]
+    shown = "\n".join(f"    {line}" for line in errors[:_ERRORS_SHOWN])
+    return shown or running.process.last_lines()
 
 
 def require_props(

@@ -396,42 +396,49 @@ def require_memory(file: GgufFile, settings: Settings, tools: Toolchain, *, log:
     """
     Refuse to load what this machine cannot hold, by llama.cpp's own plan for it.
 
-    The plan (llama-fit-params, which reads only the header) is for weights, the cache of all slots
-    and working space; a margin is added for the server. Main memory is what is available now,
-    cards count whole.
+    The plan is for weights, the cache of all slots and working space; a margin is added for the
+    server. Main memory is what is available now, cards count whole.
 
     Raises:
         MachineError: Too little; says how much is needed, of what, and how much there is.
-        LoadFailed: llama.cpp cannot plan for this file.
     """
-    plan = execution(settings, tools.backend)
+    on_card = uses_gpu(settings, tools)
+    needed = _planned_mib(file, settings, tools, on_card=on_card, log=log)
+    rooms = {True: (vram_mib(), "of the GPUs"), False: (available_mib(), "available")}
+    if settings.gpu_layers == "auto" and on_card:
+        # The engine puts on the cards what fits there, and the rest beside it.
+        room = sum(amount for amount, _ in rooms.values())
+        _require(file, settings, sum(needed.values()), room, "available on GPUs and beside them")
+        return
+    for where, amount in needed.items():
+        _require(file, settings, amount, *rooms[where])
+
+
+def _planned_mib(
+    file: GgufFile, settings: Settings, tools: Toolchain, *, on_card: bool, log: Path
+) -> dict[bool, float]:
+    """
+    Return {on the GPU or not: MiB} that llama-fit-params plans for, of which the header is read.
+
+    A file for which it cannot plan needs at least its own size; why the server cannot load it
+    either, if it cannot, is for the server to say.
+    """
     argv = llama_fit_params.estimate_argv(
         tools,
         str(file.path),
         context_tokens=settings.context_tokens * settings.parallel,
-        execution=plan,
+        execution=execution(settings, tools.backend),
     )
-    on_card = uses_gpu(settings, tools)
     try:
         done = proc.run(argv, log=log, env=llamacpp.environment(tools), inherit_env=False)
-        parts = {
-            where: llama_fit_params.parse_estimate(done.stdout, done.stderr, on_gpu=where, log=log)
+        return {
+            where: llama_fit_params.parse_estimate(
+                done.stdout, done.stderr, on_gpu=where, log=log
+            ).total_mib
             for where in ((True, False) if on_card else (False,))
         }
-    except ToolError as error:
-        prove(file)
-        raise LoadFailed(
-            f"llama.cpp cannot load {file.path.name}: {error.message}", log=log
-        ) from error
-    rooms = {True: (vram_mib(), "of the GPUs"), False: (available_mib(), "available")}
-    if settings.gpu_layers == "auto" and on_card:
-        # The engine puts on the cards what fits there, and the rest beside it.
-        needed = sum(part.total_mib for part in parts.values())
-        room = sum(amount for amount, _ in rooms.values())
-        _require(file, settings, needed, room, "available on GPUs and beside them")
-        return
-    for where, part in parts.items():
-        _require(file, settings, part.total_mib, *rooms[where])
+    except ToolError:
+        return {on_card: file.path.stat().st_size / MIB}
 
 
 def _require(
