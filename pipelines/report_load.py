@@ -8,6 +8,7 @@ times are not.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from pipelines import wording
@@ -67,7 +68,7 @@ def _block(tested: LoadTestRecord, test: WinnerTest, hosts: tuple[str, ...]) -> 
         hosts=hosts,
         title=_title(tested, test),
         doubts=tuple(wording.sentence(_tidy(text)) for text in test.invalid),
-        rows=tuple(run_row(run, _good_words(run, tested, hosts)) for run in runs),
+        rows=_rows(runs, tested, hosts),
         slos=tuple(tested.slos.get(host, {}) for host in hosts),
         levels=tuple(_levels(tested, test, hosts)) if trusted else (),
         capacity=tuple(_capacities(tested, test, hosts)) if trusted else (),
@@ -86,8 +87,14 @@ def _title(tested: LoadTestRecord, test: WinnerTest) -> str:
     )
 
 
-def run_row(run: LoadRun, good: str) -> LoadRow:
-    """Return one run as a row; `good` is the share of requests that kept the levels, in words."""
+def run_row(run: LoadRun, good: Mapping[str, str] | str) -> LoadRow:
+    """
+    Return one run as a row.
+
+    Args:
+        run: The run.
+        good: The share of requests that kept the levels, in words; by host where that differs.
+    """
     return LoadRow(
         name=_run_words(run),
         concurrency=run.concurrency if run.kind == "closed" else None,
@@ -101,7 +108,7 @@ def run_row(run: LoadRun, good: str) -> LoadRow:
         e2e_p50_ms=_p50(run.e2e_ms),
         output_tok_s=run.output_tok_s,
         requests_s=run.requests_s,
-        good=good,
+        good={"": good} if isinstance(good, str) else good,
     )
 
 
@@ -117,18 +124,22 @@ def _run_words(run: LoadRun) -> str:
     return f"{'at random' if run.kind == 'open' else 'soak'}{rate}"
 
 
-def _good_words(run: LoadRun, tested: LoadTestRecord, hosts: tuple[str, ...]) -> str:
-    """Write the share of requests that kept every level, by host where that differs."""
-    if not run.requests_count:
+def _rows(
+    runs: Sequence[LoadRun], tested: LoadTestRecord, hosts: tuple[str, ...]
+) -> tuple[LoadRow, ...]:
+    """Return the runs, with one share of good requests if it is that of every host."""
+    shares = [{host: _good_words(run, tested, host) for host in hosts} for run in runs]
+    if any(len(set(by_host.values())) > 1 for by_host in shares):
+        return tuple(run_row(run, by_host) for run, by_host in zip(runs, shares, strict=True))
+    return tuple(run_row(run, by_host[hosts[0]]) for run, by_host in zip(runs, shares, strict=True))
+
+
+def _good_words(run: LoadRun, tested: LoadTestRecord, host: str) -> str:
+    """Write the share of requests that kept every level of a host; a dash if none is declared."""
+    good = run.good_count.get(host)
+    if good is None or not run.requests_count or not _latencies(tested, host):
         return wording.ABSENT
-    shares = {
-        host: wording.percent(run.good_count[host] / run.requests_count, 3)
-        for host in hosts
-        if host in run.good_count and _latencies(tested, host)
-    }
-    if len(set(shares.values())) < 2:  # noqa: PLR2004 - one share for all hosts
-        return next(iter(shares.values()), wording.ABSENT)
-    return ", ".join(f"{host} {share}" for host, share in shares.items())
+    return wording.percent(good / run.requests_count, 3)
 
 
 # --- levels -----------------------------------------------------------------------------------
@@ -185,7 +196,8 @@ def _capacities(tested: LoadTestRecord, test: WinnerTest, hosts: tuple[str, ...]
         if text := _capacity(tested, test, host):
             said.setdefault(text, []).append(host)
     for text, names in said.items():
-        yield text if len(names) == len(hosts) else f"On {wording.listed(names)}: {text}"
+        where = f"On {wording.listed(names)} {wording.clause(text)}."
+        yield text if len(names) == len(hosts) else where
 
 
 def _capacity(tested: LoadTestRecord, test: WinnerTest, host: str) -> str:
@@ -342,9 +354,11 @@ def _client_words(test: WinnerTest) -> str:
 def _notes(test: WinnerTest) -> Iterator[str]:
     yield from (wording.sentence(note) for note in test.notes)
     if not test.invalid:
+        failed: Counter[str] = Counter()
         for run in test.runs:
-            if failed := ", ".join(f"{count:,} {name}" for name, count in run.errors.items()):
-                yield f"Requests that failed, {_run_words(run)}: {failed}."
+            failed.update(run.errors)
+        if classes := ", ".join(f"{count:,} {name}" for name, count in failed.most_common()):
+            yield f"Requests that failed, in all runs: {classes}."
         yield from (wording.sentence(note) for run in test.runs for note in run.notes)
 
 

@@ -88,7 +88,12 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRow:
-    """One run of a load test. Absent numbers are those that its sample does not carry."""
+    """
+    One run of a load test. Absent numbers are those that its sample does not carry.
+
+    `good` is the share of requests that kept every level, in words: by host where it differs, else
+    under an empty name.
+    """
 
     name: str
     concurrency: int | None
@@ -102,7 +107,7 @@ class LoadRow:
     e2e_p50_ms: float | None
     output_tok_s: float
     requests_s: float
-    good: str
+    good: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ def of_runs(rows: Sequence[LoadRow]) -> tuple[Column[LoadRow], ...]:
                sort=lambda r: r.output_tok_s, priority=1),
         Column(head="requests", unit="1/s", text=lambda r: number(r.requests_s),
                sort=lambda r: r.requests_s, priority=2),
-        Column(head="good", unit="", text=lambda r: r.good, sort=lambda r: r.good),
+        *(_good_column(host) for host in dict.fromkeys(host for row in rows for host in row.good)),
     ]  # fmt: skip
     if any(row.failed_count for row in rows):
         failed: Column[LoadRow] = Column(
@@ -97,6 +97,15 @@ def of_runs(rows: Sequence[LoadRow]) -> tuple[Column[LoadRow], ...]:
         )  # fmt: skip
         shown.insert(3, failed)
     return tuple(shown)
+
+
+def _good_column(host: str) -> Column[LoadRow]:
+    """Return the share of good requests, on one host if they differ."""
+
+    def text(row: LoadRow) -> str:
+        return row.good.get(host, wording.ABSENT)
+
+    return Column(head="good", unit=f"on {host}" if host else "", text=text, sort=text)
 
 
 def at(count: int | None) -> str:

@@ -373,7 +373,8 @@ def test_hosts_with_other_levels_are_told_apart(tmp_path: Path) -> None:
     assert "tiny-llama on big: promote Q4_K_M" in text
     assert "tiny-llama on small: reject: Q4_K_M is chosen, but 80 of 100" in text
     assert "on small: 80 of 100 requests kept ttft <= 30 ms: 71.1-86.7 %, 95 % needed" in text
-    assert "big 100 %, small 80.0 %" in text
+    assert "| good, on big | good, on small |" in forms(built)[1]
+    assert "| 100 % | 80.0 % |" in forms(built)[1]
 
 
 def test_a_wrong_prompt_is_shown_where_it_differs(tmp_path: Path) -> None:
@@ -706,13 +707,45 @@ def browse(page: str, tmp_path: Path, width: int, script: str = "") -> str:
     return done.stdout
 
 
+def wide_load_test(model: str) -> LoadTestRecord:
+    """Build a load test with everything that takes room: hosts, failures, long lines, levels."""
+    hosts = ("workstation", "laptop")
+    good = {"workstation": 38, "laptop": 31}
+    ladder = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    runs = tuple(
+        load_run(
+            many, ttft_ms=123.4, hosts=hosts, good_count=good, ok_count=38,
+            errors={"error_in_stream": 1, "truncated_stream": 1},
+        )
+        for many in ladder
+    )  # fmt: skip
+    wrong = GoldenPrompt(
+        id="a-conversation-with-a-long-name", outcome="FAIL", sentence="It differs.",
+        diff=("- " + "x" * 110, "+ " + "y " * 55),
+    )  # fmt: skip
+    judged = load_run(None, 200, hosts=hosts, good_count={"workstation": 200, "laptop": 9})
+    test = winner_test(
+        "Q4_K_M", hosts, model, golden=golden(prompts=(wrong,)), runs=(*runs, judged),
+        gates=tuple(load_gate(host=host) for host in hosts),
+    )  # fmt: skip
+    slos = {
+        "workstation": {"ttft_ms": 4_000.0, "tpot_ms": 2.0, "min_goodput": 0.95},
+        "laptop": {"ttft_ms": 4_100.0, "tpot_ms": 2.05, "min_goodput": 0.95},
+    }
+    chosen = dict.fromkeys(hosts, "Q4_K_M")
+    return load_test_record(chosen, model, winners=(test,), slos=slos)
+
+
 @in_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_phone_and_a_desk(tmp_path: Path, width: int) -> None:
     """No horizontal scroll, no chart text over another, and tables that sort by a click."""
     at = Layout(tmp_path)
-    page = render.html(report.build(mixed_fleet(at), at)).replace("<details>", "<details open>")
+    slice_ = mixed_fleet(at)
+    records.write(at.model_record("load-test", "both"), wide_load_test("both"))
+    page = render.html(report.build(slice_, at)).replace("<details>", "<details open>")
 
+    assert ">on workstation<" in page
     dom = browse(page, tmp_path, width, MEASURE)
 
     found = re.findall(r'data-result="([^"]*)"', dom)
