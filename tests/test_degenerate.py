@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from pipelines import degenerate
+from pipelines import convert, declaration, degenerate, fetch, hashing, params, records
 from pipelines.degenerate import is_degenerate, is_loop, sign_test, unique_share
+from pipelines.layout import Layout
+from pipelines.load import generator, plan
+from pipelines.serving import engine, modelfile, server
 
 if TYPE_CHECKING:
+    from pipelines.load.dialects import Answer
     from pipelines.load_records import ErrorClass
+    from pipelines.toolchain import Toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -203,3 +210,71 @@ def test_answers_to_different_prompts_cannot_be_compared() -> None:
     """Pairs are pairs: a missing answer must not shift the others."""
     with pytest.raises(ValueError, match="argument"):
         degenerate.compare([GOOD] * 3, [GOOD] * 4, 0.1)
+
+
+# --- a real model in a real Ollama ------------------------------------------------------------
+
+MODEL = "tiny-llama"
+QUESTIONS = (
+    *(f"What is {left} + {right}?" for left, right in ((1, 2), (3, 4), (7, 5), (9, 9))),
+    *(f"Count to {last}." for last in range(3, 9)),
+    *(f"What is {thing}?" for thing in ("a list", "a loop", "a cache", "a server", "a test")),
+    *("Who are you?", "Thank you!", "Hello!", "List two animals.", "Repeat: river"),
+)
+CHATML = (
+    '# version: 1\nFROM x\nTEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}\n'
+    '{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"""\n'
+)
+
+
+def greedy(host: server.Host, path: Path, text: str, log: Path) -> list[Answer]:
+    """Let a file answer the questions without chance, behind a Modelfile."""
+    file = server.GgufFile(
+        type="F16", path=path, sha256=hashing.digest(path).sha256, modelfile=modelfile.parse(text)
+    )
+    with host.load(file) as loaded:
+        prompts = [
+            plan.Prompt(messages=({"role": "user", "content": question},)) for question in QUESTIONS
+        ]
+        planned = plan.closed(
+            "greedy", concurrency=1, prompts=prompts, warm_up_requests=0, max_run_s=120, seed=1
+        )
+        target = plan.Target(
+            url=loaded.url, api=loaded.api, model=loaded.name, generate_tokens=64, timeout_s=60,
+            temperature=0.0, seed=1, context_tokens=512,
+        )  # fmt: skip
+        return list(generator.run(planned, target, log=log).answers)
+
+
+@pytest.mark.toolchain
+def test_a_broken_template_is_seen_in_the_answers_of_a_real_model(
+    tools: Toolchain, tmp_path: Path
+) -> None:
+    """The model ends its answers; under another one's template it loops, and that is no chance."""
+    root = tmp_path / "fork"
+    for name in ("examples", "corpora"):
+        shutil.copytree(ROOT / name, root / name)
+    shutil.copy(ROOT / "params.yaml", root / "params.yaml")
+    at, log = Layout(root), tmp_path / "log"
+    declared = declaration.load(at.params)
+    records.write(
+        at.model_record("fetch", MODEL), fetch.run(params.fetch_slice(declared, MODEL), at)
+    )
+    at.toolchain.write_text(json.dumps(tools.manifest))
+    convert.run(params.convert_slice(declared, MODEL), at)
+    settings = server.Settings(
+        context_tokens=512, parallel=1, threads=1, gpu_layers="all", kv_type="f16",
+        flash_attention=True, load_timeout_s=120.0,
+    )  # fmt: skip
+    found = engine.find(params.Serving(engine="ollama"), tools, log=log)
+
+    with server.open_host(found, settings, model=MODEL, at=at, log=log) as host:
+        right = greedy(host, at.f16(MODEL), "# version: 1\nFROM x\n", log)
+        broken = greedy(host, at.f16(MODEL), CHATML, log)
+
+    assert degenerate.compare(right, right, 0.1).outcome == "PASS"
+    judged = degenerate.compare(broken, right, 0.1)
+    assert judged.outcome == "FAIL", judged
+    assert judged.f16_degenerate_count is not None
+    assert judged.f16_degenerate_count <= 4
+    assert set(judged.kinds) & {"loop", "no_end"}
