@@ -60,7 +60,7 @@ def _failures(host: str, test: WinnerTest) -> list[str]:
         failed.append(objection)
     if test.degenerate is not None and test.degenerate.outcome == "FAIL":
         failed.append(test.degenerate.sentence)
-    failed += [one.sentence for one in test.regressions if one.outcome == "FAIL"]
+    failed += _regressions(test, "FAIL")
     return failed + _gates(host, test, "FAIL")
 
 
@@ -70,7 +70,7 @@ def _open_questions(
     questions = _gates(host, test, "INCONCLUSIVE")
     if test.degenerate is not None and test.degenerate.outcome == "INCONCLUSIVE":
         questions.append(test.degenerate.sentence)
-    questions += [one.sentence for one in test.regressions if one.outcome == "INCONCLUSIVE"]
+    questions += _regressions(test, "INCONCLUSIVE")
     questions += [f"{one.type}: {one.sentence}" for one in smokes if one.outcome == "FAIL"]
     if engine is None or not engine.declared:
         questions.append(
@@ -78,6 +78,14 @@ def _open_questions(
             "what will serve"
         )
     return questions
+
+
+def _regressions(test: WinnerTest, outcome: str) -> list[str]:
+    return [
+        f"prompt regression {one.id}: {one.sentence}"
+        for one in test.regressions
+        if one.outcome == outcome
+    ]
 
 
 def _gates(host: str, test: WinnerTest, outcome: str) -> list[str]:
