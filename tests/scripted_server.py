@@ -185,7 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
         script = self._scripted.script(body)
         with self._scripted.slots, contextlib.suppress(OSError, _StoppedError):
             _Chat(self, script, body).answer()
-        if script.close or script.fault in ("half_line", "gone", "reset"):
+        over = script.close or self._scripted.stopped.is_set()
+        if over or script.fault in ("half_line", "gone", "reset"):
             self.close_connection = True
 
     def _json(self, status: int, value: Any) -> None:
