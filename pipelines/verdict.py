@@ -99,6 +99,8 @@ def _host_final(one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | 
         # What stops it first, then why it was chosen.
         sentence = f"{_WORDS[verdict]}: {one.winner} is chosen, but {found.clause}"
         reasons = [_without_verb(chosen, one.verdict)]
+    if test is not None and test.invalid:
+        reasons.append("`fleet repro` repeats a load test that is INVALID")
     return HostFinal(
         host=one.host,
         verdict=verdict,

@@ -179,6 +179,16 @@ def test_no_verdict_is_better_than_its_parts(
     assert words in sentence
 
 
+def test_a_test_in_doubt_says_what_to_do() -> None:
+    """An INVALID test is no end: it says how it is repeated."""
+    tested = load_test_record(winners=(winner_test(invalid=("the machine was busy",)),))
+
+    (one,) = verdict.final(choice(), tested)
+
+    assert one.sentence == "invalid: Q4_K_M is chosen, but the machine was busy"
+    assert one.reasons[-1] == "`fleet repro` repeats a load test that is INVALID."
+
+
 def test_an_engine_that_stood_in_is_on_hold() -> None:
     """Numbers of llama-server are real, but they are not of the Ollama that was asked for."""
     stand_in = engine_id(kind="llama-server", version="b6500", declared=False)
