@@ -81,6 +81,21 @@ def test_variables_are_put_into_values(tmp_path: Path) -> None:
     assert made.system == "You are TINY."
 
 
+def test_a_go_template_stands_in_raw(tmp_path: Path) -> None:
+    """Its braces are jinja2's as well."""
+    go = "{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}{{ end }}"
+
+    made = render(
+        template(tmp_path, f'{{% raw %}}TEMPLATE """{go}"""{{% endraw %}}\n'), context_tokens=512
+    )
+
+    assert made.template == go
+    assert [layer.media_type.rpartition(".")[2] for layer in made.layers()] == [
+        "template",
+        "params",
+    ]
+
+
 @pytest.mark.parametrize("quote", ["", '"', '"""'])
 @pytest.mark.parametrize(
     "text",
@@ -161,6 +176,7 @@ def test_the_digest_changes_with_a_directive_and_not_with_a_comment(tmp_path: Pa
         ('SYSTEM "never closed\nPARAMETER top_k 1\n', 2, "is never closed"),
         ("ADAPTER ./lora.gguf\n", 2, "ADAPTER is not served"),
         ("RENDERER gemma4\n", 2, "RENDERER is not served"),
+        ("{% raw %}\nTEMPLATE {% if x %}a{% endif %}\n{% endraw %}", 3, "is a Go template in"),
         ("SYSTEM a\u00a0b\n", 2, "U+00A0, which Ollama drops"),
         ("SYSTEM 👩‍💻\n", 2, "U+200D, which Ollama drops"),
         ("{% if true %}\nSYSTEM a\n{% endif %}\nSISTEM b\n", 5, "no command"),

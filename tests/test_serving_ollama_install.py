@@ -283,6 +283,40 @@ def test_a_go_that_is_too_old_is_said_with_the_one_that_is_wanted(
     assert not [path for path in proxy.asked if "toolchain" in path]
 
 
+@pytest.mark.usefixtures("cache")
+def test_a_go_that_cannot_even_read_the_module_is_too_old(
+    tools: Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 1.21 Go had no patch releases in go.mod; these are its words."""
+    said = "go: parsing go.mod: go.mod:3: invalid go version '1.26.0': must match format 1.23"
+    ollama_stand_ins.script(tmp_path / "bin" / "go", f"sys.exit({said!r})")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+    with pytest.raises(
+        MachineError, match=r"too old to build Ollama 0\.33\.0, which wants Go 1\.26"
+    ):
+        install.with_go(VERSION, tools, log=tmp_path / "log")
+
+
+@pytest.mark.parametrize("way", ["go", "archive"])
+def test_a_cache_that_cannot_be_written_is_said(
+    tools: Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Here a file lies where the directory would be."""
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("GGUF_FLEET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+
+    log = tmp_path / "log"
+    ways = {
+        "go": lambda: install.with_go(VERSION, tools, log=log),
+        "archive": lambda: install.from_archive(VERSION, "0" * 64, log=log),
+    }
+
+    with pytest.raises(MachineError, match="Not a directory"):
+        ways[way]()
+
+
 @pytest.mark.usefixtures("proxy")
 def test_a_version_that_does_not_exist_is_a_mistake_in_the_declaration(
     cache: Path, tools: Toolchain, tmp_path: Path

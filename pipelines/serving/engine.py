@@ -266,5 +266,9 @@ def _triple(version: str) -> tuple[int, int, int]:
 
 
 def _first_line(text: str) -> str:
-    """The first line of a message: short enough for a record."""
-    return console.clean(text.splitlines()[0])[:_SENTENCE_CHARACTERS]
+    """The first line of a message, fit for a record: short, no directory of this machine."""
+    line = text.splitlines()[0].replace(str(ollama_install.cache_root()), "the cache")
+    home = str(Path("~").expanduser())
+    if len(home) > 1:  # the home of a service may be /
+        line = line.replace(home, "~")
+    return console.clean(line)[:_SENTENCE_CHARACTERS]

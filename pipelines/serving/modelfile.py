@@ -586,11 +586,10 @@ def _cause(each: _Directive, once: dict[str, _Directive]) -> str:
     """What is wrong with a directive but its value; remembers it in `once`."""
     if each.command in _NOT_SERVED:
         return f"{each.command.upper()} is not served: {_NOT_SERVED[each.command]}"
-    if each.command == "parameter" and each.word in _DEPRECATED:
-        return f"{each.word} has no effect: Ollama only warns that it is deprecated"
+    if each.command == "template" and "{%" in each.value:
+        return "TEMPLATE is a Go template in Ollama; this one is Jinja, at which the model vanishes"
     if each.command == "parameter" and each.word not in OPTIONS:
-        close = did_you_mean(each.word, OPTIONS)
-        return f"{quoted(each.word)} is no option of Ollama{close}"
+        return _no_option(each.word)
     if each.command in {"license", "message"} or each.word == "stop":
         return ""
     key = each.word or each.command.upper()
@@ -598,6 +597,12 @@ def _cause(each: _Directive, once: dict[str, _Directive]) -> str:
     if first is not each:
         return f"{key} is stated in line {first.line} already; Ollama would take the last one"
     return ""
+
+
+def _no_option(word: str) -> str:
+    if word in _DEPRECATED:
+        return f"{word} has no effect: Ollama only warns that it is deprecated"
+    return f"{quoted(word)} is no option of Ollama{did_you_mean(word, OPTIONS)}"
 
 
 def _typed(option: str, text: str) -> Value | str:

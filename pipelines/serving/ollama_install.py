@@ -120,10 +120,12 @@ def with_go(version: str, tools: Toolchain, *, log: Path) -> Path:
     program = layout / "bin" / "ollama"
     if _is_laid_out(layout, tools):
         return program
-    with exclusively(root / f"{version}-go.lock", f"installing Ollama {version}"):
+    with (
+        disk.explained(root),
+        exclusively(root / f"{version}-go.lock", f"installing Ollama {version}"),
+    ):
         if not _is_laid_out(layout, tools):
-            with disk.explained(root):
-                _lay_out(_built(version, root, log), layout, tools)
+            _lay_out(_built(version, root, log), layout, tools)
     return program
 
 
@@ -367,11 +369,13 @@ def from_archive(version: str, sha256: str | None, *, log: Path) -> Path:
             "PATH.",
             hint="Debian and Ubuntu: sudo apt-get install zstd. Fedora: sudo dnf install zstd.",
         )
-    with exclusively(root / f"{home.name}.lock", f"installing Ollama {version}"):
+    with (
+        disk.explained(root),
+        exclusively(root / f"{home.name}.lock", f"installing Ollama {version}"),
+    ):
         if not _is_complete(home):
-            with disk.explained(root):
-                kept = _downloaded(archive, root / "downloads")
-                _unpack(kept, home, version, log)
+            kept = _downloaded(archive, root / "downloads")
+            _unpack(kept, home, version, log)
             kept.unlink()
     return program
 
