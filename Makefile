@@ -38,7 +38,7 @@ check: setup  ## Lint, types, workflow audit, schema and docs in sync (about 1 m
 	@if [ -d .github/workflows ] || [ -d actions ]; then $(RUN) zizmor --offline --quiet .; fi
 
 bench: toolchain  ## Measure what the fleet costs over bare llama.cpp -> results/overhead.json
-	@$(RUN) python -m bench.overhead --only chain $(ARGS)
+	@$(RUN) python -m bench.overhead $(ARGS)
 
 lock: setup  ## Resolve pyproject.toml into requirements.lock (hashes, no hosts)
 	@echo "torch ; python_version < '3'" > .venv/overrides.txt

@@ -1,15 +1,25 @@
-"""The benchmark of our own overhead replays what the stages ran, and nothing else."""
+"""The benchmark of our own overhead measures what it says, and fails where it cannot."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from bench.overhead import replay
+import pytest
+from ruamel.yaml import YAML
+
+from bench import chain, fork, noop
+from bench.chain import replay
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pipelines.toolchain import Toolchain
+
+PROBED = "Running stage 'pipelines/dvc.yaml:machine':\n> python -m pipelines machine\n"
+SKIPPED = "Stage 'fetch@m0' didn't change, skipping\nStage 'convert@m0' didn't change, skipping\n"
 # Logs as `pipelines.proc` writes them: commands with their folder, quoted words over several lines.
 CONVERT = """\
 + /opt/python -c '
@@ -53,3 +63,60 @@ def test_only_the_tools_are_typed_again_without_our_launchers(tmp_path: Path) ->
         (f"{tools}/llama-perplexity", "--kl-divergence-base", "work/s/.logits-1.kld.part"),
     }
     assert (tmp_path / "work/s").is_dir()
+
+
+@pytest.mark.parametrize("did", ["Running stage 'track@m0':", "Stage 'track@m0' is cached - skip"])
+def test_a_noop_in_which_a_stage_ran_gives_no_figure(did: str) -> None:
+    """Only the probe may run; a stage that DVC brings out of its run cache was work, too."""
+    noop.require_noop(PROBED + SKIPPED, 0, "", 2)
+
+    with pytest.raises(SystemExit, match=r"1 stages ran \(track@m0\), and 2 of 3"):
+        noop.require_noop(f"{PROBED}{SKIPPED}{did}\n", 0, "", 3)
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "why"),
+    [(PROBED + SKIPPED, 255, "exit code 255: boom"), (PROBED, 0, "0 of 2 were looked at")],
+)
+def test_a_noop_that_failed_or_saw_too_little_gives_no_figure(
+    said: str, code: int, why: str
+) -> None:
+    """A quick failure would be the best figure of all."""
+    with pytest.raises(SystemExit, match=why):
+        noop.require_noop(said, code, "boom", 2)
+
+
+@pytest.mark.toolchain
+def test_the_fleet_of_the_noop_is_one_in_which_nothing_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tools: Toolchain
+) -> None:
+    """Both DVCs skip every stage of it; after a change of one file they do not."""
+    monkeypatch.setattr(noop, "MODELS", 1)
+    monkeypatch.setattr(noop, "QUANTS", ("Q8_0",))
+    monkeypatch.setattr(noop, "FAKE_WEIGHTS_BYTES", 1 << 10)
+    monkeypatch.setattr(noop, "REPEATS", 1)
+    root = tmp_path / "fork"
+
+    figures = noop.noop(root)
+
+    assert tools.manifest
+    assert figures["weights_bytes"] == 4 << 10  # source, 16-bit GGUF, matrix, quant
+    for name in noop.COMMANDS:
+        assert len(figures[name]["wall_s_all"]) == 1
+        assert figures[name]["read_bytes"] > 0
+    (root / "results/m0/choice.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        noop.one_noop(root, "dvc", figures["stages_count"])
+
+
+def test_the_chain_is_measured_without_the_load_test_alone(tmp_path: Path) -> None:
+    """Its stage and what it makes are gone from the fork's graph; nothing else is."""
+    shutil.copy(fork.ROOT / "dvc.yaml", tmp_path)
+    before = YAML(typ="safe").load(tmp_path / "dvc.yaml")["stages"]
+
+    chain.without_load_test(tmp_path)
+
+    after = json.loads((tmp_path / "dvc.yaml").read_text())["stages"]
+    assert set(before) - set(after) == {"load-test"}
+    assert "load-test" not in json.dumps(after)
+    assert after["convert"] == before["convert"]
