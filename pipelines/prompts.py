@@ -424,9 +424,14 @@ def _regex_flaw(pattern: str) -> str:
 
 def _schema_flaw(schema: dict[str, Any] | bool) -> str:  # noqa: FBT001 - a schema may be `true`
     """Say what is wrong with a JSON Schema; a reference beyond itself is, as nothing is fetched."""
-    # 60 ms, only where it is used; the package has no types.
-    from jsonschema import Draft202012Validator, SchemaError  # type: ignore[import-untyped]  # noqa: PLC0415
-
+    try:
+        # 60 ms, only where it is used; the package has no types.
+        from jsonschema import (  # type: ignore[import-untyped]  # noqa: PLC0415
+            Draft202012Validator,
+            SchemaError,
+        )
+    except ImportError:
+        return "nobody can tell, the package jsonschema is not installed (make setup)"
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:

@@ -132,8 +132,11 @@ class Pending:
 
     def close(self) -> None:
         """End the process if it still runs; it goes when its request has gone."""
-        atomic.remove(self._folder)
+        with contextlib.suppress(OSError):
+            (self._folder / _REQUEST).unlink(missing_ok=True)
         self._thread.join(timeout=proc.STOP_WITHIN_S)
+        with contextlib.suppress(OSError):
+            atomic.remove(self._folder)
 
     def result(self) -> Reference:
         """
@@ -229,7 +232,11 @@ def _rendered(source: Path, folder: Path, log: Path) -> Reference:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """All that the process sees of our environment besides PATH."""
+    """
+    All that the process sees of our environment besides PATH.
+
+    Not our time zone: a template may ask for the date (`strftime_now`), and servers do not have it.
+    """
     return {
         "PYTHONPATH": str(Path(__file__).absolute().parent.parent),
         "PYTHONUTF8": "1",
@@ -243,8 +250,6 @@ def _environment(folder: Path) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": "",
-        # A template may ask for the date (`strftime_now`), as those of the engines do.
-        **{name: os.environ[name] for name in ("TZ",) if name in os.environ},
     }
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from pipelines import prompts, upstream_chat
-from pipelines.errors import ToolError, UpstreamError
+from pipelines.errors import MachineError, ToolError, UpstreamError
 
 if TYPE_CHECKING:
     from pipelines.prompts import Prompts
@@ -226,6 +226,23 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error_of_the_source(
     assert "fetched whole" in caught.value.hint
 
 
+def test_missing_packages_are_named_with_the_way_to_get_them(
+    shipped: Prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers is an extra: an installation without it is told which one."""
+    (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('No transformers')")
+    ours = upstream_chat._environment
+    monkeypatch.setattr(
+        upstream_chat,
+        "_environment",
+        lambda folder: ours(folder) | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+
+    with pytest.raises(MachineError, match="incomplete: No transformers") as caught:
+        rendered(MODEL, shipped, tmp_path / "log")
+    assert "make setup" in caught.value.hint
+
+
 def renderers() -> list[psutil.Process]:
     """Return the processes below us that render."""
     return [
@@ -241,6 +258,8 @@ def test_the_process_has_no_token_of_ours_and_ends_when_nobody_waits(
     """A stranger's template runs without secrets; after the block no process and file is left."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    # The servers do not have it, and a template may print the date.
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
     killed = tmp_path / ".log.chat.part"
     killed.mkdir()
     (killed / "answer.json").write_text("{}", encoding="utf-8")
@@ -254,6 +273,6 @@ def test_the_process_has_no_token_of_ours_and_ends_when_nobody_waits(
         pending.result()
 
     assert environment["HF_HUB_OFFLINE"] == "1"
-    assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY"} & environment.keys()
+    assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "TZ"} & environment.keys()
     assert renderers() == []
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
