@@ -4,8 +4,8 @@ The final verdict for each host: the worse of what `choose` and what the load te
 Nothing is promoted that was not served. A host without a winner has no file that a load test could
 speak of, so its verdict is that of `choose`, word for word. Everywhere else the rule fails closed:
 a load test that is missing, or of another file, winner, context or machine than the choice, makes
-the host INVALID, and so does a test that calls itself so. What the record shows is never better
-than its parts: a failed gate is at most REJECT, an open one at most HOLD, whatever its verdict.
+the host INVALID, and so does a test that calls itself so. A verdict of the record is never taken
+for better than its own parts: they are judged again (`pipelines.load_verdict`).
 
 Nothing here reads a file.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pipelines import golden, wording
+from pipelines import load_verdict, wording
 from pipelines.console import clean
 
 if TYPE_CHECKING:
@@ -178,55 +178,35 @@ def _test_of(one: HostChoice, tested: LoadTestRecord) -> WinnerTest | None:
 
 
 def _finding(one: HostChoice, tested: LoadTestRecord, test: WinnerTest) -> Finding:
-    """Return what the test itself says, or what its parts show if that is worse."""
+    """Return what the record says of a host, or what its parts say if that is worse."""
     said = _verdict_of(one, tested)
     assert said is not None, "a doubt otherwise"
+    found = [_as_finding(said, tested)]
+    missing = _missing(one, test)
+    if missing:
+        found.append(Finding(verdict="INVALID", clause=missing))
+    else:
+        judged_again = load_verdict.of_host(one, tested.winners, tested.smokes, tested.engine)
+        found.append(_as_finding(judged_again, tested))
+    return max(found, key=lambda each: VERDICTS.index(each.verdict))
+
+
+def _as_finding(said: LoadVerdict, tested: LoadTestRecord) -> Finding:
     clause = _without_verb(_short(said.sentence), said.verdict)
     if said.verdict == "PROMOTE":
         clause = f"on {engine_words(tested)}, {clause}"
-    floors = (*_floors(one, test), *_engine_floor(tested))
-    return max(
-        (Finding(verdict=said.verdict, clause=clause), *floors),
-        key=lambda found: VERDICTS.index(found.verdict),
-    )
+    return Finding(verdict=said.verdict, clause=clause)
 
 
-def _floors(one: HostChoice, test: WinnerTest) -> Iterator[Finding]:
-    """Yield what no verdict may be better than."""
-    gates = [gate for gate in test.gates if gate.host == one.host]
-    if test.invalid:
-        yield Finding(verdict="INVALID", clause=wording.clause(_short(test.invalid[0])))
-    elif test.failures:
-        yield Finding(verdict="REJECT", clause=wording.clause(_short(test.failures[0])))
-    elif not gates:
-        yield Finding(verdict="INVALID", clause=f"no level of host {one.host} was judged")
-    elif test.golden is None or not test.golden.prompts:
-        yield Finding(verdict="INVALID", clause="its prompts were not compared with the upstream's")
-    yield from _golden_floor(test)
-    if test.degenerate is not None and test.degenerate.outcome == "FAIL":
-        yield Finding(verdict="REJECT", clause=_short(test.degenerate.sentence))
-    for gate in gates:
-        if gate.outcome != "PASS":
-            worse: Verdict = "REJECT" if gate.outcome == "FAIL" else "HOLD"
-            yield Finding(verdict=worse, clause=_short(gate.sentence))
-
-
-def _golden_floor(test: WinnerTest) -> Iterator[Finding]:
-    """Yield why the prompts are wrong; nothing compared is no proof that they are right."""
+def _missing(one: HostChoice, test: WinnerTest) -> str:
+    """Say which part is not there that a test which neither failed nor is in doubt must have."""
+    if test.invalid or test.failures:
+        return ""
+    if not any(gate.host == one.host and gate.name == "goodput" for gate in test.gates):
+        return f"no level of host {one.host} was judged"
     if test.golden is None or not test.golden.prompts:
-        return
-    objection = golden.objection(test.golden)
-    if objection:
-        yield Finding(verdict="REJECT", clause=wording.clause(_short(objection)))
-
-
-def _engine_floor(tested: LoadTestRecord) -> Iterator[Finding]:
-    if tested.engine is not None and not tested.engine.declared:
-        yield Finding(
-            verdict="HOLD",
-            clause=f"{engine_words(tested)} stood in for Ollama; declare "
-            "`serving.engine: llama-server` if that is what will serve",
-        )
+        return "its prompts were not compared with the upstream's"
+    return ""
 
 
 def engine_words(tested: LoadTestRecord) -> str:

@@ -161,6 +161,7 @@ SKIPPED = GoldenPrompt(id="system", outcome="SKIPPED", sentence="upstream has no
         ({"golden": golden(prompts=(SKIPPED,))}, "REJECT", "no prompt could be compared"),
         ({"golden": golden(prompts=())}, "INVALID", "were not compared"),
         ({"gates": ()}, "INVALID", "no level of host local was judged"),
+        ({"gates": (load_gate("memory"),)}, "INVALID", "no level of host local was judged"),
         ({"gates": (load_gate(outcome="FAIL", sentence="90 of 100"),)}, "REJECT", "90 of 100"),
         (
             {"gates": (load_gate(outcome="INCONCLUSIVE", sentence="about 50 more decide"),)},
@@ -197,7 +198,7 @@ def test_an_engine_that_stood_in_is_on_hold() -> None:
     declared = engine_id(kind="llama-server", version="b6500", declared=True)
 
     assert found == "HOLD"
-    assert "llama-server b6500 stood in for Ollama" in sentence
+    assert "llama-server stood in for Ollama" in sentence
     assert judged(load_test_record(engine=declared))[0] == "PROMOTE"
 
 
