@@ -8,10 +8,13 @@ Models to serve, engines that serve them, and a server in a process of its own t
 from __future__ import annotations
 
 import dataclasses
+import http.server
 import math
 import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -25,6 +28,8 @@ from pipelines.serving import modelfile, server
 from pipelines.serving.engine import Engine
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import psutil
 
     from pipelines.toolchain import Toolchain
@@ -109,6 +114,31 @@ def engine(kind: Kind, tools: Toolchain, program: Path) -> Engine:
         llama_server=tools.tool("llama-server") if kind == "ollama" else program,
         tools=tools,
     )
+
+
+class _Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = b'{"status": "ok", "version": "0.33.0"}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def healthy_stranger() -> Iterator[int]:
+    """Listen on a port and answer as a server does that is up; yield the port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Healthy) as stranger:
+        thread = threading.Thread(target=stranger.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield stranger.server_address[1]
+        finally:
+            stranger.shutdown()
+            thread.join()
 
 
 def programs_in(at: Layout) -> list[psutil.Process]:

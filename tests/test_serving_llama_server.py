@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import re
 import signal
-import threading
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -307,7 +304,7 @@ def test_a_port_that_somebody_took_is_tried_again_with_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also when that somebody answers as a healthy server does."""
-    with _healthy_stranger() as port:
+    with serving_factory.healthy_stranger() as port:
         ports = iter([port, port, sandbox.free_port()])
         monkeypatch.setattr(sandbox, "free_port", lambda: next(ports))
 
@@ -323,7 +320,7 @@ def test_ports_that_are_taken_again_and_again_are_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It gives up and says what to look at."""
-    with _healthy_stranger() as port:
+    with serving_factory.healthy_stranger() as port:
         monkeypatch.setattr(sandbox, "free_port", lambda: port)
 
         with (
@@ -498,28 +495,3 @@ def test_layers_beside_the_gpu_are_an_error_unless_declared(
         _partly_offloaded(scripted, opened, file(model), gpu_layers)
 
     _partly_offloaded(scripted, opened, file(model), 10)
-
-
-class _Healthy(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        body = b'{"status": "ok", "version": "0.33.0"}'
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def _healthy_stranger() -> Iterator[int]:
-    """Listen on a port and answer as a server does that is up; yield the port."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Healthy) as stranger:
-        thread = threading.Thread(target=stranger.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield stranger.server_address[1]
-        finally:
-            stranger.shutdown()
-            thread.join()
