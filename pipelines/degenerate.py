@@ -3,9 +3,10 @@ Degenerate answers: empty, one token, a loop, no end; counted against those of t
 
 Perplexity looks at one token after a right text. A model that was quantized too far, or served with
 a wrong template or stop, can look fine there and still repeat itself for ever. So the same greedy
-prompts are answered by f16 and by the quant, and what counts is which of the two fails where the
-other does not: a small model loops now and then in 16 bits, too, and an answer that is cut by the
-limit of tokens may just be long.
+prompts are answered by f16 and by the quant, and what counts is which of the two is worse where
+they differ: a small model loops now and then in 16 bits, too, and an answer that is cut by the
+limit of tokens may just be long. Being cut is the lesser fault, so that a loop is seen where f16
+only has no end.
 
 A text is a loop if one of two rules holds:
     its end is one period, four times or more in a row, and that is 30 % of the text and 24
@@ -43,6 +44,10 @@ _SEQUENCE_WORDS: Final = 4
 _MAX_CHARACTERS: Final = 8000
 # Characters of the scripts that do without blanks, words, rows of one sign (people draw lines).
 _WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|([^\w\s])\1*")
+# How bad an answer is, for the comparison.
+_RANKS: Final[Mapping[Kind | None, int]] = {
+    None: 0, "no_end": 1, "one_token": 2, "loop": 2, "empty": 2,
+}  # fmt: skip
 _KIND_WORDS: Final = {
     "empty": "empty",
     "one_token": "of one token",
@@ -140,7 +145,7 @@ def sign_test(more: int, fewer: int) -> float:
     """
     Return the probability of `more` or more heads in `more + fewer` throws of a fair coin.
 
-    That is McNemar's exact test, one-sided: pairs in which both or none are degenerate say nothing.
+    That is the exact sign test, one-sided: pairs in which both are equally bad say nothing.
     """
     count = more + fewer
     return sum(math.comb(count, heads) for heads in range(more, count + 1)) / (1 << count)
@@ -156,8 +161,8 @@ def compare(
     """
     Judge the answers of a quant beside those of f16 to the same prompts.
 
-    FAIL needs both: more excess than the limit, and so many prompts on which only the quant is
-    degenerate that chance would rarely give them (5 %). The first without the second is
+    FAIL needs both: more excess than the limit, and so many prompts on which the quant is the worse
+    one that chance would rarely give them (5 %). The first without the second is
     INCONCLUSIVE; so is a comparison of less than half of the prompts. PASS says that no breakage
     was seen, not that there is none: 24 prompts cannot show that.
 
@@ -192,7 +197,7 @@ def compare(
         )
     f16_kinds = [_kind(each, limit_tokens) for each in f16_answers]
     pairs = [
-        (kind is not None, f16_kind is not None)
+        (_RANKS[kind], _RANKS[f16_kind])
         for kind, f16_kind, *both in zip(kinds, f16_kinds, answers, f16_answers, strict=True)
         if all(map(_answered, both))
     ]
@@ -224,21 +229,22 @@ def _kinds_in_words(counts: Counter[Kind]) -> str:
 
 
 def _judged(
-    pairs: Sequence[tuple[bool, bool]], asked: int, limit: float
+    pairs: Sequence[tuple[int, int]], asked: int, limit: float
 ) -> tuple[Outcome, float | None, str]:
-    """Return outcome, excess and the reason; a pair is (quant degenerate, f16 degenerate)."""
+    """Return outcome, excess and the reason; a pair is how bad (the quant's, f16's) answer is."""
     count = len(pairs)
     if 2 * count < asked or not count:
         return "INCONCLUSIVE", None, f"only {count:,} of {asked:,} were answered by both"
-    only, only_f16 = (sum(pair == which for pair in pairs) for which in ((1, 0), (0, 1)))
-    excess = (only - only_f16) / count
+    worse = sum(ours > f16 for ours, f16 in pairs)
+    better = sum(ours < f16 for ours, f16 in pairs)
+    excess = (worse - better) / count
     what = (
-        f"{only:,} only here and {only_f16:,} only in f16, an excess of {percent(excess)} with "
+        f"{worse:,} worse than f16's and {better:,} better, an excess of {percent(excess)} with "
         f"{percent(limit)} allowed"
     )
     if excess <= limit:
         return "PASS", excess, what
-    chance = sign_test(only, only_f16)
+    chance = sign_test(worse, better)
     if chance <= 1 - CONFIDENCE:
         return "FAIL", excess, f"{what} (chance would do that with {number(chance)})"
     return (

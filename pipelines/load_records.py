@@ -161,8 +161,8 @@ class Degenerate(Part):
     """
     Greedy answers that loop, never end or hold one token, beside those of f16.
 
-    `excess` is (only the quant's - only f16's) / prompts; f16 counts are None where the host cannot
-    hold f16, and then nothing is judged.
+    `excess` is (answers worse than f16's - better ones) / prompts answered by both; f16 counts are
+    None where the host cannot hold f16, and then nothing is judged.
     """
 
     prompts_count: int

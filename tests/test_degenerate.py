@@ -153,7 +153,7 @@ def test_a_quant_that_loops_where_f16_does_not_fails() -> None:
     assert (judged.degenerate_count, judged.f16_degenerate_count) == (8, 0)
     assert judged.kinds == {"loop": 8}
     assert "8 in a loop" in judged.sentence
-    assert "8 only here and 0 only in f16" in judged.sentence
+    assert "8 worse than f16's and 0 better" in judged.sentence
 
 
 def test_answers_as_bad_as_those_of_f16_pass() -> None:
@@ -165,6 +165,27 @@ def test_answers_as_bad_as_those_of_f16_pass() -> None:
     assert judged.outcome == "PASS"
     assert judged.excess == 0
     assert judged.degenerate_count == judged.f16_degenerate_count == 24
+
+
+def test_a_loop_is_seen_where_the_f16_answer_was_only_cut() -> None:
+    """With a small limit of tokens most good answers have no end, and must not hide broken ones."""
+    cut = Said(done_reason="length", output_tokens=64)
+
+    judged = degenerate.compare([LOOP] * 12 + [cut] * 12, [cut] * 24, 0.1)
+
+    assert judged.outcome == "FAIL"
+    assert judged.excess == 0.5
+
+
+def test_answers_that_just_grew_longer_or_shorter_than_the_limit_cancel() -> None:
+    """A model that says the same in other words is cut here and there, in both directions."""
+    cut = Said(done_reason="length", output_tokens=64)
+
+    judged = degenerate.compare(
+        [cut] * 6 + [GOOD] * 6 + [cut] * 12, [GOOD] * 6 + [cut] * 6 + [cut] * 12, 0.1
+    )
+
+    assert (judged.outcome, judged.excess) == ("PASS", 0)
 
 
 def test_a_few_more_than_allowed_are_inconclusive_and_more_prompts_decide() -> None:
