@@ -193,7 +193,12 @@ class _Reader:
             for type_, one in self.built.items()
             if isinstance(one, QuantizeRecord)
         }
-        smokes = report_load.smokes(self.tested, built) if blocks else ()
+        verdicts = {
+            type_: {one.verdict for _, one in self._candidates(type_)}
+            for type_ in self.quants.values()
+        }
+        passing = [type_ for type_, found in verdicts.items() if _best_verdict(found) == "PASS"]
+        smokes = report_load.smokes(self.tested, passing, built) if blocks else ()
         return {"tests": blocks, "smokes": smokes}
 
     def _is_measured(self) -> bool:

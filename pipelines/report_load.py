@@ -17,7 +17,7 @@ from pipelines.report_tree import Finding, LoadBlock, LoadRow
 from pipelines.verdict import engine_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from pipelines.load_records import (
         LoadGate,
@@ -46,15 +46,25 @@ def blocks(tested: LoadTestRecord, finals: Sequence[HostFinal]) -> tuple[LoadBlo
     return tuple(found)
 
 
-def smokes(tested: LoadTestRecord, built: Mapping[str, str]) -> tuple[Finding, ...]:
+def smokes(
+    tested: LoadTestRecord, passing: Collection[str], built: Mapping[str, str]
+) -> tuple[Finding, ...]:
     """
-    Return the short tests of the quants that are not the winner.
+    Return the short tests; a quant that passed without winning anywhere must have one.
 
     Args:
         tested: The load test; it speaks of the choice.
+        passing: The types of these quants.
         built: sha256 of each GGUF that is there now, by type.
     """
-    return tuple(_smoke(one, built.get(one.type)) for one in tested.smokes if one.type in built)
+    found = {one.type: one for one in tested.smokes}
+    return tuple(
+        _smoke(found[type_], built[type_])
+        if type_ in found
+        else Finding(outcome="FAIL", text=f"{type_}: was not served")
+        for type_ in built
+        if type_ in found or type_ in passing
+    )
 
 
 # --- one test ---------------------------------------------------------------------------------
@@ -281,7 +291,7 @@ def _golden(test: WinnerTest) -> Finding:
     )
 
 
-def _smoke(one: Smoke, built_sha256: str | None) -> Finding:
+def _smoke(one: Smoke, built_sha256: str) -> Finding:
     text = f"{one.type}: {wording.clause(_tidy(one.sentence))}"
     served = one.served.gguf_sha256 if one.served else None
     if one.outcome == "PASS" and served != built_sha256:

@@ -433,7 +433,9 @@ def test_the_other_quants_are_told_with_their_smoke(tmp_path: Path) -> None:
     """Each published quant was at least loaded; a smoke of another file counts as none."""
     stale = smoke("Q5_K_M", served=served("Q5_K_M", gguf_sha256=sha256("old file")))
 
-    for text in forms(load_report(tmp_path, smokes=(smoke("Q8_0"), stale))):
+    missing = load_report(tmp_path / "a", smokes=(smoke("Q8_0"),))
+    assert "fail: Q5_K_M: was not served" in forms(missing)[0]
+    for text in forms(load_report(tmp_path / "b", smokes=(smoke("Q8_0"), stale))):
         assert "Q8_0: loads, renders its prompt and answers 10 of 10 requests" in text
         assert "Q5_K_M: what was served is another file" in text
 
