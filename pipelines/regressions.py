@@ -13,12 +13,12 @@ program), each within `CHECK_WITHIN_S`: Python's `re` looks for signals while it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import signal
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -268,8 +268,12 @@ def _apart(checks: Sequence[Mapping[str, Any]], log: Path) -> list[str]:
     """Apply expressions and schemas; give the reason of each that does not hold, else ""."""
     if not checks:
         return []
-    with tempfile.TemporaryDirectory(prefix="gguf-fleet-regressions-") as folder:
-        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+    # Named after the log, so that the next run removes what a kill has left.
+    folder = atomic.part_name(log.with_name(f"{log.name}.regressions")).absolute()
+    atomic.remove(folder)
+    folder.mkdir(parents=True, mode=0o700)
+    request, answer = folder / "request.json", folder / "answer.json"
+    try:
         request.write_text(json.dumps(checks), encoding="utf-8")
         proc.run(
             [sys.executable, "-m", "pipelines.regressions", request, answer],
@@ -283,6 +287,9 @@ def _apart(checks: Sequence[Mapping[str, Any]], log: Path) -> list[str]:
             timeout_s=30 + CHECK_WITHIN_S * len(checks),
         )
         reasons = json.loads(answer.read_text(encoding="utf-8"))
+    finally:
+        with contextlib.suppress(OSError):
+            atomic.remove(folder)
     if len(reasons) != len(checks):
         raise ToolError("the process that judges the answers left out some.", log=log)
     return [str(reason) for reason in reasons]

@@ -185,6 +185,7 @@ def test_an_expression_that_would_never_end_costs_its_time_and_no_more(tmp_path:
     assert "the regex took more than 2 s" in first.misses[0]
     assert first.pass_count == second.pass_count == 1
     assert time.monotonic() - started < 60
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_what_a_model_says_cannot_act_on_a_terminal_or_a_runner(tmp_path: Path) -> None:
