@@ -58,6 +58,7 @@ def raw(answers: Sequence[Answer], **changes: Any) -> Raw:
         "gaps_us": {},
         "started_ns": 0,
         "cpu_s": 0.1,
+        "after_cpu_s": 0.1,
         "unsent_count": 0,
         "threads_count": 1,
         "late_threads_count": 0,

@@ -34,7 +34,7 @@ _NS_PER_MS: Final = 1e6
 
 
 class CalibrationError(generator.GeneratorError):
-    """The client was not able to read the null server at all."""
+    """The client did not read the null server to the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,15 @@ class Footprint:
         added_ttft_ms: Of each request: its time to first token, less the time that the server
             took from having the request to sending the first chunk.
         late_ms: How much the server was behind its pace, of each chunk; in none of the above.
-        cpu_s_per_1000_chunks: Processor time of the client.
+        cpu_s_per_1000_chunks: Processor time of the client while it ran.
+        after_cpu_s_per_1000_chunks: The same after the run, when the answers are understood.
     """
 
     delays_ms: tuple[float, ...]
     added_ttft_ms: tuple[float, ...]
     late_ms: tuple[float, ...]
     cpu_s_per_1000_chunks: float
+    after_cpu_s_per_1000_chunks: float
 
 
 def calibrate(  # noqa: PLR0913 - each is one independent fact about the run
@@ -79,7 +81,7 @@ def calibrate(  # noqa: PLR0913 - each is one independent fact about the run
         send_lag_p99_ms: Of the real open run, if there was one.
 
     Raises:
-        CalibrationError: No chunk came through.
+        CalibrationError: An answer did not come through.
     """
     found = footprint(streams=streams, chunks=chunks, chunks_per_s=chunks_per_s, api=api, log=log)
     p99 = measures.percentile(found.delays_ms, 0.99)
@@ -107,22 +109,40 @@ def calibrate(  # noqa: PLR0913 - each is one independent fact about the run
     )
 
 
-def footprint(*, streams: int, chunks: int, chunks_per_s: float, api: Api, log: Path) -> Footprint:
+def footprint(  # noqa: PLR0913 - each is one independent fact about the run
+    *,
+    streams: int,
+    chunks: int,
+    chunks_per_s: float,
+    api: Api,
+    log: Path,
+    rounds: int | None = None,
+) -> Footprint:
     """
-    Drive the null server, in as many rounds as a thousand chunks need but for ten seconds at most.
+    Drive the null server.
+
+    Args:
+        streams: Answers that are streamed at the same time.
+        chunks: Chunks of an answer.
+        chunks_per_s: Of one stream.
+        api: Dialect.
+        log: Output of the processes.
+        rounds: Answers to each virtual user; if absent, as many as a thousand chunks need, but for
+            ten seconds at most.
 
     Raises:
-        CalibrationError: No chunk came through.
+        CalibrationError: An answer did not come through.
     """
-    rounds = max(1, math.ceil(_CHUNKS_WANTED / (streams * chunks)))
-    rounds = max(1, min(rounds, int(_MOST_S / max(chunks / chunks_per_s, 1e-3))))
+    if rounds is None:
+        rounds = max(1, math.ceil(_CHUNKS_WANTED / (streams * chunks)))
+        rounds = max(1, min(rounds, int(_MOST_S * chunks_per_s / chunks)))
+    prompts = [_prompt(null_server.WARM_UP)] * streams + [_prompt("run")] * (streams * rounds)
     planned = plan.closed(
         f"calibration {streams}",
         concurrency=streams,
-        prompts=(plan.Prompt(messages=({"role": "user", "content": "calibration"},)),)
-        * (streams * (rounds + 1)),
+        prompts=prompts,
         warm_up_requests=streams,
-        max_run_s=_MOST_S * 2 + chunks / chunks_per_s,
+        max_run_s=_MOST_S + 2 * rounds * chunks / chunks_per_s,
         seed=0,
         keep_stamps=True,
     )
@@ -139,6 +159,10 @@ def footprint(*, streams: int, chunks: int, chunks_per_s: float, api: Api, log: 
         )
         raw = generator.run(planned, target, log=log)
     return _footprint(raw)
+
+
+def _prompt(content: str) -> plan.Prompt:
+    return plan.Prompt(messages=({"role": "user", "content": content},))
 
 
 def _footprint(raw: Raw) -> Footprint:
@@ -162,6 +186,7 @@ def _footprint(raw: Raw) -> Footprint:
         added_ttft_ms=tuple(added),
         late_ms=tuple(late),
         cpu_s_per_1000_chunks=raw.cpu_s / len(delays) * 1000,
+        after_cpu_s_per_1000_chunks=raw.after_cpu_s / len(delays) * 1000,
     )
 
 

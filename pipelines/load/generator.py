@@ -40,6 +40,7 @@ class Raw:
         gaps_us: How often a pause of so many microseconds lay between two chunks of one answer.
         started_ns: Start of the run, on the monotonic clock.
         cpu_s: Processor time of the generator while it ran.
+        after_cpu_s: The same after the run, until every answer was understood.
         unsent_count: Requests of the plan that were not sent within `max_run_s`.
         threads_count: Most threads that there were.
         late_threads_count: Arrivals that found all threads busy and waited for one.
@@ -50,6 +51,7 @@ class Raw:
     gaps_us: dict[int, int]
     started_ns: int
     cpu_s: float
+    after_cpu_s: float
     unsent_count: int
     threads_count: int
     late_threads_count: int
@@ -139,6 +141,7 @@ def _result(out: Path, plan: Plan) -> Raw:
         gaps_us={int(length): count for length, count in last["gaps_us"].items()},
         started_ns=facts["started_ns"],
         cpu_s=facts["cpu_s"],
+        after_cpu_s=facts["after_cpu_s"],
         unsent_count=facts["unsent_count"],
         threads_count=facts["threads_count"],
         late_threads_count=facts["late_threads_count"],

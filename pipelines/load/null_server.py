@@ -13,7 +13,8 @@ due; when it is late itself, since the machine is busy, the chunk says by how mu
     POST /v1/chat/completions    the OpenAI-compatible events
     POST /stop                   the end of the process
 
-`model` in a request says how many chunks, and how many a second: "null:300:100".
+`model` in a request says how many chunks, and how many a second: "null:300:100". A warm-up, which
+is a message that says so, gets a few.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
     from pipelines.load.plan import Api
 
+WARM_UP: Final = "warm-up"
+_WARM_UP_CHUNKS: Final = 5
 _HOST: Final = "127.0.0.1"
 _NS: Final = 1_000_000_000
 _START_WITHIN_S: Final = 20.0
@@ -221,14 +224,17 @@ class _Server:
         if path == "/stop":
             self._stopped = True
             return
-        _, chunks, per_second = json.loads(body)["model"].split(":")
+        asked = json.loads(body)
+        _, chunks, per_second = asked["model"].split(":")
+        if asked["messages"][-1]["content"] == WARM_UP:
+            chunks = min(int(chunks), _WARM_UP_CHUNKS)
         stream.api = "ollama" if path == "/api/chat" else "openai"
         stream.left = stream.total = int(chunks)
         stream.period_ns = max(1, round(_NS / float(per_second)))
         stream.busy = True
         kind = "application/x-ndjson" if stream.api == "ollama" else "text/event-stream"
         with contextlib.suppress(OSError):
-            stream.link.send(_HEAD.format(kind=kind).encode())
+            stream.link.sendall(_HEAD.format(kind=kind).encode())
         # The next tick that all streams of this pace share, and at least half of one from now.
         ticks = math.ceil((stream.asked_ns + stream.period_ns // 2) / stream.period_ns)
         self._plan(stream, ticks * stream.period_ns)
@@ -243,12 +249,12 @@ class _Server:
         text = f"{sent_ns}:{sent_ns - due_ns}:{stream.asked_ns}"
         stream.left -= 1
         try:
-            stream.link.send(_chunk(_line(stream.api, text)))
+            stream.link.sendall(_chunk(_line(stream.api, text)))
             if stream.left:
                 self._plan(stream, due_ns + stream.period_ns)
             else:
                 stream.busy = False
-                stream.link.send(
+                stream.link.sendall(
                     b"".join(map(_chunk, _end(stream.api, stream.total))) + b"0\r\n\r\n"
                 )
         except OSError:

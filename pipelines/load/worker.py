@@ -297,18 +297,18 @@ def _send_all(planned: Plan, target: Target, spool: _Spool, most_threads: int) -
         first.run(first.repeat, min(planned.concurrency or warm_up, warm_up))
     gc.collect()
     gc.freeze()
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    before_s = _cpu_s()
     counted = range(warm_up, len(planned.prompts))
     phase = _Phase(planned, target, spool, users, counted, most_threads)
     if planned.kind == "closed":
         phase.run(phase.repeat, planned.concurrency or 1)
     else:
         phase.run(phase.arrive, 2)
-    after = resource.getrusage(resource.RUSAGE_SELF)
+    ended_ns, after_s = _now(), _cpu_s()
     return {
         "started_ns": phase.start_ns,
-        "ended_ns": _now(),
-        "cpu_s": after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
+        "ended_ns": ended_ns,
+        "cpu_s": after_s - before_s,
         "unsent_count": phase.unsent_count,
         "threads_count": phase.threads_count,
         "late_threads_count": phase.late_threads_count,
@@ -448,6 +448,12 @@ class _Phase:
         self._spool.end(exchange)
 
 
+def _cpu_s() -> float:
+    """Processor time that this process has had."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
 def _sleep_until(at_ns: int) -> None:
     while (left := at_ns - _now()) > 0:
         time.sleep(left / _NS)
@@ -459,6 +465,7 @@ def _sleep_until(at_ns: int) -> None:
 def _write(out: Path, planned: Plan, target: Target, spool: _Spool, facts: dict[str, Any]) -> None:
     """Understand every answer and write the result; pauses between chunks are counted by length."""
     gaps: Counter[int] = Counter()
+    before_s = _cpu_s()
     with atomic.replacing(out) as part, part.open("w", encoding="utf-8") as file:
         for exchange in spool:
             answer = dialects.read(exchange, target, planned.prompts[exchange.index])
@@ -467,6 +474,7 @@ def _write(out: Path, planned: Plan, target: Target, spool: _Spool, facts: dict[
             if not planned.keep_stamps:
                 answer = dataclasses.replace(answer, stamps_ns=(), texts=())
             file.write(json.dumps(dataclasses.asdict(answer)) + "\n")
+        facts = facts | {"after_cpu_s": _cpu_s() - before_s}
         file.write(json.dumps({"run": facts, "gaps_us": gaps}) + "\n")
 
 
