@@ -31,6 +31,7 @@ SANDBOX_ENV = "GGUF_FLEET_SANDBOX"
 # What the run tells its watchdog when it ends by itself.
 WORD = b"done"
 _KILL_WITHIN_S = 4.0
+_LOOK_EVERY_S = 0.01
 # psutil derives the start of a process from the boot time, which a clock step may move.
 _CLOCK_STEP_S = 10.0
 
@@ -80,11 +81,21 @@ def _all_marked(env: str) -> list[tuple[psutil.Process, str]]:
 
 
 def end(processes: list[psutil.Process]) -> None:
-    """Kill processes at once and wait until they are gone; one whose number was reused is not."""
+    """Kill processes at once and wait until they have ended; one whose number was reused is not."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(processes, timeout=_KILL_WITHIN_S)
+    deadline = time.monotonic() + _KILL_WITHIN_S
+    while any(map(_runs, processes)) and time.monotonic() < deadline:
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Tell whether a process runs; one that has ended and that nobody collects does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def end_marked(mark_: str, *, env: str = MARK_ENV) -> int:

@@ -42,6 +42,9 @@ _LINE_LIMIT_BYTES = 1 << 20
 # The mark by which `pipelines.orphans` finds what a killed run left, and what finds programs.
 _ALWAYS_INHERITED = frozenset({"GGUF_FLEET_REPRO", "PATH"})
 
+# Those that were not waited for to their end; Python complains of a child that is forgotten.
+_watchdogs: list[subprocess.Popen[bytes]] = []
+
 _libc = (
     ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True) if sys.platform == "linux" else None
 )
@@ -258,9 +261,12 @@ def watched_by(
     try:
         yield
     finally:
-        # A watchdog that died before us is no reason to fail: the next run repairs what is left.
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        try:
             dog.communicate(word, timeout=STOP_WITHIN_S)
+        except (OSError, subprocess.TimeoutExpired):
+            # One that died before us is no reason to fail: the next run repairs what is left. One
+            # that is slow, on a busy machine, ends by itself.
+            _watchdogs.append(dog)
 
 
 class _Child(subprocess.Popen[bytes]):

@@ -319,13 +319,17 @@ class _LoadedByLlamaServer(Loaded):
 
     def verify(self) -> None:
         self._running.require_alive()
-        require_props(
-            self._running.client,
-            PROGRAM,
-            gguf=str(self._gguf),
-            context_tokens=self._served.context_tokens,
-            parallel=self._served.parallel,
-        )
+        try:
+            require_props(
+                self._running.client,
+                PROGRAM,
+                gguf=str(self._gguf),
+                context_tokens=self._served.context_tokens,
+                parallel=self._served.parallel,
+            )
+        except ServerGone:
+            self._running.require_alive(dying_s=server.DYING_S)
+            raise
         self._proven.require_unchanged()
 
     def peak_memory_mib(self) -> float | None:

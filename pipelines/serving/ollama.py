@@ -344,8 +344,15 @@ class _LoadedByOllama(Loaded):
     # --- what is proven of it
 
     def verify(self) -> None:
+        self._what.running.require_alive()
+        try:
+            self._verify()
+        except ServerGone:
+            self._what.running.require_alive(dying_s=server.DYING_S)
+            raise
+
+    def _verify(self) -> None:
         what = self._what
-        what.running.require_alive()
         entry = self._listed_as_loaded()
         now = self._only_below()
         if now != self._below:

@@ -63,6 +63,8 @@ ANSWER_WITHIN_S: Final = 30.0
 _ALL_LAYERS: Final = 9999
 _PORTS_TRIED: Final = 5
 _POLL_S: Final = 0.01
+# Within which a program that closed its port has ended, if it is ending.
+DYING_S: Final = 1.0
 _SAID_CHARACTERS: Final = 600
 _HTTP_ERROR: Final = 400
 
@@ -541,14 +543,20 @@ class Running:
     port: int
     memory: Memory
 
-    def require_alive(self) -> None:
+    def require_alive(self, *, dying_s: float = 0.0) -> None:
         """
         Make sure that the program still runs.
+
+        Args:
+            dying_s: How long to look: the port of a program that is killed closes a moment before
+                it has ended.
 
         Raises:
             ServerGone: It ended; says how, with its last words.
         """
-        how = self.process.ended()
+        deadline = time.monotonic() + dying_s
+        while (how := self.process.ended()) is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
         if how is not None:
             raise ServerGone(
                 f"{self.program} {how}.\n{self.process.last_lines()}".rstrip(),
