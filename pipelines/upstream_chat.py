@@ -83,7 +83,8 @@ class Reference(Part):
     All conversations, and by what they were rendered.
 
     `template_sha256` is None where upstream has no chat template; then there are no conversations.
-    `thinking` tells whether the template has a switch for it (`enable_thinking`).
+    `thinking` tells whether the template has a switch for it (`enable_thinking`), `dated` whether
+    it may print the date.
     """
 
     transformers: str
@@ -91,6 +92,7 @@ class Reference(Part):
     bos_text: str
     template_sha256: str | None
     thinking: bool
+    dated: bool = False
     conversations: tuple[Rendered, ...]
 
     @property
@@ -111,14 +113,20 @@ class Pending:
     def __init__(self, source: Path, request: Mapping[str, Any], log: Path) -> None:
         """Start it; returns at once."""
         self._source = source
+        self._request = request
         self._log = log
         # Named after the log, so that the next run finds and removes what a kill has left.
         self._folder = atomic.part_name(log.with_name(f"{log.name}.chat")).absolute()
+        self._rendered_at = 0.0
+        self._is_closed = False
+        self._begin()
+
+    def _begin(self) -> None:
         self._failure: BaseException | None = None
         self._reference: Reference | None = None
         atomic.remove(self._folder)
         self._folder.mkdir(parents=True)
-        (self._folder / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
+        (self._folder / _REQUEST).write_text(json.dumps(self._request), encoding="utf-8")
         self._thread = threading.Thread(target=self._work, daemon=True, name="upstream-chat")
         self._thread.start()
 
@@ -132,6 +140,7 @@ class Pending:
 
     def close(self) -> None:
         """End the process if it still runs; it goes when its request has gone."""
+        self._is_closed = True
         with contextlib.suppress(OSError):
             (self._folder / _REQUEST).unlink(missing_ok=True)
         self._thread.join(timeout=proc.STOP_WITHIN_S)
@@ -140,13 +149,16 @@ class Pending:
 
     def result(self) -> Reference:
         """
-        Wait for the reference.
+        Wait for the reference; where it may hold the date, render it again on another day.
 
         Raises:
             MachineError: The Python packages for it are missing here.
             UpstreamError: The tokenizer cannot be read, or its template does not come to an end.
             ToolError: The process died, or was closed before.
         """
+        known = self._reference
+        if known and known.dated and self._is_of_another_day() and not self._is_closed:
+            self._begin()
         while self._thread.is_alive():
             # Not one long join: a signal is only handled between two short ones.
             self._thread.join(timeout=_POLL_S)
@@ -156,7 +168,15 @@ class Pending:
             raise ToolError("the upstream chat template was not rendered.", log=self._log)
         return self._reference
 
+    def _is_of_another_day(self) -> bool:
+        """Tell whether the date has changed, here or in UTC: servers have a zone of their own."""
+        now = time.time()
+        return any(
+            zone(self._rendered_at)[:3] != zone(now)[:3] for zone in (time.localtime, time.gmtime)
+        )
+
     def _work(self) -> None:
+        self._rendered_at = time.time()
         try:
             self._reference = _rendered(self._source, self._folder, self._log)
         except Exception as error:  # noqa: BLE001 - raised again by `result`
@@ -307,6 +327,7 @@ def _answer(source: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         "bos_text": tokenizer.bos_token or "",
         "template_sha256": renderer.template_sha256,
         "thinking": renderer.thinking,
+        "dated": "strftime_now" in renderer.template,
         "conversations": [
             renderer.conversation(each)
             for each in asked["conversations"]
@@ -335,11 +356,11 @@ class _Renderer:
         template = tokenizer.chat_template
         if isinstance(template, dict):
             template = json.dumps(template, sort_keys=True)
-        self._template: str = template or ""
+        self.template: str = template or ""
         self.template_sha256 = (
-            hashlib.sha256(self._template.encode()).hexdigest() if self._template else None
+            hashlib.sha256(self.template.encode()).hexdigest() if self.template else None
         )
-        self.thinking = bool(self._template) and self._differs("thinking", _PROBE, None)
+        self.thinking = bool(self.template) and self._differs("thinking", _PROBE, None)
 
     def conversation(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Render one conversation in both ways."""
@@ -421,7 +442,7 @@ class _Renderer:
         """Join the special tokens, those that the template itself spells out first."""
         added = self._tokenizer.added_tokens_decoder
         names = [added[id_].content for id_ in sorted(added)]
-        names.sort(key=lambda name: name not in self._template)
+        names.sort(key=lambda name: name not in self.template)
         return "".join(names[:_MAX_CONTROL_TOKENS])
 
 

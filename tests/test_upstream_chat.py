@@ -226,6 +226,28 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error_of_the_source(
     assert "fetched whole" in caught.value.hint
 
 
+def test_a_template_that_prints_the_date_is_rendered_again_on_another_day(
+    shipped: Prompts, tmp_path: Path
+) -> None:
+    """A load test that lasts over midnight compares with today's prompt."""
+    source = source_with(
+        tmp_path / "source", "{{ strftime_now('%d %b %Y') }} {{ messages | length }}"
+    )
+    few = shipped.model_copy(update={"conversations": shipped.conversations[:1]})
+    log = tmp_path / "log"
+
+    with upstream_chat.start(source, few, log) as pending:
+        today = pending.result()
+        assert pending.result() is today
+        pending._rendered_at -= 2 * 24 * 3600
+        again = pending.result()
+
+    assert today.dated
+    assert again is not today
+    assert time.strftime("%Y") in again.conversations[0].plain.text
+    assert log.read_text().count("pipelines.upstream_chat") == 2
+
+
 def test_missing_packages_are_named_with_the_way_to_get_them(
     shipped: Prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
