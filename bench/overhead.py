@@ -48,6 +48,8 @@ def main() -> None:
     (ROOT / "work").mkdir(exist_ok=True)
     figures: dict[str, Any] = {"schema_version": 2, "machine": machine_class()}
     with tempfile.TemporaryDirectory(prefix="fleet-bench-", dir=ROOT / "work") as scratch:
+        # DVC's databases, which are in a directory of the system and would stay there.
+        os.environ["DVC_SITE_CACHE_DIR"] = str(Path(scratch) / "dvc")
         for name, measure in PARTS.items():
             if only in {None, name}:
                 figures[name] = measure(Path(scratch) / name)
