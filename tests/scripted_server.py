@@ -9,6 +9,7 @@ it: `with serve({"hello": Script(fault="stall")}) as server`. Other paths answer
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import struct
@@ -37,7 +38,8 @@ Fault = Literal[
     "stall",  # tokens, then silence
     "stall_before",  # silence before the status line
     "comments",  # nothing but comments that keep the connection open
-    "forever",  # tokens without end
+    "forever",  # the same token without end
+    "babble",  # other tokens without end
     "drip",  # a token now and then, without end
     "cut",  # fewer prompt tokens than were sent
     "full",  # as many prompt tokens as the context has
@@ -236,9 +238,10 @@ class _Chat:
             while True:
                 self._chunk(b": still there\n\n")
                 self._sleep(0.05)
-        if script.fault in ("forever", "drip"):
-            while True:
-                self._chunk(self._token(script.text))
+        if script.fault in ("forever", "babble", "drip"):
+            for number in itertools.count():
+                word = script.text if script.fault == "forever" else f"{script.text}{number}"
+                self._chunk(self._token(word))
                 self._sleep(0.2 if script.fault == "drip" else 0.0)
         if script.fault == "loop":
             for _ in range(31):

@@ -51,6 +51,7 @@ CLASSES: dict[str, ErrorClass | None] = {
     "stall_before": "timeout",
     "comments": "timeout",
     "forever": "loop",
+    "babble": "malformed",
     "drip": "timeout",
     "cut": "cut_context",
     "full": "cut_context",
@@ -164,6 +165,7 @@ def test_tokens_that_the_server_does_not_count_are_unknown(answers: dict[str, An
 def test_a_model_that_never_ends_is_cut_off(answers: dict[str, Answer]) -> None:
     """By the bytes that so many tokens can have, or by the end of the run."""
     assert "chunks, the last ones equal" in answers["forever"].detail
+    assert answers["babble"].detail == "more than 278,528 bytes"
     assert "had not ended when the run had" in answers["drip"].detail
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -204,6 +205,21 @@ def test_reasons_of_the_end_and_queue_times_are_kept() -> None:
     assert run.done_reasons == {"length": 1, "stop": 2}
     assert run.queue_ms is not None
     assert (run.queue_ms.count, run.queue_ms.p50) == (1, 3.0)
+
+
+def test_what_a_server_says_is_shown_without_its_commands() -> None:
+    """Neither a runner of Actions nor a terminal obeys it; made-up words do not fill the record."""
+    talkative = [answer(each, done_reason=f"reason {each}") for each in range(50)]
+    hostile = failed(99, "http_5xx")
+    hostile = replace(hostile, detail="a\n::error::b \x1b[2J c")
+
+    run = summary([*talkative, hostile])
+
+    assert len(run.done_reasons) == 9
+    assert run.done_reasons["others"] == 42
+    assert "::error" not in run.notes[0]
+    assert "\x1b" not in run.notes[0]
+    assert "\n" not in run.notes[0]
 
 
 def test_notes_say_what_a_reader_has_to_know() -> None:

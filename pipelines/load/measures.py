@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from pipelines import stats
+from pipelines import console, stats
 from pipelines.load_records import LoadRun, Spread
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _P95_FROM: Final = 200
 _P99_FROM: Final = 1000
+_MOST_WORDS: Final = 8
+_WORD_CHARS: Final = 40
 _NS_PER_MS: Final = 1e6
 _NS_PER_S: Final = 1e9
 # One slot hands over from answer to answer within a moment, and a thread on a busy machine stamps
@@ -88,7 +90,7 @@ def summarise(plan: Plan, raw: Raw, slos: Mapping[str, Slo]) -> LoadRun:
         wall_s=wall_s,
         prompt_tokens_median=_median(each.prompt_tokens for each in fine),
         output_tokens_median=_median(each.output_tokens for each in fine),
-        done_reasons=dict(sorted(Counter(each.done_reason or "none" for each in fine).items())),
+        done_reasons=_done_reasons(fine),
         ttft_ms=spread([ttft_ms(each) for each in fine]),
         tpot_ms=spread([each for each in map(tpot_ms, fine) if each is not None]),
         gap_ms=_spread_of_gaps(raw.gaps_us),
@@ -111,6 +113,14 @@ def summarise(plan: Plan, raw: Raw, slos: Mapping[str, Slo]) -> LoadRun:
         else None,
         notes=tuple(_notes(plan, raw, fine)),
     )
+
+
+def _done_reasons(fine: Sequence[Answer]) -> dict[str, int]:
+    """Count why answers ended, in the server's words; one that makes up words gets few lines."""
+    words = (console.clean(each.done_reason)[:_WORD_CHARS] or "none" for each in fine)
+    most = Counter(words).most_common(_MOST_WORDS)
+    others = len(fine) - sum(count for _, count in most)
+    return dict(sorted(most)) | ({"others": others} if others else {})
 
 
 def _wall_s(raw: Raw) -> float:
@@ -248,7 +258,7 @@ def _notes(plan: Plan, raw: Raw, fine: Sequence[Answer]) -> Iterable[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(failed.items()))
         yield f"{failed.total()} of {len(raw.warm_up)} requests of the warm-up failed: {kinds}"
     for kind, first in _first_of_each(raw.answers).items():
-        yield f"{kind}, the first: {first.detail}"
+        yield f"{kind}, the first: {console.clean(' '.join(first.detail.split()))}"
     unknown = sum(answer.output_tokens is None for answer in fine)
     if unknown:
         yield f"the server gave no count of tokens for {unknown:,} of {len(fine):,} answers"

@@ -99,28 +99,30 @@ class _User:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._url = target.url.rstrip("/") + dialects.path(target.api)
-        self._headers = {
+        headers = {
             "Accept-Encoding": "identity",
             "Content-Type": "application/json",
             "User-Agent": f"gguf-fleet/{__version__}",
         }
         key = os.environ.get(API_KEY_ENV)
         if key:
-            self._headers["Authorization"] = f"Bearer {key}"
-        self._session = requests.Session()
+            headers["Authorization"] = f"Bearer {key}"
+        session = requests.Session()
         # No proxy and no .netrc of the environment: they would be measured, or told.
-        self._session.trust_env = False
+        session.trust_env = False
+        url = target.url.rstrip("/") + dialects.path(target.api)
+        self._form = session.prepare_request(requests.Request("POST", url, headers=headers))
         self._adapter = HTTPAdapter(pool_connections=1, pool_maxsize=1)
         self._verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
         self._most_bytes = dialects.most_bytes(target)
         self._kept = False
 
     def prepare(self, prompt: plan.Prompt) -> requests.PreparedRequest:
-        """Compose a request, before its time comes."""
-        data = json.dumps(dialects.body(self._target, prompt)).encode()
-        request = requests.Request("POST", self._url, data=data, headers=self._headers)
-        return self._session.prepare_request(request)
+        """Compose a request, before its time comes; all but its body is the same every time."""
+        request = self._form.copy()
+        request.body = json.dumps(dialects.body(self._target, prompt)).encode()
+        request.headers["Content-Length"] = str(len(request.body))
+        return request
 
     def send(self, request: requests.PreparedRequest, exchange: Exchange) -> None:
         """Send a request and read its answer to the end, or until it fails."""
@@ -348,6 +350,7 @@ class _Phase:
         """Let threads work and wait until all have ended, or had a run and a silence to do so."""
         self.start_ns = _now() + _START_IN_NS
         self._stop_ns = self.start_ns + int(self._plan.max_run_s * _NS)
+        parent = os.getppid()
         give_up_ns = self._stop_ns + int(self._target.timeout_s * _NS)
         with self._lock:
             for number in range(threads):
@@ -355,6 +358,9 @@ class _Phase:
         while not self._all_gone.wait(_TOLD_EVERY_S):
             sys.stdout.write(f"{self._spool.ended_count}\n")
             sys.stdout.flush()
+            if os.getppid() != parent:
+                # Where the kernel does not end us with our parent.
+                os._exit(1)
             if _now() > give_up_ns:
                 self._stop()
                 self._spool.give_up("it had not ended when the run had")
