@@ -153,8 +153,7 @@ def _serve(
             examiner.log,
             system=examiner.modelfile.system or "",
             messages=[
-                {"role": each.role, "content": each.content}
-                for each in examiner.modelfile.messages
+                {"role": each.role, "content": each.content} for each in examiner.modelfile.messages
             ],
         ) as pending,
         server.open_host(

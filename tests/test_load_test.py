@@ -18,7 +18,7 @@ import pytest
 import record_factory as make
 from serving_factory import left_in
 
-from pipelines import convert, declaration, fetch, load_test, params, quantize, records
+from pipelines import convert, declaration, fetch, load_sweep, load_test, params, quantize, records
 from pipelines.errors import DigestError, MachineError
 from pipelines.layout import Layout
 from pipelines.records import ChoiceRecord, HostChoice
@@ -275,6 +275,21 @@ def test_levels_that_are_not_kept_reject_with_the_counts(at: Layout, tools: Tool
 
     assert (ttft.outcome, ttft.value) == ("FAIL", 0)
     assert ttft.sentence.startswith("0 of 80 requests had the first token within 0.001 ms")
+
+
+def test_every_point_of_a_sweep_is_served_and_measured(
+    at: Layout, tools: Toolchain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the card is made up: this engine serves every point from the CPU."""
+    records.write(at.model_record("choose", MODEL), choice())
+    monkeypatch.setattr(load_sweep, "nothing_to_sweep", lambda *_: "")
+
+    (found,) = load_sweep.run(wanted(at), at)
+
+    assert tools.backend == "cpu"
+    assert [point.gpu_layers for point in found.points] == [0, 1, 2, 4, 5]
+    assert all(point.output_tok_s for point in found.points)
+    assert records.read(at.sweep_record(MODEL, found.type), type(found)) == found
 
 
 # --- being stopped ----------------------------------------------------------------------------
