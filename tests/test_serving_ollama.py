@@ -134,6 +134,21 @@ def test_both_renderers_give_the_models_own_prompt_and_the_count_has_the_bos(
         loaded.verify()
 
 
+def test_a_declared_template_is_rendered_by_ollama_and_noted(
+    model: Path, engine: Engine, opened: Opened
+) -> None:
+    """The llama-server below has no template then: what it would render is not what is served."""
+    usual = file(model)
+    own = dataclasses.replace(
+        usual.modelfile, template="{{ range .Messages }}<{{ .Role }}>{{ end }}"
+    )
+
+    with opened(engine) as host, host.load(dataclasses.replace(usual, modelfile=own)) as loaded:
+        assert loaded.render(CONVERSATION) == "<system><user>"
+        assert loaded.render_by_llama_server(CONVERSATION) != "<system><user>"
+        assert "renders prompts itself" in loaded.notes[0]
+
+
 def test_every_setting_reaches_the_llama_server(
     model: Path, at: Layout, engine: Engine, opened: Opened
 ) -> None:
@@ -407,10 +422,14 @@ def test_what_ollama_says_of_a_file_that_it_cannot_load_is_shown(
 
     with (
         opened(engine) as host,
-        pytest.raises(server.LoadFailed, match=r"(?s)cannot load strange\.gguf.*status 500"),
+        pytest.raises(
+            server.LoadFailed, match=r"(?s)cannot load strange\.gguf.*status 500"
+        ) as info,
         host.load(file(strange)),
     ):
         pass
+
+    assert str(tmp_path) not in info.value.message
 
 
 @pytest.mark.parametrize("gpu_layers", ["all", "auto"])

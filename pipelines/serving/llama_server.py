@@ -12,11 +12,13 @@ from __future__ import annotations
 import re
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import console
 from pipelines.load_records import Served
 from pipelines.serving import ollama_store, server
+from pipelines.serving.sandbox import HOST
 from pipelines.serving.server import (
     Host,
     Loaded,
@@ -29,7 +31,6 @@ from pipelines.serving.server import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from pipelines.serving.engine import Engine
     from pipelines.serving.sandbox import Sandbox
@@ -56,7 +57,7 @@ def argv(  # noqa: PLR0913 - each is one independent fact about a server
     mapped = [] if backend != "cpu" else ["--load-mode", "none"]
     return [
         str(program),
-        *("--model", str(gguf), "--alias", name, "--host", "127.0.0.1", "--port", str(port)),
+        *("--model", str(gguf), "--alias", name, "--host", HOST, "--port", str(port)),
         *("-c", str(settings.context_tokens * settings.parallel), "-np", str(settings.parallel)),
         *("-t", str(settings.threads), "-tb", str(settings.threads)),
         *("-ngl", server.layers_word(settings, backend), "--fit", "off"),
@@ -109,9 +110,9 @@ class LlamaServerHost(Host):
                 if is_bind_failure(running.process.output()):
                     began = time.monotonic()
                     raise
+                said = complaints(running).replace(f"{gguf.parent}/", "")
                 raise LoadFailed(
-                    f"llama-server cannot load {file.path.name}:\n{complaints(running)}",
-                    log=self._log,
+                    f"llama-server cannot load {file.path.name}:\n{said}", log=self._log
                 ) from error
 
         environment = self._place.environment(tools)
@@ -188,9 +189,12 @@ def require_props(
         WrongContext: A slot has another context, or there are more or fewer slots.
     """
     told = client.get("/props")
-    if told.get("model_path") != gguf:
+    path = str(told.get("model_path"))
+    if path != gguf:
+        # Names, not paths: the sentence may come into a record.
         raise WrongDigest(
-            f"{program} serves {console.clean(str(told.get('model_path')))}, not {gguf}."
+            f"{program} serves a {console.clean(Path(path).name)} that is not the "
+            f"{Path(gguf).name} which it was given."
         )
     context = told.get("default_generation_settings", {}).get("n_ctx")
     if context != context_tokens:

@@ -258,15 +258,16 @@ class _LoadedByOllama(Loaded):
                 what=f"load {what.file.path.name}",
             )
         except ServerGone as error:
-            what.running.require_alive()
+            what.running.require_alive(dying_s=server.DYING_S)
             raise LoadFailed(
                 f"ollama did not load {what.file.path.name} within "
                 f"{what.settings.load_timeout_s:.0f} s.",
                 log=what.running.process.log,
             ) from error
         except ServingError as error:
+            said = error.message.replace(f"{what.store}/", "")
             raise LoadFailed(
-                f"ollama cannot load {what.file.path.name}: {error.message}",
+                f"ollama cannot load {what.file.path.name}: {said}",
                 log=what.running.process.log,
             ) from error
         if told.get("done_reason") != "load":

@@ -301,7 +301,9 @@ class Bytes:
             now = self.path.stat()
             if (now.st_size, now.st_mtime_ns) == (self.size_bytes, self.mtime_ns):
                 return
-        raise WrongDigest(f"{self.path} changed while it was served: what answered is unknown.")
+        raise WrongDigest(
+            f"{self.path.name} changed while it was served: what answered is unknown."
+        )
 
 
 def prove(file: GgufFile) -> Bytes:
@@ -471,6 +473,8 @@ class Client:
         self._program = program
         self._session = requests.Session()
         self._session.trust_env = False
+        # Between two questions minutes may pass, in which a server closes a kept connection.
+        self._session.headers["Connection"] = "close"
         self.url = f"http://{sandbox.HOST}:{port}"
 
     def get(self, path: str, *, timeout_s: float = ANSWER_WITHIN_S) -> dict[str, Any]:
