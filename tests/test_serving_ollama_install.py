@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ollama_stand_ins
+import psutil
 import pytest
 
 from pipelines import atomic, console, hashing, proc
@@ -199,14 +200,21 @@ def test_two_at_once_install_it_once(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_kill_in_the_middle_leaves_nothing_under_a_final_name_and_the_next_run_goes_on(
-    cache: Path, proxy: Server, tools: Toolchain, tmp_path: Path, number: signal.Signals
+    cache: Path,
+    proxy: Server,
+    tools: Toolchain,
+    tmp_path: Path,
+    number: signal.Signals,
 ) -> None:
     """And Go, which was waiting for its download, is gone as well."""
     proxy.stall = ".zip"
     killed = start(tools, tmp_path)
     assert proxy.stalled.wait(60)
+    go = psutil.Process(killed.pid).children(recursive=True)
     os.kill(killed.pid, number)
     killed.communicate(timeout=30)
+    assert go
+    assert psutil.wait_procs(go, timeout=10)[1] == []
     left = names(cache)
     proxy.stall = ""
     proxy.go_on.set()
@@ -238,6 +246,28 @@ def test_progress_is_shown_while_go_is_silent(
     lines = [line for line in capsys.readouterr().err.splitlines() if "Installing" in line]
     assert "once per version" in lines[0]
     assert len([line for line in lines if "downloading" in line]) >= 3
+
+
+def test_go_writes_nothing_outside_our_cache(
+    cache: Path, tools: Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves when it is killed, objects in temporary directories too, is ours to remove."""
+    seen = tmp_path / "seen"
+    wanted = ("GOPATH", "GOMODCACHE", "GOCACHE", "GOTMPDIR", "TMPDIR", "GOBIN")
+    body = f"""
+assert os.path.isdir(os.environ["GOTMPDIR"])
+open({str(seen)!r}, "w").write("\\n".join(os.environ[name] for name in {wanted!r}))
+sys.exit("go: cannot")
+"""
+    ollama_stand_ins.script(tmp_path / "bin" / "go", body)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+    with pytest.raises(ToolError, match="go: cannot"):
+        install.with_go(VERSION, tools, log=tmp_path / "log")
+
+    places = seen.read_text().splitlines()
+    assert len(places) == len(wanted)
+    assert all(Path(place).is_relative_to(cache) for place in places)
 
 
 @pytest.mark.usefixtures("cache")

@@ -179,6 +179,8 @@ def _built(version: str, root: Path, log: Path) -> Path:
         work = root / f"{version}-go.build"
         _require_room(root, _GO_NEEDED_GIB)
         console.step(f"Installing Ollama {version} with Go: some 90 CPU seconds, once per version")
+        atomic.remove(work / "tmp")
+        (work / "tmp").mkdir(parents=True)
         with atomic.replacing(home) as staging:
             _go_install(go, version, staging / "bin", _go_environment(work, compilers), log)
             _require_version(staging / "bin" / "ollama", version, log)
@@ -229,6 +231,9 @@ def _go_environment(work: Path, compilers: dict[str, str]) -> dict[str, str]:
         "GOPATH": str(work / "path"),
         "GOMODCACHE": str(work / "path" / "pkg" / "mod"),
         "GOCACHE": str(work / "cache"),
+        # Else a kill leaves objects in the user's temporary directory, where nobody removes them.
+        "GOTMPDIR": str(work / "tmp"),
+        "TMPDIR": str(work / "tmp"),
         "GOTOOLCHAIN": os.environ.get("GOTOOLCHAIN") or "local",
         "GOFLAGS": "-modcacherw -trimpath",
         "GOWORK": "off",
