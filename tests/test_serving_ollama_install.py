@@ -101,6 +101,13 @@ def start(tools: Toolchain, tmp_path: Path) -> subprocess.Popen[str]:
     )
 
 
+def fake_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Put a Python program in the place of Go."""
+    ollama_stand_ins.script(tmp_path / "bin" / "go", body)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(install, "_USUAL_GO", tmp_path / "bin" / "go")
+
+
 # --- by Go ----------------------------------------------------------------------------------------
 
 
@@ -259,8 +266,7 @@ assert os.path.isdir(os.environ["GOTMPDIR"])
 open({str(seen)!r}, "w").write("\\n".join(os.environ[name] for name in {wanted!r}))
 sys.exit("go: cannot")
 """
-    ollama_stand_ins.script(tmp_path / "bin" / "go", body)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    fake_go(tmp_path, monkeypatch, body)
 
     with pytest.raises(ToolError, match="go: cannot"):
         install.with_go(VERSION, tools, log=tmp_path / "log")
@@ -281,8 +287,7 @@ def test_go_downloads_no_other_go_unless_the_user_says_so(
 open({str(seen)!r}, "w").write(os.environ["GOTOOLCHAIN"] + " " + os.environ["GOPROXY"])
 sys.exit("go: cannot")
 """
-    ollama_stand_ins.script(tmp_path / "bin" / "go", body)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    fake_go(tmp_path, monkeypatch, body)
     monkeypatch.setenv("GOPROXY", "https://proxy.example.invalid")
     if declared:
         monkeypatch.setenv("GOTOOLCHAIN", declared)
@@ -314,13 +319,28 @@ def test_a_go_that_is_too_old_is_said_with_the_one_that_is_wanted(
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("body", ["print('go version go1.19.8 linux/amd64')", "sys.exit(1)"])
+def test_an_old_go_on_path_does_not_hide_a_newer_one_in_its_usual_place(
+    tools: Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: Server, body: str
+) -> None:
+    """A service has the PATH of the system, and /usr/bin/go is what the distribution had."""
+    real = shutil.which("go") or str(install._USUAL_GO)
+    fake_go(tmp_path, monkeypatch, body)
+    monkeypatch.setattr(install, "_USUAL_GO", Path(real))
+
+    program = install.with_go(VERSION, tools, log=tmp_path / "log")
+
+    assert install.version_of(program, tmp_path / "log") == VERSION
+    assert proxy.asked
+
+
+@pytest.mark.usefixtures("cache")
 def test_a_go_that_cannot_even_read_the_module_is_too_old(
     tools: Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before 1.21 Go had no patch releases in go.mod; these are its words."""
     said = "go: parsing go.mod: go.mod:3: invalid go version '1.26.0': must match format 1.23"
-    ollama_stand_ins.script(tmp_path / "bin" / "go", f"sys.exit({said!r})")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    fake_go(tmp_path, monkeypatch, f"sys.exit({said!r})")
 
     with pytest.raises(
         MachineError, match=r"too old to build Ollama 0\.33\.0, which wants Go 1\.26"
@@ -407,8 +427,7 @@ def test_a_full_disk_is_said_before_the_build_and_in_it(
         with pytest.raises(MachineError, match=r"needs 1\.5 GiB in the cache; 0\.0 GiB are free"):
             install.with_go(VERSION, tools, log=tmp_path / "log")
     said = "write $WORK/b001/_pkg_.a: no space left on device"
-    ollama_stand_ins.script(tmp_path / "bin" / "go", f"sys.exit({said!r})")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    fake_go(tmp_path, monkeypatch, f"sys.exit({said!r})")
     with pytest.raises(MachineError, match="The disk filled up while Ollama"):
         install.with_go(VERSION, tools, log=tmp_path / "log")
 
@@ -422,8 +441,7 @@ def test_a_module_with_other_bytes_than_the_checksum_database_lists_is_refused(
 ) -> None:
     """Go checks; its words are those of cmd/go/internal/modfetch."""
     said = "verifying module: checksum mismatch\\n\\nSECURITY ERROR\\nThis download does NOT match"
-    ollama_stand_ins.script(tmp_path / "bin" / "go", f'sys.exit("{said}")')
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    fake_go(tmp_path, monkeypatch, f'sys.exit("{said}")')
 
     with pytest.raises(DigestError, match="SECURITY ERROR"):
         install.with_go(VERSION, tools, log=tmp_path / "log")

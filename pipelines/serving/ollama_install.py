@@ -59,6 +59,7 @@ _UNPACKED_RATIO: Final = 3.5
 
 _DONE: Final = "complete"
 _VERSION_LINE: Final = re.compile(r"\b(?:client|ollama) version is (\S+)")
+_GO_VERSION: Final = re.compile(r"\bgo(\d+(?:\.\d+)*)")
 _GO_TOO_OLD: Final = re.compile(r"requires go >= ([\d.]+)(?: \(running go ([\d.]+))?")
 _GO_MOD_TOO_NEW: Final = re.compile(r"invalid go version '([\d.]+)'")
 _OUT_OF_REACH: Final = re.compile(
@@ -174,7 +175,7 @@ def _built(version: str, root: Path, log: Path) -> Path:
     """The program that Go made of `version`, made now if it is not there."""
     home = root / f"{version}-go"
     if not _is_complete(home):
-        go = _go()
+        go = _go(log)
         compilers = _compilers()
         work = root / f"{version}-go.build"
         _require_room(root, _GO_NEEDED_GIB)
@@ -189,16 +190,30 @@ def _built(version: str, root: Path, log: Path) -> Path:
     return home / "bin" / "ollama"
 
 
-def _go() -> Path:
-    found = shutil.which("go")
-    if found is not None:
-        return Path(found)
+def _go(log: Path) -> Path:
+    """The Go of PATH, or the usual one if that is newer: a service often sees an old one only."""
+    on_path = shutil.which("go")
+    found = [Path(on_path)] if on_path else []
     if os.access(_USUAL_GO, os.X_OK):
-        return _USUAL_GO
-    raise MachineError(
-        f"Go is not installed: neither on PATH nor as {_USUAL_GO}.",
-        hint="Install Go from your distribution or from go.dev.",
-    )
+        found.append(_USUAL_GO)
+    if not found:
+        raise MachineError(
+            f"Go is not installed: neither on PATH nor as {_USUAL_GO}.",
+            hint="Install Go from your distribution or from go.dev.",
+        )
+    if len({path.resolve() for path in found}) == 1:
+        return found[0]
+    return max(found, key=lambda go: _go_version(go, log))
+
+
+def _go_version(go: Path, log: Path) -> tuple[int, ...]:
+    """E.g. (1, 26, 8); nothing for a Go that does not run."""
+    try:
+        said = proc.run([go, "version"], log=log, timeout_s=30).stdout
+    except (ToolError, MachineError):
+        return ()
+    version = _GO_VERSION.search(said)
+    return tuple(map(int, version[1].split("."))) if version else ()
 
 
 def _compilers() -> dict[str, str]:
