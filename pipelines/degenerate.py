@@ -169,7 +169,8 @@ def compare(
     Args:
         answers: The quant's answers. A request that failed is left out, for other gates count it,
             unless it failed by a loop or by an empty answer.
-        f16_answers: Those of f16 in the same order; None where this host cannot hold f16.
+        f16_answers: Those of f16 in the same order; None where this host cannot hold f16: then the
+            quant's own share has to keep the limit, missing ends left out.
         limit: Largest excess, a share of the prompts.
         limit_tokens: Tokens that an answer could have.
 
@@ -186,13 +187,15 @@ def compare(
     }
     seen = f"{counted(len(answers), 'greedy answer')}: {_kinds_in_words(counts)}"
     if f16_answers is None:
+        answered = sum(map(_answered, answers))
+        outcome, because = _judged_alone(counts, answered, len(answers), limit)
         return Degenerate.model_validate(
             judged
             | {
                 "f16_degenerate_count": None,
                 "excess": None,
-                "outcome": "INCONCLUSIVE",
-                "sentence": f"{seen}; f16 could not be asked, so that nothing is judged.",
+                "outcome": outcome,
+                "sentence": f"{seen}; {because}.",
             }
         )
     f16_kinds = [_kind(each, limit_tokens) for each in f16_answers]
@@ -226,6 +229,22 @@ def _kind(answer: Answer, limit_tokens: int | None) -> Kind | None:
 def _kinds_in_words(counts: Counter[Kind]) -> str:
     words = [f"{count:,} {_KIND_WORDS[kind]}" for kind, count in sorted(counts.items())]
     return listed(words) or "none degenerate"
+
+
+def _judged_alone(
+    counts: Counter[Kind], answered: int, asked: int, limit: float
+) -> tuple[Outcome, str]:
+    """
+    Judge without f16: the excess over it is at most the quant's own share, whatever f16 does.
+
+    Missing ends are left out. Where answers may be short they are common in every model, and
+    without f16 nobody knows how common.
+    """
+    bad = sum(count for kind, count in counts.items() if kind != "no_end")
+    what = f"f16 could not be asked, and {bad:,} of {answered:,} are more than cut off"
+    if 2 * answered >= asked and answered and bad / answered <= limit:
+        return "PASS", f"{what}, within the {percent(limit)} that may exceed it"
+    return "INCONCLUSIVE", f"{what}, so that nothing is judged"
 
 
 def _judged(

@@ -205,6 +205,16 @@ def test_without_f16_nothing_is_judged() -> None:
     assert judged.degenerate_count == 24
 
 
+def test_a_quant_without_f16_beside_it_passes_if_its_own_share_keeps_the_limit() -> None:
+    """Nothing can exceed f16 by more than it has itself; answers that were cut off do not count."""
+    cut = Said(done_reason="length", output_tokens=48)
+    answers = [LOOP] * 2 + [cut] * 10 + [GOOD] * 12
+    judged = degenerate.compare(answers, None, 0.1)
+
+    assert (judged.outcome, judged.excess, judged.f16_degenerate_count) == ("PASS", None, None)
+    assert "2 of 24 are more than cut off" in judged.sentence
+
+
 def test_ollamas_repeat_guard_and_an_empty_answer_count_as_degenerate() -> None:
     """Both come as failed requests; here they are what a broken quant looks like."""
     guarded, empty = Said(error="loop"), Said(text="", error="empty_output")
