@@ -88,6 +88,8 @@ def end(processes: list[psutil.Process]) -> None:
     deadline = time.monotonic() + _KILL_WITHIN_S
     while any(map(_runs, processes)) and time.monotonic() < deadline:
         time.sleep(_LOOK_EVERY_S)
+    # Our own children are collected; nobody else's can be.
+    psutil.wait_procs(processes, timeout=0)
 
 
 def _runs(process: psutil.Process) -> bool:

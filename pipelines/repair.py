@@ -5,6 +5,7 @@ What a kill leaves behind, put right before the next run: DVC alone would refuse
     .dvc/tmp/rwlock                   cut in the middle of a write, or naming owners that are dead
     dvc.lock                          cut in the middle of a write: the newest whole one, or none
     .NAME.part, .TOKEN.tmp            half-written files of ours and of DVC that nobody has open
+    work/serving/PID-...              the folder of a server whose owner is dead, with its programs
 
 DVC writes its lock files in place (treeverse/dvc: dvc/rwlock.py `_edit_rwlock`,
 dvc/utils/serialize/_common.py `_dump_data`), so a kill between open and write leaves an empty one.
@@ -66,6 +67,7 @@ def repair(
         *_repair_rwlock(at.root / ".dvc/tmp"),
         *_repair_lock_files(at, died=died),
         *_sweep(at.root, left_over_after_s),
+        *_sweep_servers(at),
     ]
 
 
@@ -80,6 +82,14 @@ def _end_left_over(root: Path) -> list[str]:
             told.append(f"ended process {process.pid} ({process.name()}) of a run that was killed")
     orphans.end(processes)
     return told
+
+
+def _sweep_servers(at: Layout) -> list[str]:
+    if not at.serving.is_dir():
+        return []
+    from pipelines.serving import sandbox  # noqa: PLC0415 - pydantic, not for every run
+
+    return sandbox.sweep(at)
 
 
 # --- DVC's table of readers and writers -------------------------------------------------------

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from serving_factory import left_in, programs_in
 
-from pipelines import orphans, proc
+from pipelines import orphans, proc, repair
 from pipelines.layout import Layout
 from pipelines.serving import sandbox
 
@@ -108,7 +108,7 @@ subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=null, stderr=n
 _OWNER = """
 import sys, time
 from pathlib import Path
-from pipelines import orphans, proc
+from pipelines import orphans, proc, repair
 from pipelines.layout import Layout
 from pipelines.serving import sandbox
 root = Path(sys.argv[1])
@@ -190,7 +190,20 @@ def test_the_next_server_sweeps_what_the_killed_ones_left(
         assert programs_in(at) == []
         assert place.folder.is_dir()
 
-    assert f"swept: {at.serving / folder.name}" in capsys.readouterr().err
+    assert (
+        f"removed {at.serving / folder.name} of a killed run; 2 programs" in capsys.readouterr().err
+    )
+
+
+def test_fleet_repro_sweeps_what_killed_servers_left(at: Layout) -> None:
+    """A link to 20 GB does not wait for the next load test."""
+    folder = _killed_with_its_watchdog(at)
+
+    said = repair.repair(at)
+
+    assert any(folder.name in line for line in said)
+    assert not folder.exists()
+    assert programs_in(at) == []
 
 
 def test_the_place_of_one_who_lives_is_not_swept(at: Layout) -> None:

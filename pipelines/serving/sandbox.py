@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pipelines import console, disk, llamacpp, orphans, proc
+from pipelines import console, disk, llamacpp, orphans, proc, wording
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +96,7 @@ def opened(at: Layout) -> Iterator[Sandbox]:
         MachineError: The folder cannot be made.
     """
     for line in sweep(at):
-        console.info(f"swept: {line}")
+        console.info(f"repaired: {line}")
     folder = at.serving.resolve() / f"{os.getpid()}-{_started(os.getpid()):.0f}-{next(_numbers)}"
     watchdog = [
         *(sys.executable, "-I", str(Path(orphans.__file__).resolve()), str(folder)),
@@ -139,7 +139,8 @@ def sweep(at: Layout) -> list[str]:
     for folder in sorted(_folders(at.serving.resolve())):
         if _is_abandoned(folder):
             killed = orphans.end_sandbox(folder)
-            said.append(f"{at.serving / folder.name}, with {killed} programs that still ran in it")
+            programs = wording.counted(killed, "program") if killed else "nothing"
+            said.append(f"removed {at.serving / folder.name} of a killed run; {programs} ran in it")
     return said
 
 
