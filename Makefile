@@ -17,19 +17,19 @@ need-python:
 setup: need-python  ## Set up .venv with everything (2-5 minutes the first time, then nothing)
 	@$(PYTHON) -m pipelines.bootstrap convert
 
-setup-base: need-python  ## Set up .venv without torch: enough to plan, publish and comment
+setup-base: need-python  ## Set up .venv without torch: enough to choose, track and report
 	@$(PYTHON) -m pipelines.bootstrap base
 
-toolchain: setup  ## Build the pinned llama.cpp (about 5 minutes on 2 cores the first time)
+toolchain: setup  ## Build the pinned llama.cpp and Ollama (about 7 minutes on 2 cores the first time)
 	@$(RUN) python -m pipelines toolchain
 
-repro: setup  ## Run the chain on every declared model: convert, quantize, measure, choose, report
+repro: setup  ## Run the chain on every declared model: convert, quantize, measure, choose, serve, report
 	@$(RUN) exec python -m pipelines repro $(ARGS)
 
-test: toolchain  ## Run all tests (about 10 minutes on 2 cores); ARGS="-k choose" picks some
+test: toolchain  ## Run all tests (about 20 minutes on 2 cores); ARGS="-k choose" picks some
 	@$(RUN) python -m pytest $(ARGS)
 
-check: setup  ## Lint, types, workflow audit, schema and docs in sync (about 1 minute)
+check: setup  ## Lint, types, workflow audit, schema and docs in sync (about 15 seconds)
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy

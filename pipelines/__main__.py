@@ -151,7 +151,12 @@ def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
     check = _add(verbs, "check", "say whether params.yaml can be built, line by line", _check)
     check.add_argument("--json", action="store_true", help="print the problems as JSON")
 
-    tools = _add(verbs, "toolchain", "build the pinned llama.cpp, or show what is built", _tools)
+    tools = _add(
+        verbs,
+        "toolchain",
+        "build the pinned llama.cpp and the engine that serves, or show them",
+        _tools,
+    )
     tools.add_argument("--json", action="store_true", help="print the manifest as JSON")
     tools.add_argument("--verify", action="store_true", help="hash every tool again")
 
@@ -341,9 +346,14 @@ def _check(args: argparse.Namespace) -> int:
 
 def _tools(args: argparse.Namespace) -> int:
     from pipelines import toolchain  # noqa: PLC0415 - pydantic
+    from pipelines.serving import engine  # noqa: PLC0415 - the same
 
     at = _layout()
-    tools = toolchain.ensure(toolchain.spec_of(_load(at)))
+    declared = _load(at)
+    tools = toolchain.ensure(toolchain.spec_of(declared))
+    console.info(
+        engine.find(declared.serving, tools, log=at.log("toolchain", "engine")).id.sentence
+    )
     if args.verify:
         tools.verify()
         console.info("verified: every file is what was built")

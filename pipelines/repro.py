@@ -13,6 +13,7 @@ and by the mark in their environment; on `kill -9` by PR_SET_PDEATHSIG and the w
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -77,6 +78,7 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
         MachineError: Too little disk, no compiler, or another run works here.
     """
     from pipelines import declaration, disk, retire, toolchain  # noqa: PLC0415 - pydantic
+    from pipelines.serving import engine  # noqa: PLC0415 - the same
 
     declared = declaration.check(at)
     plan = plan_of(declared, targets)
@@ -87,7 +89,11 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
             console.info(f"retired: {line}")
         disk.check_disk(declared, at)
         withdraw_invalid(at, declared, plan)
-        toolchain.ensure(toolchain.spec_of(declared))
+        tools = toolchain.ensure(toolchain.spec_of(declared))
+        if any(stage.startswith("load-test@") for stage in plan.stages):
+            # Installed now, with the rest of the set-up. Why it cannot be had, the stage will say.
+            with contextlib.suppress(FleetError):
+                engine.find(declared.serving, tools, log=at.log("load-test", "engine"))
 
     code = run(at, plan, force=force, wait=wait, prepare=prepare)
     if code > _SIGNALLED:
