@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import http.server
 import math
+import os
 import signal
 import sys
 import threading
@@ -156,7 +157,12 @@ def left_in(at: Layout, *, within_s: float = 10.0) -> list[str]:
     deadline = time.monotonic() + within_s
     while True:
         left = [str(process) for process in programs_in(at)]
-        left += [str(path) for path in at.serving.rglob("*")]
+        # Unlike rglob, it takes no offence at a folder that goes while it is read.
+        left += [
+            f"{folder}/{name}"
+            for folder, folders, files in os.walk(at.serving)
+            for name in (*folders, *files)
+        ]
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.05)
