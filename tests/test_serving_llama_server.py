@@ -95,6 +95,24 @@ def test_it_serves_the_file_with_the_declared_context_and_slots(
         assert loaded.as_openai() is loaded
 
 
+def test_nothing_that_decides_an_answer_is_left_to_defaults(
+    model: Path, at: Layout, engine: Engine, opened: Opened
+) -> None:
+    """Slots, threads, cache and attention are stated; no cache of prompts, no shifted context."""
+    changes = {"parallel": 4, "kv_type": "q8_0", "context_tokens": 256}
+    with opened(engine, **changes) as host, host.load(file(model)) as loaded:
+        (process,) = programs_in(at)
+        argv = " ".join(process.cmdline())
+        loaded.verify()
+
+    for stated in (
+        *("-c 1024 -np 4", "-t 1 -tb 1", "-ngl 0", "--fit off", "-fa on", "-ctk q8_0 -ctv q8_0"),
+        *("-b 2048 -ub 512", "--cache-ram 0", "--no-context-shift", "--no-kv-unified", "--jinja"),
+        *("--offline", "--no-webui", "--slots", "--metrics", "--host 127.0.0.1"),
+    ):
+        assert f" {stated} " in argv
+
+
 def test_it_renders_by_the_models_own_template_and_counts_as_it_answers(
     model: Path, engine: Engine, opened: Opened
 ) -> None:
