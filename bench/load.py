@@ -13,6 +13,10 @@ environments of their own, in turns within one run:
 Single times depend on the machine, which is stated beside them; what its other programs did in the
 meantime is in all of them.
 
+    client          each stream keeps the pace from its own start
+    client_batch    the chunks of all streams are sent at the same moments, as by a server that
+                    generates in batches: 32 threads wake up at once, and each waits for the others
+
 A section is a function of the log to write to; `SECTIONS` says which there are.
 """
 
@@ -87,11 +91,12 @@ def _kept(path: Path) -> dict[str, Any]:
 # --- the client -------------------------------------------------------------------------------
 
 
-def client(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+def client(scratch: Path, options: argparse.Namespace, *, batch: bool = False) -> dict[str, Any]:
     """Measure our generator and its peers in turns."""
+    log = scratch / "load.log"
     clients: dict[str, Callable[[], Sample]] = {
-        "fleet (Ollama's lines)": lambda: ours("ollama", scratch / "load.log", options.rounds),
-        "fleet (OpenAI's events)": lambda: ours("openai", scratch / "load.log", options.rounds),
+        "fleet (Ollama's lines)": lambda: ours("ollama", log, options.rounds, batch=batch),
+        "fleet (OpenAI's events)": lambda: ours("openai", log, options.rounds, batch=batch),
     }
     missing: dict[str, str] = {}
     for name in PEERS:
@@ -99,7 +104,7 @@ def client(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
         if isinstance(python, str):
             missing[name] = python
         else:
-            clients[name] = _peer(python, name, scratch, options.rounds)
+            clients[name] = _peer(python, name, log, options.rounds, batch=batch)
     samples: dict[str, list[Sample]] = defaultdict(list)
     loads: list[float] = []
     for turn in range(options.turns):
@@ -119,7 +124,18 @@ def client(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def ours(api: Any, log: Path, rounds: int) -> Sample:  # noqa: ANN401 - one of two words
+def client_batch(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The same where all streams move at once."""
+    return client(scratch, options, batch=True)
+
+
+def ours(
+    api: Any,  # noqa: ANN401 - one of two words
+    log: Path,
+    rounds: int,
+    *,
+    batch: bool,
+) -> Sample:
     """Drive the null server with our generator."""
     found = calibration.footprint(
         streams=STREAMS,
@@ -128,6 +144,7 @@ def ours(api: Any, log: Path, rounds: int) -> Sample:  # noqa: ANN401 - one of t
         api=api,
         log=log,
         rounds=rounds,
+        batch=batch,
     )
     return {
         "delays_ms": found.delays_ms,
@@ -138,10 +155,10 @@ def ours(api: Any, log: Path, rounds: int) -> Sample:  # noqa: ANN401 - one of t
     }
 
 
-def _peer(python: Path, name: str, scratch: Path, rounds: int) -> Callable[[], Sample]:
+def _peer(python: Path, name: str, log: Path, rounds: int, *, batch: bool) -> Callable[[], Sample]:
     def measure() -> Sample:
-        with null_server.running(scratch / "load.log") as url:
-            model = null_server.model(CHUNKS, CHUNKS_PER_S)
+        with null_server.running(log) as url:
+            model = null_server.model(CHUNKS, CHUNKS_PER_S, batch=batch)
             program = Path(__file__).with_name("peer.py")
             done = subprocess.run(  # noqa: S603 - our own argv
                 [python, program, name, url, model, str(STREAMS), str(rounds)],
@@ -156,12 +173,14 @@ def _peer(python: Path, name: str, scratch: Path, rounds: int) -> Callable[[], S
 
 
 def environment(folder: Path, package: str) -> Path | str:
-    """Install a package apart from ours; return its Python, or why there is none."""
+    """Install a package apart from ours, if it is not yet; return its Python, or why not."""
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if uv is None:
         return "uv is not installed"
-    console.step(f"install {package} into an environment of its own")
     python = folder / "bin/python"
+    if python.exists():
+        return python
+    console.step(f"install {package} into an environment of its own")
     for argv in (
         [uv, "venv", "--quiet", "--python", sys.executable, str(folder)],
         [uv, "pip", "install", "--quiet", "--python", str(python), package],
@@ -199,6 +218,7 @@ def figures(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 SECTIONS: Final[dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]]] = {
     "client": client,
+    "client_batch": client_batch,
 }
 
 

@@ -4,7 +4,7 @@ A well-known client against the null server: what it adds and costs, as one line
     python peer.py openai|ollama URL MODEL STREAMS ROUNDS
 
 It is run by the Python of an environment of its own, so it knows nothing of ours. As our generator
-it has a thread and a kept connection for each virtual user, two milliseconds between their starts,
+it has a thread and a kept connection for each virtual user, ten milliseconds between their starts,
 and a warm-up that does not count; unlike ours, it parses each chunk before it takes the time, since
 that is how this client hands it out.
 """
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-RAMP_S = 0.002
+RAMP_S = 0.01
 
 _now = time.monotonic_ns
 

@@ -79,7 +79,9 @@ def test_a_peer_reads_the_null_server_to_the_end(
     monkeypatch.setattr(load, "STREAMS", 2)
     monkeypatch.setattr(load, "CHUNKS", 10)
 
-    sample: dict[str, Any] = load._peer(Path(sys.executable), "ollama", tmp_path, 3)()
+    sample: dict[str, Any] = load._peer(
+        Path(sys.executable), "ollama", tmp_path / "log", 3, batch=True
+    )()
 
     assert sample["version"] == "1.2.3"
     assert (len(sample["added_ttft_ms"]), len(sample["delays_ms"])) == (6, 60)

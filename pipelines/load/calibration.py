@@ -9,6 +9,7 @@ schedule; otherwise the run says something about the client, and no gate may use
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -117,6 +118,7 @@ def footprint(  # noqa: PLR0913 - each is one independent fact about the run
     api: Api,
     log: Path,
     rounds: int | None = None,
+    batch: bool = True,
 ) -> Footprint:
     """
     Drive the null server.
@@ -129,6 +131,8 @@ def footprint(  # noqa: PLR0913 - each is one independent fact about the run
         log: Output of the processes.
         rounds: Answers to each virtual user; if absent, as many as a thousand chunks need, but for
             ten seconds at most.
+        batch: Send the chunks of all streams at the same moments, as a server does that generates
+            them in batches.
 
     Raises:
         CalibrationError: An answer did not come through.
@@ -146,11 +150,15 @@ def footprint(  # noqa: PLR0913 - each is one independent fact about the run
         seed=0,
         keep_stamps=True,
     )
+    # All streams are sent at the same moments, and equal answers end at the same: without a pause
+    # between their starts, all requests of a round would queue for this client.
+    ramp_s = min(1 / chunks_per_s, chunks / chunks_per_s / streams)
+    planned = dataclasses.replace(planned, ramp_s=ramp_s)
     with null_server.running(log) as url:
         target = plan.Target(
             url=url,
             api=api,
-            model=null_server.model(chunks, chunks_per_s),
+            model=null_server.model(chunks, chunks_per_s, batch=batch),
             generate_tokens=chunks,
             timeout_s=_TIMEOUT_S,
             temperature=0.0,

@@ -4,7 +4,8 @@ A server without a model: it streams chunks at a given pace, each with the time 
 The generator is measured against it (`pipelines.load.calibration`): what a chunk takes from the
 send of this process to the stamp of the other is the delay of the client and of the machine, and of
 nothing else. Both read the same monotonic clock. As of a real server that generates in batches, the
-chunks of all streams are due at the same moments, which is the harder case for a client.
+chunks of all streams are due at the same moments, which is the harder case for a client; or each
+stream keeps the pace from its own start, as independent servers do.
 
 It is a process of its own (`python -m pipelines.load.null_server`), one thread that sends what is
 due; when it is late itself, since the machine is busy, the chunk says by how much.
@@ -13,8 +14,8 @@ due; when it is late itself, since the machine is busy, the chunk says by how mu
     POST /v1/chat/completions    the OpenAI-compatible events
     POST /stop                   the end of the process
 
-`model` in a request says how many chunks, and how many a second: "null:300:100". A warm-up, which
-is a message that says so, gets a few.
+`model` in a request says how many chunks, and how many a second: "null:300:100:batch", or
+"null:300:100:apart". A warm-up, which is a message that says so, gets a few.
 """
 
 from __future__ import annotations
@@ -52,8 +53,6 @@ _START_WITHIN_S: Final = 20.0
 # Nobody asks any more: whoever started it is gone.
 _IDLE_S: Final = 60.0
 _REQUEST_BYTES: Final = 1 << 20
-# A selector wakes up a millisecond late; a sleep is ten times more exact.
-_SELECT_SLACK_NS: Final = 2_000_000
 _HEAD: Final = (
     "HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
 )  # fmt: skip
@@ -65,9 +64,9 @@ class NullServerError(FleetError):
     """The null server did not start."""
 
 
-def model(chunks: int, chunks_per_s: float) -> str:
-    """Name of the model that streams so many chunks at this pace."""
-    return f"null:{chunks}:{chunks_per_s:.6g}"
+def model(chunks: int, chunks_per_s: float, *, batch: bool = True) -> str:
+    """Name of the model that streams so many chunks at this pace, all streams at once or not."""
+    return f"null:{chunks}:{chunks_per_s:.6g}:{'batch' if batch else 'apart'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +161,8 @@ class _Server:
     def __init__(self) -> None:
         self._listening = socket.create_server((_HOST, 0), backlog=2048)
         self._listening.settimeout(0)
-        self._selector = selectors.DefaultSelector()
+        # select(2) waits for microseconds, epoll for whole milliseconds; there are few connections.
+        self._selector = selectors.SelectSelector()
         self._selector.register(self._listening, selectors.EVENT_READ, None)
         self._due: list[tuple[int, int, _Stream]] = []
         self._number = itertools.count()
@@ -176,7 +176,7 @@ class _Server:
             self._due or _now() - self._last_asked_ns < _IDLE_S * _NS
         ):  # fmt: skip
             left_ns = self._due[0][0] - _now() if self._due else _NS
-            for key, _ in self._selector.select(max(0, left_ns - _SELECT_SLACK_NS) / _NS):
+            for key, _ in self._selector.select(max(0, left_ns) / _NS):
                 if key.data is None:
                     self._accept()
                 else:
@@ -185,10 +185,7 @@ class _Server:
                 self._send_due()
 
     def _send_due(self) -> None:
-        """Sleep the last moment exactly, then send everything whose time has come."""
-        left_ns = self._due[0][0] - _now()
-        if 0 < left_ns <= _SELECT_SLACK_NS:
-            time.sleep(left_ns / _NS)
+        """Send everything whose time has come."""
         while self._due and self._due[0][0] <= _now():
             due_ns, _, stream = heapq.heappop(self._due)
             self._send(stream, due_ns)
@@ -225,7 +222,7 @@ class _Server:
             self._stopped = True
             return
         asked = json.loads(body)
-        _, chunks, per_second = asked["model"].split(":")
+        _, chunks, per_second, phase = asked["model"].split(":")
         if asked["messages"][-1]["content"] == WARM_UP:
             chunks = min(int(chunks), _WARM_UP_CHUNKS)
         stream.api = "ollama" if path == "/api/chat" else "openai"
@@ -235,9 +232,12 @@ class _Server:
         kind = "application/x-ndjson" if stream.api == "ollama" else "text/event-stream"
         with contextlib.suppress(OSError):
             stream.link.sendall(_HEAD.format(kind=kind).encode())
-        # The next tick that all streams of this pace share, and at least half of one from now.
-        ticks = math.ceil((stream.asked_ns + stream.period_ns // 2) / stream.period_ns)
-        self._plan(stream, ticks * stream.period_ns)
+        due_ns = stream.asked_ns + stream.period_ns
+        if phase == "batch":
+            # The next tick that all streams of this pace share, and at least half of one from now.
+            earliest_ns = stream.asked_ns + stream.period_ns // 2
+            due_ns = math.ceil(earliest_ns / stream.period_ns) * stream.period_ns
+        self._plan(stream, due_ns)
 
     def _plan(self, stream: _Stream, due_ns: int) -> None:
         heapq.heappush(self._due, (due_ns, next(self._number), stream))

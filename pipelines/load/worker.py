@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import http.client
 import json
 import os
 import pickle
@@ -32,6 +33,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from pipelines import __version__, atomic
@@ -94,6 +97,49 @@ def _allow_files() -> int:
 # --- one virtual user -------------------------------------------------------------------------
 
 
+class _OneWrite(http.client.HTTPConnection):
+    """
+    Writes head and body of a request together, as clients in other languages do.
+
+    http.client writes them one after the other, and each write hands Python's lock to the threads
+    that wait for it: where several send at once, each body waits for all the heads.
+    """
+
+    _held = b""
+    _holds = False
+
+    def endheaders(self, message_body: Any = None, *, encode_chunked: bool = False) -> None:  # noqa: ANN401
+        self._holds = True
+        super().endheaders(message_body, encode_chunked=encode_chunked)
+
+    def send(self, data: Any) -> None:  # noqa: ANN401 - bytes here, whatever http.client allows
+        if self._holds:
+            self._held, self._holds = data, False
+            return
+        data, self._held = self._held + data, b""
+        super().send(data)
+
+
+class _Connection(_OneWrite, HTTPConnection):
+    """Plain."""
+
+
+class _TlsConnection(_OneWrite, HTTPSConnection):
+    """The same over TLS."""
+
+
+class _Pool(HTTPConnectionPool):
+    """Connections that write once."""
+
+    ConnectionCls = _Connection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    """The same over TLS."""
+
+    ConnectionCls = _TlsConnection
+
+
 class _User:
     """One kept connection and the requests over it."""
 
@@ -113,6 +159,7 @@ class _User:
         url = target.url.rstrip("/") + dialects.path(target.api)
         self._form = session.prepare_request(requests.Request("POST", url, headers=headers))
         self._adapter = HTTPAdapter(pool_connections=1, pool_maxsize=1)
+        self._adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
         self._verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
         self._most_bytes = dialects.most_bytes(target)
         self._kept = False
@@ -406,7 +453,7 @@ class _Phase:
             if index is None:
                 break
             request = user.prepare(self._plan.prompts[index])
-            self._send(user, request, index, _now())
+            self._send(user, request, index)
         self._users.give(user)
 
     def arrive(self, _: int) -> None:
@@ -446,10 +493,17 @@ class _Phase:
                 self.late_threads_count += 1
 
     def _send(
-        self, user: _User, request: requests.PreparedRequest, index: int, scheduled_ns: int
+        self,
+        user: _User,
+        request: requests.PreparedRequest,
+        index: int,
+        scheduled_ns: int | None = None,
     ) -> None:
-        exchange = dialects.Exchange(index=index, scheduled_ns=scheduled_ns)
+        """Send a request that was due at a time, or is now."""
+        exchange = dialects.Exchange(index=index, scheduled_ns=scheduled_ns or _now())
         self._spool.begin(exchange)
+        if scheduled_ns is None:
+            exchange.scheduled_ns = _now()
         user.send(request, exchange)
         self._spool.end(exchange)
 
