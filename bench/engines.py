@@ -70,7 +70,7 @@ def measure() -> dict[str, Any]:
     examiner = Examiner(
         wanted=wanted,
         at=at,
-        prompts=prompts.load(at.root / wanted.load_test.prompts),
+        prompts=prompts.load(at.prompts),
         modelfile=render_modelfile(wanted, at),
         threads=wanted.threads or facts["cpu"]["cores_count"],
     )

@@ -437,7 +437,7 @@ def _file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any 
         except ValidationError:
             continue
         yield from _corpus_file_flaws(("corpora", key), corpus, root)
-    yield from _text_file_flaws(data, root)
+    yield from _modelfile_flaws(data, root)
     for key, entry in _entries(data, "models"):
         source = entry.get("source")
         if isinstance(source, str) and source.startswith("path:"):
@@ -462,27 +462,18 @@ def _corpus_file_flaws(here: Loc, corpus: params.Corpus, root: Path) -> Iterator
         yield Flaw((*here, "path"), f"{corpus.path} cannot be read: {_reason(error)}")
 
 
-def _text_file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
-    """Look for the Modelfiles and the prompts of the load test."""
-    wanted: list[tuple[Loc, object, str]] = [
-        (
-            ("models", key, "modelfile"),
-            entry.get("modelfile", params.Model.model_fields["modelfile"].default),
-            "Modelfile",
-        )
-        for key, entry in _entries(data, "models")
-    ]
-    load = _mapping(data, "load_test")
-    default = params.LoadTest.model_fields["prompts"].default
-    wanted.append((("load_test", "prompts"), load.get("prompts", default), "prompts"))
-    for loc, name, what in wanted:
-        if not isinstance(name, str) or not re.fullmatch(params.RELATIVE_PATH, name):
+def _modelfile_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """Look for the Modelfiles."""
+    for key, entry in _entries(data, "models"):
+        name = entry.get("modelfile", params.Model.model_fields["modelfile"].default)
+        if not isinstance(name, str) or not re.fullmatch(params.MODELFILE, name):
             continue
+        loc: Loc = ("models", key, "modelfile")
         path = root / name
         if not path.resolve().is_relative_to(root.resolve()):
-            yield Flaw(loc, f"{what} {quoted(name)} leads out of the repository")
+            yield Flaw(loc, f"Modelfile {quoted(name)} leads out of the repository")
         elif not path.is_file():
-            yield Flaw(loc, f"{what} {quoted(name)} does not exist")
+            yield Flaw(loc, f"Modelfile {quoted(name)} does not exist")
 
 
 def _directory_flaws(loc: Loc, source: str, root: Path) -> Iterator[Flaw]:

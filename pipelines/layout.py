@@ -28,6 +28,11 @@ class Layout:
         return self.root / "params.yaml"
 
     @property
+    def prompts(self) -> Path:
+        """Conversations and questions by which a served model is checked."""
+        return self.root / "corpora/prompts.yaml"
+
+    @property
     def machine(self) -> Path:
         """What this machine is: the hardware that a benchmark depends on."""
         return self.root / "work/machine.json"

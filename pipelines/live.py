@@ -399,6 +399,7 @@ class Plain:
             if event.warning:
                 console.warn(f"{stage.name}: {event.warning}")
             elif stage.state == "running":
+                self._progress.newest()  # the last words of the stage before
                 console.step(stage.name)
             elif stage.state == "failed":
                 console.error(f"{stage.name} {stage.text(0.0)}")
@@ -448,6 +449,8 @@ class Terminal:
         from rich.text import Text  # noqa: PLC0415 - loaded already
 
         for event in events:
+            if event.stage.state == "running" and not event.warning:
+                self._progress.newest()  # the last words of the stage before
             if self._live is None:
                 continue
             if event.warning:

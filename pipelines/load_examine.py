@@ -152,6 +152,7 @@ class Examiner:
         try:
             with host.load(self.file(type_)) as loaded:
                 seen.served = loaded.served
+                seen.notes += loaded.notes
                 self._examine(loaded, reference, seen)
         except server.LoadFailed as error:
             seen.failures.append(error.message)

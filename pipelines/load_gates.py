@@ -66,7 +66,7 @@ def judge(
 
 
 def _limit_words(slo: Slo, level: Level) -> str:
-    return f"had {_WORDS[level]} {getattr(slo, f'{level}_ms'):g} ms"
+    return f"had {_WORDS[level]} {wording.declared(getattr(slo, f'{level}_ms'))} ms"
 
 
 def _share(  # noqa: PLR0913 - each is one independent fact about the gate

@@ -72,10 +72,10 @@ def of_server(wanted: LoadTestSlice, remote: Wanted, at: Layout) -> tuple[Regres
 
 
 def _examiner(wanted: LoadTestSlice, at: Layout) -> Examiner:
-    declared = prompts.load(at.root / wanted.load_test.prompts)
+    declared = prompts.load(at.prompts)
     if not regressions.of_model(declared, wanted.model):
         raise ParamsError(
-            f"{wanted.load_test.prompts} declares no `regressions` for {wanted.model}.",
+            f"{at.prompts.relative_to(at.root)} declares no `regressions` for {wanted.model}.",
             hint="corpora/README.md says what one looks like.",
         )
     hardware = measuring.this_machine(at)

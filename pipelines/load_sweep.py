@@ -58,7 +58,7 @@ def run(wanted: LoadTestSlice, at: Layout) -> list[SweepRecord]:
     examiner = Examiner(
         wanted=wanted,
         at=at,
-        prompts=prompts.load(at.root / wanted.load_test.prompts),
+        prompts=prompts.load(at.prompts),
         modelfile=render_modelfile(wanted, at),
         threads=wanted.threads or hardware["cpu"]["cores_count"],
     )

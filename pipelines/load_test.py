@@ -83,7 +83,7 @@ def load_test(
     examiner = Examiner(
         wanted=wanted,
         at=at,
-        prompts=prompts.load(at.root / wanted.load_test.prompts),
+        prompts=prompts.load(at.prompts),
         modelfile=rendered,
         threads=wanted.threads or hardware["cpu"]["cores_count"],
     )

@@ -24,6 +24,8 @@ _PATH = r"(?![-/])(?!(?:.*/)?\.\.(?:/|$))[A-Za-z0-9._/-]{1,200}"
 _REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 RELATIVE_PATH = rf"^{_PATH}$"
 QUANT_KEY = r"^[a-z0-9][A-Za-z0-9_-]{0,79}$"
+# Where DVC looks for changes of them.
+MODELFILE = r"^modelfiles/[A-Za-z0-9][A-Za-z0-9._-]{0,100}\.Modelfile\.j2$"
 SHA256 = r"^[0-9a-f]{64}$"
 REVISION = r"^[0-9a-f]{40}$"
 SOURCE = rf"^(?:path:{_PATH}|hf:{_REPOSITORY})$"
@@ -38,6 +40,7 @@ PATTERN_WORDS = {
     QUANT_KEY: "`<model>-<TYPE>`",
     RELATIVE_PATH: "a path below the repository: letters, digits, `.`, `_`, `-` and `/`, "
     "without `..`",
+    MODELFILE: "a file `modelfiles/NAME.Modelfile.j2`",
     SHA256: "a sha256: 64 digits of 0-9a-f",
     REVISION: "a full commit: 40 digits of 0-9a-f",
     SOURCE: "`hf:owner/repo`, or `path:` and a directory below the repository",
@@ -239,7 +242,7 @@ class Model(Closed):
         "speed", description="What is made best among the quants that pass every gate."
     )
     gates: Gates = Field(default=Gates(), description="Overrides of the top-level `gates`.")
-    modelfile: RelativePath = Field(
+    modelfile: Annotated[str, StringConstraints(pattern=MODELFILE), _PRINTABLE] = Field(
         "modelfiles/chat.Modelfile.j2",
         description="Template of the Modelfile: sampling parameters, stops, system text.",
     )
@@ -365,9 +368,6 @@ class Serving(Closed):
 class LoadTest(Closed):
     """How the chosen GGUF is put under load."""
 
-    prompts: RelativePath = Field(
-        "corpora/prompts.yaml", description="Conversations whose rendering is checked."
-    )
     concurrency: Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...],
                            Field(min_length=1, max_length=16)] = Field(
         (1, 2, 4), description="Requests in flight, one run for each, from few to many."

@@ -72,7 +72,6 @@ def at(tmp_path: Path) -> Layout:
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora/calibration.txt").write_bytes(CALIBRATION)
     (tmp_path / "corpora/evaluation.txt").write_bytes(EVALUATION)
-    (tmp_path / "corpora/prompts.yaml").write_bytes(b"version: 1\n")
     (tmp_path / "modelfiles").mkdir()
     for name in ("small", "chat"):
         (tmp_path / f"modelfiles/{name}.Modelfile.j2").write_bytes(b"FROM {{ gguf }}\n")

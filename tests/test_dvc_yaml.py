@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipelines import declaration, params
+from pipelines import declaration
 from pipelines.__main__ import STAGES
 from pipelines.layout import Layout
 
@@ -104,7 +104,7 @@ def test_a_load_test_follows_what_it_serves(stages: dict[str, Any], checkout: Pa
             str(at.machine),
             str(at.toolchain),
             "modelfiles",
-            params.LoadTest.model_fields["prompts"].default,
+            str(at.prompts),
         }
         # The report reads the test, and DVC tells it of a new one through the receipt alone.
         told = {dep.def_path for dep in stages[f"track@{model}"].deps}

@@ -189,13 +189,16 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
 def test_plain_log_has_a_heartbeat(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A log that nobody redraws still says that a long stage is alive, and how far it is."""
     progress = tmp_path / "progress.jsonl"
-    progress.write_text('{"text": "chunk 3 of 8"}\n')
+    progress.write_text('{"text": "the last words of another stage"}\n')
     board = live.Board(("a",))
     text = ""
     with live.Plain(board, live.Tail(progress), heartbeat_s=0.01) as view:
         view.tell(board.read("Running stage 'a':", 0))
+        with progress.open("a") as file:
+            file.write('{"text": "chunk 3 of 8"}\n')
         while "chunk 3 of 8" not in text:
             text += capsys.readouterr().err
 
     assert "▸ a" in text
+    assert "another stage" not in text
     assert "a running for" in text
