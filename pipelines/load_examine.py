@@ -8,7 +8,6 @@ numbers INVALID; a file that cannot be loaded is a failure of that file.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -22,10 +21,10 @@ from pipelines import (
     records,
     regressions,
     validity,
-    watch,
     wording,
 )
 from pipelines.errors import MachineError, ToolError
+from pipelines.load_conditions import Attended
 from pipelines.load_records import Smoke, WinnerTest
 from pipelines.serving import server
 
@@ -49,10 +48,11 @@ if TYPE_CHECKING:
     from pipelines.serving.modelfile import Modelfile
     from pipelines.serving.server import GgufFile, Host, Loaded, Settings
     from pipelines.upstream_chat import Reference
-    from pipelines.validity import CpuTimes
 
     GreedyAnswers = list[Answer]
 
+# Cores beside the model's from which on a reader of its speed should know.
+_NOTED_CORES: Final = 0.1
 # What Ollama samples with where neither Modelfile nor request says (api/types.go, DefaultOptions).
 _OLLAMA_TEMPERATURE: Final = 0.8
 # The 16-bit GGUF under the name that a type would have: with it greedy answers are compared.
@@ -192,26 +192,28 @@ class Examiner:
             return
         seen.answers = session.greedy_answers(loaded.served.type)
         seen.regressions = self.regressions(session)
-        before, started = validity.cpu_times(), time.monotonic()
-        with watch.Watch("llama-server") as ours:
+        with Attended() as attended:
             session.drive(seen.runs, loaded.verify)
-            ours.sample()
-        wall_s, after = time.monotonic() - started, validity.cpu_times()
         seen.served = loaded.served.model_copy(update={"peak_memory_mib": loaded.peak_memory_mib()})
         seen.calibration = session.calibrate(seen.runs)
-        waiting = validity.waiting_share(ours.usage(), wall_s=wall_s, threads=self.threads)
-        self._doubt(seen, before, after, waiting)
+        self._doubt(seen, attended)
 
-    def _doubt(self, seen: Findings, before: CpuTimes, after: CpuTimes, waiting: float) -> None:
+    def _doubt(self, seen: Findings, attended: Attended) -> None:
         """Collect why the numbers of these runs are not to be trusted."""
-        stolen = validity.steal_share(before, after)
+        stolen = validity.steal_share(attended.before, attended.after)
         if stolen > validity.MAX_STEAL_SHARE:
             seen.invalid.append(f"the hypervisor withheld {wording.percent(stolen)} of the CPU")
-        waited = f"the server waited for a core in {wording.percent(waiting)} of the time"
+        waiting = attended.waiting_share(self.threads)
+        waited = f"others kept the server from a core in {wording.percent(waiting)} of the time"
         if waiting > validity.MAX_WAITING_SHARE:
             seen.invalid.append(waited)
         elif waiting > validity.NOTED_WAITING_SHARE:
-            seen.notes.append(f"{wording.sentence(waited[:1].upper() + waited[1:])}")
+            seen.notes.append(wording.sentence(waited[:1].upper() + waited[1:]))
+        if attended.beside_cores > _NOTED_CORES and not seen.served_on_gpu:
+            seen.notes.append(
+                f"Client and engine took {wording.number(attended.beside_cores)} of the cores on "
+                "which the model was computed; behind a network it would be faster."
+            )
         if validity.on_battery():
             seen.invalid.append("the machine ran on its battery")
         if seen.calibration is not None and seen.calibration.client_bound:
@@ -284,6 +286,11 @@ class Findings:
     failures: list[str] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def served_on_gpu(self) -> bool:
+        """Whether any of the model lay on a card."""
+        return self.served is not None and bool(self.served.size_vram_bytes)
 
 
 class F16Answers:

@@ -1,0 +1,55 @@
+"""Whether others took the cores while a model was under load, and what is not held against them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipelines import validity
+from pipelines.load_conditions import Attended, others_share
+from pipelines.watch import Usage
+
+
+def share(waited_s: float, *, beside_s: float = 3.0, busy_s: float = 0.0) -> float:
+    """Return the share of a run of ten seconds, with two threads that computed for 13 s in all."""
+    usage = Usage(peak_rss_bytes=0, on_core_s=13.0, waited_s=waited_s)
+    return others_share(usage, beside_s=beside_s, busy_s=busy_s, wall_s=10.0, threads=2)
+
+
+def test_cores_that_the_client_and_ollama_used_are_not_held_against_anybody() -> None:
+    """One machine serves and asks: that is the test itself, and a note says how much it was."""
+    assert share(3.0) == 0
+    assert share(2.0) == 0
+
+
+def test_nobody_can_have_taken_more_than_the_rest_of_the_machine_used() -> None:
+    """Threads of the server wait for each other, too: a quiet machine is quiet."""
+    assert share(7.0, busy_s=16.0) == 0
+    assert share(7.0, busy_s=16.5) == pytest.approx(validity_share(0.5))
+
+
+def test_what_others_took_voids_the_numbers() -> None:
+    """Two busy programs on two cores."""
+    assert share(14.0, busy_s=36.0) > validity.MAX_WAITING_SHARE
+    assert share(14.0) > validity.MAX_WAITING_SHARE
+
+
+def validity_share(waited_s: float) -> float:
+    """Return the share of a run in which two threads waited for so long in all."""
+    usage = Usage(peak_rss_bytes=0, on_core_s=0.0, waited_s=waited_s)
+    return validity.waiting_share(usage, wall_s=10.0, threads=2)
+
+
+def test_the_cpu_time_of_programs_that_we_ran_is_counted_as_ours() -> None:
+    """The generator is a process of its own that has ended when we look."""
+    with Attended() as attended:
+        code = "import time; t = time.process_time()\nwhile time.process_time() < t + 0.3: pass"
+        subprocess.run([sys.executable, "-c", code], check=True)
+        time.sleep(0.05)
+
+    assert attended.beside_s >= 0.3
+    assert attended.wall_s >= 0.3
+    assert attended.beside_cores == attended.beside_s / attended.wall_s
