@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import atomic, console, declaration, machine, params, prompts, toolchain
+from pipelines import atomic, console, declaration, machine, params, prompts, toolchain, wording
 from pipelines.layout import Layout
 from pipelines.load_examine import Examiner
 from pipelines.load_test import render_modelfile
@@ -183,7 +183,7 @@ def table(figures: dict[str, Any]) -> str:
     )  # fmt: skip
     for rows in zip(*(route["runs"] for route in figures["routes"]), strict=True):
         for key, label in words:
-            cells = " | ".join("—" if row[key] is None else f"{row[key]:.3g}" for row in rows)
+            cells = " | ".join(wording.number(row[key]) for row in rows)
             lines.append(f"| {rows[0]['name']} | {label} | {cells} |")
     where = figures["machine"]
     starts = ", ".join(f"{each:.1f}" for each in figures["first_request_s"])
