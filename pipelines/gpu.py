@@ -161,6 +161,18 @@ def cards() -> tuple[Card, ...]:
             return ()
 
 
+def free_mib() -> float:
+    """Return what is free at this moment on the cards that programs here may use, in MiB."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return 0.0
+        told = [
+            _ask(nvml, partial(nvml.nvmlDeviceGetMemoryInfo, handle))
+            for handle in _ask(nvml, lambda: _handles(nvml)) or []
+        ]
+    return float(sum(memory.total - memory.used for memory in told if memory is not None)) / MIB
+
+
 def _card(nvml: Any, handle: Any) -> Card:  # noqa: ANN401 - a module without types
     capability = _ask(nvml, lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle))
     limit_mw = _ask(nvml, lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle))

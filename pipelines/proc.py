@@ -222,6 +222,11 @@ class Background:
             _signal_group(self._child.pid, signal.SIGKILL)
         return None if self._child.returncode is None else _cause(self._child.returncode)
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether the kernel, for want of memory, or somebody else killed it: no act of its own."""
+        return self.ended() is not None and self._child.returncode == -signal.SIGKILL
+
     def output(self) -> str:
         """Return the last mebibyte of what it printed so far, as it is."""
         with contextlib.suppress(OSError), self.log.open("rb") as file:

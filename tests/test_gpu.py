@@ -151,6 +151,19 @@ def test_missing_pynvml_means_no_cards(
     assert gpu.cards() == ()
 
 
+def test_what_is_free_is_what_nobody_holds_on_any_visible_card(
+    driver: Callable[..., FakeNvml], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server beside us holds memory that a card has and that we cannot have."""
+    driver(card(0), card(1, MemoryInfo=SimpleNamespace(total=1024 << 20, used=24 << 20)))
+
+    assert gpu.free_mib() == 24_276 + 1_000
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert gpu.free_mib() == 1_000
+    driver(card(), broken=True)
+    assert gpu.free_mib() == 0
+
+
 def test_card_in_full(driver: Callable[..., FakeNvml]) -> None:
     """Name, memory in MiB, capability, rounded power limit, best link of card and slot."""
     fake = driver(card())

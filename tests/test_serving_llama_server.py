@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -16,18 +19,17 @@ import serving_factory
 from fake_tools import with_fake
 from serving_factory import CONVERSATION, RENDERED, file, left_in, programs_in, settings
 
-from pipelines import hashing
+from pipelines import gpu, hashing, llama_fit_params
 from pipelines.errors import DigestError, MachineError, ParamsError
 from pipelines.layout import Layout
-from pipelines.serving import sandbox, server
+from pipelines.serving import llama_server, sandbox, server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
     from pipelines.serving.engine import Engine
-    from pipelines.serving.server import GgufFile, Host, Loaded
+    from pipelines.serving.server import Host
     from pipelines.toolchain import Toolchain
 
     Opened = Callable[..., AbstractContextManager[Host]]
@@ -430,10 +432,13 @@ _AS_DECLARED = {"default_generation_settings": {"n_ctx": 512}, "total_slots": 2}
 def scripted(tools: Toolchain, tmp_path: Path) -> Callable[..., Engine]:
     """An engine whose llama-server says of itself what it is told to say."""
 
-    def make(said: str = "", **told: Any) -> Engine:
+    def make(said: str = "", backend: str = "", **told: Any) -> Engine:
         body = _SCRIPTED.format(told=json.dumps(_AS_DECLARED | told), said=said)
         fake = with_fake(tmp_path / "fake", tools, "llama-server", body)
-        return serving_factory.engine("llama-server", tools, fake.tool("llama-server"))
+        made_for = dataclasses.replace(
+            tools, manifest=tools.manifest | ({"backend": backend} if backend else {})
+        )
+        return serving_factory.engine("llama-server", made_for, fake.tool("llama-server"))
 
     return make
 
@@ -487,17 +492,6 @@ def test_a_server_that_never_becomes_ready_is_ended(
         pass
 
 
-def _partly_offloaded(
-    scripted: Callable[..., Engine],
-    opened: Opened,
-    wanted: GgufFile,
-    gpu_layers: str | int,
-) -> Loaded:
-    said = "load_tensors: offloaded 10/33 layers to GPU"
-    with opened(scripted(said), gpu_layers=gpu_layers) as host, host.load(wanted) as loaded:
-        return loaded
-
-
 @pytest.mark.parametrize("gpu_layers", ["all", "auto"])
 def test_layers_beside_the_gpu_are_an_error_unless_declared(
     model: Path,
@@ -507,10 +501,88 @@ def test_layers_beside_the_gpu_are_an_error_unless_declared(
     gpu_layers: str,
 ) -> None:
     """Numbers of a model that half runs on the CPU are not those of the GPU."""
-    monkeypatch.setattr(server, "uses_gpu", lambda *_: True)
     monkeypatch.setattr(server, "require_memory", lambda *_, **__: None)
+    chosen = scripted("load_tensors: offloaded 10/33 layers to GPU", backend="cuda")
 
-    with pytest.raises(server.PartialOffload, match="10 of 33 layers are on the GPU"):
-        _partly_offloaded(scripted, opened, file(model), gpu_layers)
+    with (
+        opened(chosen, gpu_layers=gpu_layers) as host,
+        pytest.raises(server.PartialOffload, match="10 of 33 layers are on the GPU"),
+        host.load(file(model)),
+    ):
+        pass
+    with opened(chosen, gpu_layers=10) as host, host.load(file(model)) as loaded:
+        assert loaded.served.gpu_layers == "10"
 
-    _partly_offloaded(scripted, opened, file(model), 10)
+
+def test_a_card_that_is_gone_is_no_reason_to_serve_from_the_cpu(
+    model: Path, scripted: Callable[..., Engine], opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that lost it leaves every layer on the CPU, and the server answers all the same."""
+    monkeypatch.setattr(server, "require_memory", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "cards", lambda: ())
+
+    with (
+        opened(scripted("no usable GPU found", backend="cuda")) as host,
+        pytest.raises(server.PartialOffload, match="0 of any layers are on the GPU"),
+        host.load(file(model)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("gpu_layers", "fit"), [("all", "off"), ("auto", "on"), (7, "off")])
+def test_the_engine_decides_about_layers_only_where_that_was_declared(
+    gpu_layers: str | int, fit: str
+) -> None:
+    """Without its fitting `auto` would mean all, and end in a card that is full."""
+    argv = llama_server.argv(
+        Path("llama-server"), Path("m.gguf"), settings(gpu_layers=gpu_layers),
+        name="m", port=1, backend="cuda",
+    )  # fmt: skip
+
+    assert f" -ngl {gpu_layers} --fit {fit} " in " ".join(argv)
+
+
+def test_memory_that_another_server_holds_on_the_card_does_not_count(
+    tmp_path: Path, engine: Engine, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card that is taken is this machine's matter: the file would be blamed for a failed load."""
+    monkeypatch.setattr(server, "uses_gpu", lambda *_: True)
+    monkeypatch.setattr(gpu, "free_mib", lambda: 2048.0)
+    monkeypatch.setattr(llama_fit_params, "parse_estimate", _estimate)
+    large = serving_factory.hollow_model(tmp_path / "large.gguf")
+
+    with (
+        opened(engine) as host,
+        pytest.raises(MachineError, match=r"needs 4,096 MiB .* 2,048 MiB are free on the GPUs"),
+        host.load(file(large, sha256="0" * 64)),
+    ):
+        pass
+
+
+def _estimate(*_: str, on_gpu: bool, **__: Any) -> Any:
+    return SimpleNamespace(total_mib=4096.0 if on_gpu else 1.0)
+
+
+def test_a_server_that_was_killed_while_it_loaded_blames_no_file(
+    model: Path, tools: Toolchain, tmp_path: Path, opened: Opened
+) -> None:
+    """The kernel kills for want of memory: nothing is known of the file, so it is not rejected."""
+    fake = with_fake(tmp_path / "fake", tools, "llama-server", "os.kill(os.getpid(), 9)")
+    chosen = serving_factory.engine("llama-server", tools, fake.tool("llama-server"))
+
+    with (
+        opened(chosen) as host,
+        pytest.raises(server.ServerGone, match="was killed by the kernel or by somebody"),
+        host.load(file(model)),
+    ):
+        pass
+
+
+def test_a_large_file_has_the_time_that_a_slow_disk_takes(tmp_path: Path) -> None:
+    """A load is not failed by a declaration that fits small files."""
+    large = tmp_path / "large.gguf"
+    with large.open("wb") as opened_file:
+        opened_file.truncate(50_000_000_000)
+    wanted = dataclasses.replace(file(large, sha256="0" * 64), path=large)
+
+    assert server.load_within_s(wanted, settings(load_timeout_s=120.0)) == 1120.0

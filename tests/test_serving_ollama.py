@@ -23,7 +23,7 @@ from serving_factory import CONVERSATION, RENDERED, file, left_in, programs_in, 
 from pipelines import hashing
 from pipelines.errors import DigestError
 from pipelines.layout import Layout
-from pipelines.serving import ollama_store, sandbox, server
+from pipelines.serving import ollama, ollama_store, sandbox, server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -438,25 +438,99 @@ def test_a_model_beside_the_gpu_is_an_error_unless_declared(
     model: Path, engine: Engine, opened: Opened, monkeypatch: pytest.MonkeyPatch, gpu_layers: str
 ) -> None:
     """On a host with a card, what Ollama says lies on it must be all of the model."""
-    monkeypatch.setattr(server, "uses_gpu", lambda *_: True)
     monkeypatch.setattr(server, "require_memory", lambda *_, **__: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    chosen = _for(engine, "cuda")
 
-    with opened(engine, gpu_layers=gpu_layers) as host:  # noqa: SIM117
+    with opened(chosen, gpu_layers=gpu_layers) as host:  # noqa: SIM117
         with pytest.raises(server.PartialOffload, match=r"0 of \d+ MiB"), host.load(file(model)):
             pass
-    with opened(engine, gpu_layers=1) as host, host.load(file(model)) as loaded:
+    with opened(chosen, gpu_layers=1) as host, host.load(file(model)) as loaded:
         loaded.verify()
 
 
-def _slow_loader(engine: Engine, folder: Path) -> Engine:
-    """The real Ollama in a layout whose llama-server never gets ready."""
+def _for(engine: Engine, backend: str) -> Engine:
+    tools = dataclasses.replace(engine.tools, manifest=engine.tools.manifest | {"backend": backend})
+    return dataclasses.replace(engine, tools=tools)
+
+
+def test_an_ollama_that_cannot_read_where_the_model_lies_proves_nothing(
+    model: Path, engine: Engine, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It then gives the size of the file for both, as if all of it lay on the card."""
+    monkeypatch.setattr(server, "require_memory", lambda *_, **__: None)
+    size = model.stat().st_size
+    monkeypatch.setattr(ollama._LoadedByOllama, "_sizes_of", staticmethod(lambda _: (size, size)))
+
+    with (
+        opened(_for(engine, "cuda")) as host,
+        pytest.raises(server.PartialOffload, match="does not know where"),
+        host.load(file(model)),
+    ):
+        pass
+
+
+def test_no_card_is_shown_to_an_ollama_whose_toolchain_has_none(
+    model: Path, at: Layout, engine: Engine, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries that it brings itself would read prompts on a card, and the CPU get the credit."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+    with opened(_for(engine, "cpu")) as host, host.load(file(model)) as loaded:
+        assert loaded.served.size_vram_bytes == 0
+        for process in (_ollama(at), _below(at)):
+            assert process.environ()["CUDA_VISIBLE_DEVICES"] == "-1"
+            assert process.environ()["OLLAMA_VULKAN"] == "0"
+    with opened(_for(engine, "cuda")) as host:
+        assert "CUDA_VISIBLE_DEVICES" not in host.environment
+
+
+def test_a_file_that_is_written_to_after_it_was_hashed_is_not_handed_out(
+    model: Path, tmp_path: Path, engine: Engine, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ollama's blob is the very file: between the hash and the start somebody may write to it."""
+    own = tmp_path / "own.gguf"
+    own.write_bytes(model.read_bytes())
+    os.utime(own, (1, 1))  # clocks of file systems tick slowly
+    place = ollama_store.place
+
+    def placed_then_written(*told: Any, **options: Any) -> ollama_store.Placed:
+        placed = place(*told, **options)
+        with own.open("r+b") as opened_file:
+            opened_file.seek(-10, os.SEEK_END)
+            opened_file.write(b"0123456789")
+        return placed
+
+    monkeypatch.setattr(ollama_store, "place", placed_then_written)
+
+    with opened(engine) as host, pytest.raises(server.WrongDigest, match="changed while"):  # noqa: SIM117
+        with host.load(file(own)):
+            pytest.fail("it was handed out")
+
+
+def test_a_llama_server_that_was_killed_while_it_loaded_blames_no_file(
+    model: Path, tmp_path: Path, engine: Engine, opened: Opened
+) -> None:
+    """The kernel kills for want of memory: nothing is known of the file, so it is not rejected."""
+    chosen = _with_helper(engine, tmp_path / "killed", "kill -9 $$")
+
+    with (
+        opened(chosen) as host,
+        pytest.raises(server.ServerGone, match=r"killed while it loaded tiny-F16\.gguf"),
+        host.load(file(model)),
+    ):
+        pass
+
+
+def _with_helper(engine: Engine, folder: Path, command: str) -> Engine:
+    """The real Ollama in a layout whose llama-server runs a command where it is to load a model."""
     assert engine.ollama is not None
     program = folder / "bin/ollama"
     helper = folder / "lib/ollama/llama-server"
     for path in (program, helper):
         path.parent.mkdir(parents=True)
     shutil.copy(engine.ollama, program)
-    helper.write_text("#!/bin/sh\ncase $* in *--model*) exec sleep 600;; esac\n")
+    helper.write_text(f"#!/bin/sh\ncase $* in *--model*) {command};; esac\n")
     helper.chmod(0o755)
     return dataclasses.replace(engine, ollama=program)
 
@@ -466,7 +540,9 @@ def test_a_load_that_never_ends_is_ended(
 ) -> None:
     """It is waited for as long as declared, and not longer."""
     with (
-        opened(_slow_loader(engine, tmp_path / "slow"), load_timeout_s=1.0) as host,
+        opened(
+            _with_helper(engine, tmp_path / "slow", "exec sleep 600"), load_timeout_s=1.0
+        ) as host,
         pytest.raises(server.LoadFailed, match=r"tiny-F16\.gguf"),
         host.load(file(model)),
     ):
@@ -545,7 +621,7 @@ def _program(
     if phase == "loaded":
         program = engine.ollama if kind == "ollama" else tools.tool("llama-server")
     elif kind == "ollama" and phase == "loading":
-        program = _slow_loader(engine, folder / "slow").ollama
+        program = _with_helper(engine, folder / "slow", "exec sleep 600").ollama
     else:
         # A llama-server loads as it starts: what differs is whether it answers meanwhile.
         program = folder / "slow"

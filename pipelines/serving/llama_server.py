@@ -53,14 +53,16 @@ def argv(  # noqa: PLR0913 - each is one independent fact about a server
 
     As below Ollama: no cache of prompts in main memory, no shifting of the context, a part of the
     cache for each slot, and without a GPU the weights are read into memory and not mapped.
+    `auto` layers are those that fit; without fitting it would mean all.
     """
+    layers = server.layers_word(settings, backend)
     mapped = [] if backend != "cpu" else ["--load-mode", "none"]
     return [
         str(program),
         *("--model", str(gguf), "--alias", name, "--host", HOST, "--port", str(port)),
         *("-c", str(settings.context_tokens * settings.parallel), "-np", str(settings.parallel)),
         *("-t", str(settings.threads), "-tb", str(settings.threads)),
-        *("-ngl", server.layers_word(settings, backend), "--fit", "off"),
+        *("-ngl", layers, "--fit", "on" if layers == "auto" else "off"),
         *("-fa", "on" if settings.flash_attention else "off"),
         *("-ctk", settings.kv_type, "-ctv", settings.kv_type),
         *("-b", str(server.BATCH_TOKENS), "-ub", str(server.UBATCH_TOKENS)),
@@ -103,11 +105,12 @@ class LlamaServerHost(Host):
                 server.wait_until(
                     running,
                     lambda: running.client.is_up("/health"),
-                    within_s=settings.load_timeout_s,
+                    within_s=server.load_within_s(file, settings),
                     what=f"load {file.path.name}",
                 )
             except ServerGone as error:
-                if is_bind_failure(running.process.output()):
+                # Killed for want of memory, or by somebody, is not the fault of the file.
+                if running.process.was_killed or is_bind_failure(running.process.output()):
                     began = time.monotonic()
                     raise
                 said = complaints(running).replace(f"{gguf.parent}/", "")
@@ -154,7 +157,7 @@ class LlamaServerHost(Host):
                 proven=proven,
             )
             loaded.verify()
-            if on_card and not isinstance(settings.gpu_layers, int):
+            if server.wants_whole(settings, tools):
                 require_offload(running)
             yield loaded
 

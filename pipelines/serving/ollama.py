@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import console
@@ -51,6 +51,16 @@ PROGRAM: Final = "ollama"
 # It answers in 0.05 s; on a busy host, or one whose GPUs are asked first, it takes longer.
 _UP_WITHIN_S: Final = 60.0
 _BIND_FAILURE: Final = "address already in use"
+# How Go says that SIGKILL ended the llama-server below.
+_KILLED: Final = "signal: killed"
+# An Ollama of PATH brings libraries for cards. Where the toolchain, and so the benchmark, has none,
+# they would still read prompts on one that is there: with no layer on it, and nothing said.
+_NO_CARDS: Final = {
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "HIP_VISIBLE_DEVICES": "-1",
+    "ROCR_VISIBLE_DEVICES": "-1",
+    "OLLAMA_VULKAN": "0",
+}
 
 
 def environment(settings: Settings, backend: str) -> dict[str, str]:
@@ -58,7 +68,8 @@ def environment(settings: Settings, backend: str) -> dict[str, str]:
     Return the variables that decide how Ollama serves, all of them stated.
 
     No call to the vendor's cloud, no pruning of what we laid into the store, one model at a time
-    and for ever, no cache of prompts in main memory, the declared slots, context and cache.
+    and for ever, no cache of prompts in main memory, the declared slots, context and cache, and no
+    card where the toolchain is for none.
     """
     return {
         "OLLAMA_NO_CLOUD": "1",
@@ -75,6 +86,7 @@ def environment(settings: Settings, backend: str) -> dict[str, str]:
         "LLAMA_ARG_N_GPU_LAYERS": server.layers_word(settings, backend),
         "LLAMA_ARG_CACHE_RAM": "0",
         "LLAMA_ARG_ENDPOINT_METRICS": "1",
+        **(_NO_CARDS if backend == "cpu" else {}),
     }
 
 
@@ -109,6 +121,8 @@ class OllamaHost(Host):
         on_card = server.uses_gpu(settings, tools)
         with ExitStack() as stack:
             store = stack.enter_context(self._place.store())
+            # Before it is hashed: who writes to it from then on is noticed.
+            before = server.Bytes.of(file.path, file.sha256)
             placed = ollama_store.place(
                 store,
                 file.path,
@@ -118,7 +132,11 @@ class OllamaHost(Host):
                 options={},
             )
             blob = store / "blobs" / f"sha256-{file.sha256}"
-            proven = server.Bytes.of(blob, file.sha256)
+            proven = (
+                replace(before, path=blob)
+                if blob.samefile(file.path)
+                else server.Bytes.of(blob, file.sha256)  # a copy, which only we know
+            )
             running = stack.enter_context(self._running(store, on_card=on_card))
             loaded = _LoadedByOllama(
                 _Served(
@@ -129,7 +147,8 @@ class OllamaHost(Host):
                     proven=proven,
                     settings=settings,
                     layers=server.layers_word(settings, tools.backend),
-                    whole=on_card and not isinstance(settings.gpu_layers, int),
+                    whole=server.wants_whole(settings, tools),
+                    load_within_s=server.load_within_s(file, settings),
                 ),
                 api="ollama",
             )
@@ -216,6 +235,7 @@ class _Served:
     settings: Settings
     layers: str
     whole: bool
+    load_within_s: float
 
 
 class _LoadedByOllama(Loaded):
@@ -253,19 +273,24 @@ class _LoadedByOllama(Loaded):
                 lambda: self._ollama.post(
                     "/api/chat",
                     self._request | {"messages": [], "keep_alive": -1},
-                    timeout_s=what.settings.load_timeout_s,
+                    timeout_s=what.load_within_s,
                 ),
                 what=f"load {what.file.path.name}",
             )
         except ServerGone as error:
             what.running.require_alive(dying_s=server.DYING_S)
             raise LoadFailed(
-                f"ollama did not load {what.file.path.name} within "
-                f"{what.settings.load_timeout_s:.0f} s.",
+                f"ollama did not load {what.file.path.name} within {what.load_within_s:.0f} s.",
                 log=what.running.process.log,
             ) from error
         except ServingError as error:
             said = error.message.replace(f"{what.store}/", "")
+            if _KILLED in said:
+                raise ServerGone(
+                    f"the llama-server below ollama was killed while it loaded "
+                    f"{what.file.path.name}: often there was too little memory.",
+                    log=what.running.process.log,
+                ) from error
             raise LoadFailed(
                 f"ollama cannot load {what.file.path.name}: {said}",
                 log=what.running.process.log,
@@ -427,6 +452,12 @@ class _LoadedByOllama(Loaded):
                 f"{what.settings.context_tokens}."
             )
         size, on_card = self._sizes_of(entry)
+        if what.whole and size == what.proven.size_bytes:
+            # llm/llama_server.go, MemorySize: without those words it gives this for both sizes.
+            raise PartialOffload(
+                f"ollama does not know where {self.name} lies: it found no word of its "
+                "llama-server on that, and gives the size of the file."
+            )
         if what.whole and on_card != size:
             raise PartialOffload(
                 f"{on_card / server.MIB:,.0f} of {size / server.MIB:,.0f} MiB of {self.name} are "

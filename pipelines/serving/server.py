@@ -60,6 +60,8 @@ MARGIN_MIB: Final = 512
 # llama.cpp rounds the context of a slot up to a multiple of this (llama-context.cpp, GGML_PAD).
 CONTEXT_STEP: Final = 256
 ANSWER_WITHIN_S: Final = 30.0
+# A hard disk beside other work, or a share on the network; who reads more slowly than this hangs.
+_SLOWEST_READ_BYTES_PER_S: Final = 50e6
 _ALL_LAYERS: Final = 9999
 _PORTS_TRIED: Final = 5
 _POLL_S: Final = 0.01
@@ -109,7 +111,7 @@ class Settings:
         gpu_layers: Layers on the GPU: a number, `all`, or `auto`, by which the engine decides.
         kv_type: Type of both halves of the key-value cache.
         flash_attention: Flash attention, on or off.
-        load_timeout_s: Seconds after which a load has failed.
+        load_timeout_s: Seconds after which a load has failed, beside those that a slow disk takes.
     """
 
     context_tokens: int
@@ -379,6 +381,21 @@ def layers_word(settings: Settings, backend: str) -> str:
     return "0" if backend == "cpu" else str(settings.gpu_layers)
 
 
+def load_within_s(file: GgufFile, settings: Settings) -> float:
+    """Return the seconds after which a load has failed: a slow disk is no fault of a large file."""
+    return settings.load_timeout_s + file.path.stat().st_size / _SLOWEST_READ_BYTES_PER_S
+
+
+def wants_whole(settings: Settings, tools: Toolchain) -> bool:
+    """
+    Tell whether all layers have to lie on a GPU: the toolchain is for one, no number is declared.
+
+    Whether a card is seen does not matter: one that its driver has lost, or that NVML does not
+    know, would leave all layers on the CPU without a word.
+    """
+    return tools.backend != "cpu" and not isinstance(settings.gpu_layers, int)
+
+
 def uses_gpu(settings: Settings, tools: Toolchain) -> bool:
     """Tell whether layers are to lie on a card that is there."""
     return layers_word(settings, tools.backend) != "0" and bool(gpu.cards())
@@ -392,8 +409,8 @@ def available_mib() -> float:
 
 
 def vram_mib() -> float:
-    """Return the memory of all cards together, in MiB."""
-    return float(sum(card.vram_mib for card in gpu.cards()))
+    """Return what is free on all cards together, in MiB: another server may be on them."""
+    return gpu.free_mib()
 
 
 def require_memory(file: GgufFile, settings: Settings, tools: Toolchain, *, log: Path) -> None:
@@ -401,14 +418,14 @@ def require_memory(file: GgufFile, settings: Settings, tools: Toolchain, *, log:
     Refuse to load what this machine cannot hold, by llama.cpp's own plan for it.
 
     The plan is for weights, the cache of all slots and working space; a margin is added for the
-    server. Main memory is what is available now, cards count whole.
+    server. What counts is what is available now, in main memory and on the cards.
 
     Raises:
         MachineError: Too little; says how much is needed, of what, and how much there is.
     """
     on_card = uses_gpu(settings, tools)
     needed = _planned_mib(file, settings, tools, on_card=on_card, log=log)
-    rooms = {True: (vram_mib(), "of the GPUs"), False: (available_mib(), "available")}
+    rooms = {True: (vram_mib(), "free on the GPUs"), False: (available_mib(), "available")}
     if settings.gpu_layers == "auto" and on_card:
         # The engine puts on the cards what fits there, and the rest beside it.
         room = sum(amount for amount, _ in rooms.values())
