@@ -186,6 +186,8 @@ def test_the_digest_changes_with_a_directive_and_not_with_a_comment(tmp_path: Pa
         ("\n{% if %}\n", 3, "this is no jinja2"),
         ("\nSYSTEM {{ 1 / 0 }}\n", 3, "this cannot be filled in: division by zero"),
         ("\nSYSTEM {{ ''.__class__ }}\n", 3, "this cannot be filled in"),
+        ("\n{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}\n", 3, "this cannot be filled in: max"),
+        ("\nSYSTEM {{ 'x' * 10 ** 15 }}\n", 3, "this cannot be filled in: MemoryError"),
         ("{{ model }} x\n", 2, "no command of a Modelfile"),
     ],
 )

@@ -367,8 +367,11 @@ def _filled_in(source: str, name: str, values: Mapping[str, str | float]) -> tup
             _line_of(error),
             f"{error.message}; a template is given {', '.join(sorted(values))}",
         )
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        _fail(name, _line_of(error), f"this cannot be filled in: {error}")
+    except (
+        *(TemplateError, ArithmeticError, LookupError, TypeError, ValueError),
+        *(RecursionError, MemoryError),
+    ) as error:
+        _fail(name, _line_of(error), f"this cannot be filled in: {str(error) or 'MemoryError'}")
 
 
 def _with_lines(tokens: Iterator[tuple[int, str, str]]) -> Iterator[str]:
