@@ -13,7 +13,7 @@ Three functions of DVC 3 are replaced, each by less of DVC's own code:
 3. dvc.lock is read by the C parser before an entry is changed; the one written in Python takes
    1.6 s for 302 stages, at every stage that ran. It would keep comments, and a lock holds none.
 
-Another version of DVC, in which one of the names is missing, runs as it is.
+Another version of DVC, in which one of the names or modules is missing, runs as it is.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _RUNNING = ("run", "_run_stage")
 
 def quicken() -> bool:
     """Replace the three; return whether this is a DVC in which that can be done."""
-    from dvc.repo import reproduce  # noqa: PLC0415 - 0.3 s
-    from dvc.stage import Stage  # noqa: PLC0415 - the same
-    from dvc.utils.serialize import _yaml  # noqa: PLC0415 - the same
-
     try:
+        from dvc.repo import reproduce  # noqa: PLC0415 - 0.3 s
+        from dvc.stage import Stage  # noqa: PLC0415 - the same
+        from dvc.utils.serialize import _yaml  # noqa: PLC0415 - the same
+
         unlocked = {name: getattr(Stage, name).__wrapped__ for name in _ASKING}
         collect = reproduce.collect_stages
         slow, fast = _yaml.parse_yaml_for_update, _yaml.parse_yaml
-    except AttributeError:
+    except (AttributeError, ImportError):
         return False
     if not all(hasattr(getattr(Stage, name, None), "__wrapped__") for name in _RUNNING):
         return False

@@ -122,3 +122,16 @@ def test_another_version_of_dvc_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -
 
     assert not quick_dvc.quicken()
     assert Stage.changed is before
+
+
+@pytest.mark.parametrize("module", ["dvc.repo.reproduce", "dvc.utils.serialize._yaml"])
+def test_a_dvc_whose_modules_were_moved_runs_as_it_is(repo: Path, module: str) -> None:
+    """The loss is a second, not the run."""
+    code = (
+        "import sys; from importlib import import_module as get\n"
+        f"parent, _, name = {module!r}.rpartition('.')\n"
+        f"get({module!r}); delattr(get(parent), name); sys.modules[{module!r}] = None\n"
+        "from pipelines import quick_dvc; sys.exit(quick_dvc.quicken())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, check=False)
+    assert done.returncode == 0
