@@ -40,6 +40,7 @@ TAKEN_NAMES = frozenset(
         Layout().log("stage", "key"),
         Layout().scratch("model"),
         Layout().receipt("model"),
+        Layout().serving,
     )
 ) | {"mlruns", "mlartifacts", "remote"}
 _QUANT_TYPES: tuple[str, ...] = get_args(params.QuantType)

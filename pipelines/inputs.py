@@ -52,9 +52,12 @@ def paths(stage: str, slice_: Mapping[str, object], at: Layout) -> tuple[Path, .
     f16 = (at.f16(model), at.model_record("convert", model))
     matrix = (at.imatrix_dir(model), at.model_record("calibrate", model))
     quant = (at.gguf(model, key), at.quant_record("quantize", model, type_))
+    # Which of its quants is served, only the choice says.
+    served = (at.source(model), at.f16(model), *(path.parent for path in quant))
     return {
         "convert": (at.source(model), at.model_record("fetch", model)),
         "calibrate": f16,
         "quantize": (*f16, *(matrix if slice_.get("imatrix") else ())),
         "benchmark": (*f16, *quant, at.machine),
+        "load-test": (*served, at.model_record("choose", model), at.machine),
     }.get(stage, ())

@@ -275,6 +275,11 @@ MISTAKES = {
         "  scratch:",
         "models.scratch: is the name of a folder in work/",
     ),
+    "key that names the folder of the servers": (
+        "  qwen3-8b:",
+        "  serving:",
+        "models.serving: is the name of a folder in work/",
+    ),
     "quant that is not called after its model and type": (
         "  qwen3-8b-Q4_K_M:",
         "  qwen-Q4_K_M:",

@@ -30,6 +30,7 @@ SLICE = {"model": "M", "key": "K", "type": "T", "imatrix": True}
         (f"quantize {KEY}", "work/tiny-llama/f16.gguf"),
         ("quantize tiny-llama-IQ4_XS", "work/tiny-llama/imatrix"),
         (f"benchmark {KEY}", f"work/tiny-llama/gguf/{KEY}.gguf"),
+        ("load-test tiny-llama", "work/tiny-llama/gguf"),
     ],
 )
 def test_a_stage_in_a_bare_clone_says_what_is_missing_and_builds_nothing(
@@ -61,7 +62,7 @@ def test_a_source_that_is_missing_is_said_before_anything_is_built(
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("stage", ["convert", "calibrate", "quantize", "benchmark"])
+@pytest.mark.parametrize("stage", ["convert", "calibrate", "quantize", "benchmark", "load-test"])
 def test_inputs_are_those_of_the_graph(stage: str) -> None:
     """What is asked for by hand is what DVC waits for, less what only makes a stage run again."""
     graph = yaml.safe_load((Path(__file__).parent.parent / "dvc.yaml").read_text())["stages"]
@@ -75,7 +76,8 @@ def test_inputs_are_those_of_the_graph(stage: str) -> None:
 
     wanted = {str(path) for path in inputs.paths(stage, SLICE, Layout())}
 
-    assert wanted == deps - {str(Layout().toolchain)}
+    in_git = {"modelfiles", str(Layout().prompts)}
+    assert wanted == deps - {str(Layout().toolchain)} - in_git
 
 
 def test_a_quant_without_a_matrix_needs_none() -> None:
