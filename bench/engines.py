@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.overhead import machine_class, require_quiet
 from pipelines import atomic, console, declaration, machine, params, prompts, toolchain, wording
 from pipelines.layout import Layout
 from pipelines.load_examine import Examiner
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="only write the table again")
     target = ROOT / "results/engines.json"
     if not parser.parse_args().docs:
+        require_quiet()
         atomic.write_json(target, measure())
     figures = json.loads(target.read_text())
     text = DOCS.read_text(encoding="utf-8")
@@ -67,6 +68,7 @@ def measure() -> dict[str, Any]:
     wanted = params.load_test_slice(declared, MODEL)
     tools = toolchain.load(at)
     facts = machine.probe()
+    before = machine_class()
     examiner = Examiner(
         wanted=wanted,
         at=at,
@@ -83,12 +85,7 @@ def measure() -> dict[str, Any]:
             versions[name] = version
     return {
         "schema_version": 1,
-        "machine": {
-            "hw_id": facts["hw_id"],
-            "cpu": facts["cpu"]["model"],
-            "cores_count": facts["cpu"]["cores_count"],
-            "load_before": round(os.getloadavg()[0], 2),
-        },
+        "machine": before,
         "model": f"{MODEL} {TYPE}",
         "parallel": wanted.serving.parallel,
         "turns": TURNS,

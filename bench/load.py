@@ -66,12 +66,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     (ROOT / "work").mkdir(exist_ok=True)
     figures: dict[str, Any] = {"schema_version": 1, "machine": machine_class()}
+    kept = _kept(options.out) if options.only else {}
+    if kept.get("machine", figures["machine"])["hw_id"] != figures["machine"]["hw_id"]:
+        raise SystemExit(
+            f"{options.out} was measured on another machine, and it names one for all sections: "
+            "leave out --only, or name another --out."
+        )
     with tempfile.TemporaryDirectory(prefix="fleet-bench-", dir=ROOT / "work") as scratch:
         for name, section in SECTIONS.items():
             if options.only in (None, name):
                 figures[name] = section(Path(scratch), options)
     console.out(json.dumps(figures, indent=2))
-    kept = _kept(options.out) if options.only else {}
     atomic.write_json(options.out, kept | figures)
 
 

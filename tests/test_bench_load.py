@@ -118,3 +118,18 @@ def test_a_section_alone_leaves_the_others_in_the_record(
 
     record = json.loads(out.read_text())
     assert (record["other"], record["client"]) == ({"kept": True}, {"new": True})
+
+
+def test_a_section_of_another_machine_is_not_put_under_the_name_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record names one machine, so the figures in it are of one."""
+    out = tmp_path / "record.json"
+    before = json.dumps({"machine": {"hw_id": "another"}, "other": {"kept": True}})
+    out.write_text(before)
+    monkeypatch.setitem(load.SECTIONS, "client", lambda *_: pytest.fail("it was measured"))
+
+    with pytest.raises(SystemExit, match="on another machine"):
+        load.main(["--only", "client", "--out", str(out)])
+
+    assert out.read_text() == before

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from ruamel.yaml import YAML
 
-from bench import chain, fork, noop
+from bench import chain, fork, noop, overhead
 from bench.chain import replay
 
 if TYPE_CHECKING:
@@ -120,3 +120,14 @@ def test_the_chain_is_measured_without_the_load_test_alone(tmp_path: Path) -> No
     assert set(before) - set(after) == {"load-test"}
     assert "load-test" not in json.dumps(after)
     assert after["convert"] == before["convert"]
+
+
+def test_no_record_is_made_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure of a machine that does something else is worse than none."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.getloadavg", lambda: (2.0, 9.0, 9.0))
+    overhead.require_quiet()
+    monkeypatch.setattr("os.getloadavg", lambda: (2.1, 0.0, 0.0))
+
+    with pytest.raises(SystemExit, match="busy"):
+        overhead.require_quiet()
