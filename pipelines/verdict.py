@@ -90,7 +90,7 @@ def _host_final(one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | 
         assert not isinstance(tested, str), "a doubt otherwise"
         test = _test_of(one, tested)
         assert test is not None, "a doubt otherwise"
-        found = _finding(one, tested, test)
+        found = _finding(one, choice, tested, test)
     verdict = worst(one.verdict, found.verdict)
     sentence, reasons = chosen, [found.clause]
     if found.verdict in ("PROMOTE", one.verdict):
@@ -177,7 +177,9 @@ def _test_of(one: HostChoice, tested: LoadTestRecord) -> WinnerTest | None:
     return next(tests, None)
 
 
-def _finding(one: HostChoice, tested: LoadTestRecord, test: WinnerTest) -> Finding:
+def _finding(
+    one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord, test: WinnerTest
+) -> Finding:
     """Return what the record says of a host, or what its parts say if that is worse."""
     said = _verdict_of(one, tested)
     assert said is not None, "a doubt otherwise"
@@ -188,7 +190,31 @@ def _finding(one: HostChoice, tested: LoadTestRecord, test: WinnerTest) -> Findi
     else:
         judged_again = load_verdict.of_host(one, tested.winners, tested.smokes, tested.engine)
         found.append(_as_finding(judged_again, tested))
+    unserved = _unserved(choice, tested)
+    if unserved:
+        found.append(Finding(verdict="HOLD", clause=unserved))
     return max(found, key=lambda each: VERDICTS.index(each.verdict))
+
+
+def _unserved(choice: ChoiceRecord, tested: LoadTestRecord) -> str:
+    """
+    Name the first quant that a release would hold and that was never served; empty if all were.
+
+    A release holds what passed its gates on some host. Winners have a test of their own.
+    """
+    winners = {test.type for test in tested.winners}
+    smokes = {one.type: one for one in tested.smokes}
+    for host in choice.hosts:
+        for each in host.candidates:
+            if each.verdict not in {"CHOSEN", "PASS"} or each.type in winners:
+                continue
+            smoke = smokes.get(each.type)
+            if smoke is None:
+                return f"{each.type} passed its gates and was not served"
+            served = smoke.served.gguf_sha256 if smoke.served else None
+            if smoke.outcome == "PASS" and served != each.gguf_sha256:
+                return f"{each.type} was served, but from another file"
+    return ""
 
 
 def _as_finding(said: LoadVerdict, tested: LoadTestRecord) -> Finding:

@@ -467,7 +467,11 @@ def load_test_record(
         "modelfile_sha256": sha256("modelfile"),
         "modelfile_version": 1,
         "winners": tuple(winner_test(type_, hosts, model) for type_, hosts in by_type.items()),
-        "smokes": (),
+        "smokes": tuple(
+            smoke(type_, served=served(type_, model))
+            for type_ in ("Q8_0", "Q5_K_M", "Q4_K_M")
+            if type_ not in by_type
+        ),
         "verdicts": tuple(load_verdict(host, type_) for host, type_ in chosen.items()),
         "measured_at": "2026-11-21T09:00:00Z",
         "wall_s": 61.0,

@@ -77,7 +77,10 @@ def write_fleet(
     chosen = choose.run(choose_slice(numbers, model, **kwargs), at)
     records.write(at.model_record("choose", model), chosen)
     winners = {host.host: host.winner for host in chosen.hosts if host.winner is not None}
-    records.write(at.model_record("load-test", model), load_test_record(winners, model))
+    others = (type_ for type_ in numbers if type_ not in winners.values())
+    smokes = tuple(smoke(type_, served=served(type_, model)) for type_ in others)
+    tested = load_test_record(winners, model, smokes=smokes)
+    records.write(at.model_record("load-test", model), tested)
     return {f"{model}-{type_}": type_ for type_ in numbers}
 
 
@@ -624,7 +627,8 @@ def test_a_digest_that_is_none_goes_into_no_command(tmp_path: Path) -> None:
     path.write_text(json.dumps(choice))
     path = at.model_record("load-test", MODEL)
     tested = json.loads(path.read_text())
-    tested["winners"][0]["served"]["gguf_sha256"] = evil
+    for one in (*tested["winners"], *tested["smokes"]):
+        one["served"]["gguf_sha256"] = evil
     path.write_text(json.dumps(tested))
 
     built = report.build(ReportSlice(models={MODEL: quants}), at)

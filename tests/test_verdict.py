@@ -19,6 +19,7 @@ from record_factory import (
     quantize_record,
     served,
     sha256,
+    smoke,
     winner_test,
 )
 
@@ -27,6 +28,7 @@ from pipelines.choose import choose
 from pipelines.load_records import GoldenPrompt, LoadTestRecord
 
 if TYPE_CHECKING:
+    from pipelines.load_records import Smoke
     from pipelines.records import ChoiceRecord
 
 SPEEDS = {"Q8_0": 400.0, "Q4_K_M": 600.0}
@@ -200,6 +202,27 @@ def test_an_engine_that_stood_in_is_on_hold() -> None:
     assert found == "HOLD"
     assert "llama-server stood in for Ollama" in sentence
     assert judged(load_test_record(engine=declared))[0] == "PROMOTE"
+
+
+@pytest.mark.parametrize(
+    ("smokes", "found", "words"),
+    [
+        ((), "HOLD", "Q8_0 passed its gates and was not served"),
+        ((smoke("Q8_0", served=served("Q8_0", gguf_sha256=sha256("old"))),), "HOLD",
+         "Q8_0 was served, but from another file"),
+        ((smoke("Q8_0", outcome="FAIL", sentence="it does not load"),), "HOLD",
+         "Q8_0: it does not load"),
+        ((smoke("Q8_0"),), "PROMOTE", "on Ollama 0.33.0"),
+    ],
+)  # fmt: skip
+def test_a_release_of_which_a_quant_was_never_served_is_on_hold(
+    smokes: tuple[Smoke, ...], found: str, words: str
+) -> None:
+    """It is published beside the winner, and nobody knows whether it loads."""
+    got, sentence = judged(load_test_record(smokes=smokes))
+
+    assert got == found
+    assert words in sentence
 
 
 _verdicts = st.sampled_from(verdict.VERDICTS)
