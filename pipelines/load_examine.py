@@ -16,16 +16,17 @@ from pipelines import (
     corpora,
     degenerate,
     golden,
+    load_conditions,
     load_gates,
     load_session,
     records,
     regressions,
-    validity,
     wording,
 )
-from pipelines.errors import MachineError, ToolError
+from pipelines.errors import MachineError
 from pipelines.load_conditions import Attended
 from pipelines.load_records import Smoke, WinnerTest
+from pipelines.load_session import NotAnsweredError
 from pipelines.serving import server
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
 
     GreedyAnswers = list[Answer]
 
-# Cores beside the model's from which on a reader of its speed should know.
-_NOTED_CORES: Final = 0.1
 # What Ollama samples with where neither Modelfile nor request says (api/types.go, DefaultOptions).
 _OLLAMA_TEMPERATURE: Final = 0.8
 # The 16-bit GGUF under the name that a type would have: with it greedy answers are compared.
@@ -186,7 +185,7 @@ class Examiner:
         seen.golden = golden.check(reference, self.prompts, loaded)
         try:
             session = self.session(loaded)
-        except ToolError as error:
+        except NotAnsweredError as error:
             loaded.verify()
             seen.failures.append(error.message)
             return
@@ -200,31 +199,22 @@ class Examiner:
 
     def _doubt(self, seen: Findings, attended: Attended) -> None:
         """Collect why the numbers of these runs are not to be trusted."""
-        stolen = validity.steal_share(attended.before, attended.after)
-        if stolen > validity.MAX_STEAL_SHARE:
-            seen.invalid.append(f"the hypervisor withheld {wording.percent(stolen)} of the CPU")
-        waiting = attended.waiting_share(self.threads)
-        waited = f"others kept the server from a core in {wording.percent(waiting)} of the time"
-        if waiting > validity.MAX_WAITING_SHARE:
-            seen.invalid.append(waited)
-        elif waiting > validity.NOTED_WAITING_SHARE:
-            seen.notes.append(wording.sentence(waited[:1].upper() + waited[1:]))
-        if attended.beside_cores > _NOTED_CORES and not seen.served_on_gpu:
-            seen.notes.append(
-                f"Client and engine took {wording.number(attended.beside_cores)} of the cores on "
-                "which the model was computed; behind a network it would be faster."
-            )
-        if validity.on_battery():
-            seen.invalid.append("the machine ran on its battery")
+        reasons, notes = load_conditions.doubts(
+            attended, threads=self.threads, on_gpu=seen.served_on_gpu(attended)
+        )
+        seen.invalid += reasons
+        seen.notes += notes
         if seen.calibration is not None and seen.calibration.client_bound:
             seen.invalid.append(seen.calibration.reason)
         if seen.served is not None and seen.served.peak_memory_mib is None:
             seen.invalid.append("the memory of the server could not be seen")
         if not any(run.kind == "open" for run in seen.runs):
             seen.failures.append("it answered no request of the ladder")
+        elif load_gates.judged_run(seen.runs) is None:
+            seen.invalid.append(load_gates.NOTHING_ARRIVED)
 
     def _gates(self, seen: Findings, hosts: tuple[str, ...]) -> tuple[LoadGate, ...]:
-        judged = next((run for run in seen.runs if run.kind == "open"), None)
+        judged = load_gates.judged_run(seen.runs)
         if judged is None or seen.served is None:
             return ()
         return tuple(
@@ -255,7 +245,7 @@ class Examiner:
                 wrong += [objection] if objection else []
                 run = self.session(loaded).smoke(type_)
                 loaded.verify()
-        except server.ServingError as error:
+        except (server.ServingError, NotAnsweredError) as error:
             wrong.append(error.message)
         if run is not None and run.ok_count < run.requests_count:
             errors = ", ".join(f"{name} {count}" for name, count in run.errors.items())
@@ -287,10 +277,11 @@ class Findings:
     invalid: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def served_on_gpu(self) -> bool:
-        """Whether any of the model lay on a card."""
-        return self.served is not None and bool(self.served.size_vram_bytes)
+    def served_on_gpu(self, attended: Attended) -> bool:
+        """Tell whether any of the model lay on a card: as the server says, else as was seen."""
+        if self.served is not None and self.served.size_vram_bytes is not None:
+            return self.served.size_vram_bytes > 0
+        return attended.cards is not None and attended.cards.attributed
 
 
 class F16Answers:
@@ -311,6 +302,6 @@ class F16Answers:
         try:
             with self._host.load(self._examiner.file(F16)) as loaded:
                 self._answers = self._examiner.session(loaded).greedy_answers(F16)
-        except (MachineError, server.ServingError) as error:
+        except (MachineError, server.ServingError, NotAnsweredError) as error:
             console.warn(f"f16 is not served here, so loops are not compared: {error.message}")
         return self._answers

@@ -2,13 +2,22 @@
 Whether the measured service keeps the declared levels of a host: PASS, FAIL or INCONCLUSIVE.
 
 A level on latency is judged as a share: "ttft of 300 ms" means that `min_goodput` of all requests
-have their first token within 300 ms. The number of requests that do is binomial, so the share has
-Wilson's interval whatever the distribution of the latency. PASS if the whole interval is on the
-good side of the limit, FAIL if the whole of it is on the other, else INCONCLUSIVE: then the gate
-says how many more requests would decide, if they fall as those so far did.
+have their first token within 300 ms. The share has Wilson's interval, whatever the distribution of
+the latency. PASS if the whole interval is on the good side of the limit, FAIL if the whole of it is
+on the other, else INCONCLUSIVE: then the gate says how many more requests would decide, if they
+fall as those so far did.
+
+What the interval presumes: requests that miss independently of each other. Those that wait in one
+queue miss together, so that an interval with misses in it is narrower than it should be; one
+without a miss, or with as many as a lone bad moment gives, is not concerned. Each gate is judged at
+95 % by itself. A promotion needs all of them, so that a true miss is promoted no more often than a
+single gate would let it (an intersection-union test); a FAIL by chance is as likely as with the sum
+of the gates, 2.5 % for each that lies on its limit.
 
 The open run is judged, timed from the scheduled arrival of each request. The closed runs of the
-ladder throttle themselves when the server is slow and would hide it.
+ladder throttle themselves when the server is slow and would hide it. Its rate is a part of the
+result: one that nobody declared is a share of what this very server can do, and a slow server has
+an easy one.
 """
 
 from __future__ import annotations
@@ -20,10 +29,17 @@ from pipelines.limits import memory_limit_mib
 from pipelines.load_records import LoadGate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipelines.load_records import LoadRun, Outcome
     from pipelines.params import Host, Slo
 
 Level = Literal["ttft", "tpot", "e2e"]
+# Why there are no gates although there was an open run.
+NOTHING_ARRIVED: Final = (
+    "no random arrival fell into the time of the run, so that no level was judged "
+    "(load_test.max_run_seconds, load_test.rate_per_s)"
+)
 _Share = Literal["ttft", "tpot", "e2e", "goodput"]
 _LEVELS: Final[tuple[Level, ...]] = ("ttft", "tpot", "e2e")
 _WORDS: Final = {
@@ -33,6 +49,11 @@ _WORDS: Final = {
 }
 
 
+def judged_run(runs: Sequence[LoadRun]) -> LoadRun | None:
+    """Return the run with random arrivals; None if there was none, or none arrived in it."""
+    return next((run for run in runs if run.kind == "open" and run.requests_count), None)
+
+
 def judge(
     run: LoadRun, slo: Slo, host: str, spec: Host, *, peak_memory_mib: float | None
 ) -> tuple[LoadGate, ...]:
@@ -40,7 +61,7 @@ def judge(
     Judge one host by the open run.
 
     Args:
-        run: The run with random arrivals.
+        run: The run with random arrivals, in which there were some (`judged_run`).
         slo: Levels of the host, resolved: `min_goodput` is stated.
         host: Its name.
         spec: Its memory and margin.
@@ -56,13 +77,21 @@ def judge(
         if getattr(slo, f"{level}_ms") is not None
     ]
     good = run.good_count.get(host, 0)
-    gates.append(_share(host, "goodput", good, run, floor=floor, words="kept every level"))
+    gates.append(_share(host, "goodput", good, run, floor=floor, words=_goodput_words(slo, run)))
     if slo.max_error_rate is not None:
         gates.append(_errors(host, run, slo.max_error_rate))
     limit = memory_limit_mib(spec)
     if limit is not None and peak_memory_mib is not None:
         gates.append(_memory(host, limit, spec.margin_mib, peak_memory_mib))
     return tuple(gates)
+
+
+def _goodput_words(slo: Slo, run: LoadRun) -> str:
+    """Say what a good request did, and at which rate they came."""
+    rate = f" at {wording.number(run.rate_per_s)}/s" if run.rate_per_s else ""
+    if any(getattr(slo, f"{level}_ms") is not None for level in _LEVELS):
+        return f"kept every level{rate}"
+    return f"were answered{rate}; no latency is declared"
 
 
 def _limit_words(slo: Slo, level: Level) -> str:
@@ -145,4 +174,9 @@ def _open_end(outcome: str, more: int | None) -> str:
         return ""
     if more is None:
         return "; it lies on the limit, and no number of requests would decide"
-    return f"; about {more:,} more requests would decide (load_test.open_requests)"
+    if more >= stats.MOST_REQUESTS:
+        return f"; it lies so close to the limit that {more:,} more requests would not decide"
+    return (
+        f"; about {more:,} more requests would decide (load_test.open_requests, and time for them "
+        "in load_test.max_run_seconds)"
+    )

@@ -74,6 +74,8 @@ def _remote(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
     missed = [gate.sentence for gate in tested.gates if gate.outcome == "FAIL"]
     if tested.invalid:
         raise GateError(f"INVALID: {'; '.join(tested.invalid)}")
+    if not tested.gates:
+        raise GateError("it answered no request of the ladder, and no level was judged.")
     if missed:
         raise GateError(f"a level is missed: {'; '.join(missed)}.")
     return 0

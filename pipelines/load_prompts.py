@@ -38,6 +38,10 @@ def of_winner(wanted: LoadTestSlice, at: Layout) -> tuple[RegressionResult, ...]
         raise ParamsError(f"no quant of {wanted.model} is chosen.", hint="fleet report")
     engine = engines.find(wanted.serving, toolchain.load(at), log=examiner.log)
     with (
+        # Answers do not depend on it, but a benchmark beside us would.
+        measuring.one_at_a_time(
+            toolchain.default_cache_root(), f"{wanted.model}, prompt regressions"
+        ),
         server.open_host(
             engine, examiner.settings, model=wanted.model, at=at, log=examiner.log
         ) as host,

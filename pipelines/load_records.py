@@ -85,11 +85,13 @@ class LoadRun(Part):
     One run of the generator.
 
     `ttft_ms` and `e2e_ms` count from the scheduled start of a request, so that waiting for a slot
-    or for the client is inside. `tpot_ms` is (last - first content) / (tokens - 1) of a request;
-    `gap_ms` the pauses between its chunks; `queue_ms` what the server says a request waited, None
-    where it does not say. `good_count` is the number of requests that kept all levels, by host;
-    `kept_count` the number that kept each declared one, by host and "ttft", "tpot" or "e2e". A
-    request that failed keeps none.
+    or for the client is inside; `e2e_ms` ends with the last content. `tpot_ms` is (end - first
+    content) / (tokens - 1) of a request, where the end is the server's word that it is done: the
+    token that ends an answer is counted and has no content. `gap_ms` are the pauses between its
+    chunks; `queue_ms` what the server says a request waited, None where it does not say.
+    `good_count` is the number of requests that kept all levels, by host; `kept_count` the number
+    that kept each declared one, by host and "ttft", "tpot" or "e2e". A request that failed keeps
+    none.
     """
 
     name: str

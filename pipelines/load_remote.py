@@ -8,21 +8,27 @@ others use it meanwhile. So it writes no record, and nothing is promoted by it.
 
 from __future__ import annotations
 
+import json
+import secrets
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
 import requests
 from pydantic import Field
+from urllib3.exceptions import HTTPError
 
 from pipelines import corpora, load_gates, load_session, params
 from pipelines.console import clean
 from pipelines.errors import ParamsError, RetryLaterError
+from pipelines.load import access
 from pipelines.load_records import Calibration, EngineId, LoadGate, LoadRun
 from pipelines.records import Part
 from pipelines.wording import did_you_mean, first_few, quoted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from pipelines.layout import Layout
@@ -31,6 +37,12 @@ if TYPE_CHECKING:
 
 _ANSWER_WITHIN_S: Final = 10.0
 _HTTP_OK: Final = 200
+_HTTP_REDIRECTS: Final = range(300, 400)
+_HTTP_UNKNOWN_CALLER: Final = (401, 403)
+# A list of some ten thousand models; what is longer is no list of models.
+_MOST_BYTES: Final = 4 << 20
+_NAME_CHARACTERS: Final = 512
+_NAMES_COMPARED: Final = 1000
 _HOST: Final = "remote"
 
 
@@ -122,11 +134,13 @@ def drive(wanted: Wanted, declared: Declaration, at: Layout, *, log: Path) -> Re
         corpus=(at.root / plan.corpus.path).read_text(encoding="utf-8"),
         context_tokens=plan.context_tokens,
         log=log,
+        # That server keeps what earlier tests have sent: their prompts would be read from a cache.
+        salt=secrets.randbits(load_session.SALT_BITS),
     )
     runs: list[LoadRun] = []
     session.drive(runs, lambda: None)
     calibrated = session.calibrate(runs)
-    judged = next((run for run in runs if run.kind == "open"), None)
+    judged = load_gates.judged_run(runs)
     return RemoteTest(
         url=found.url,
         api=found.api,
@@ -148,8 +162,15 @@ def drive(wanted: Wanted, declared: Declaration, at: Layout, *, log: Path) -> Re
             if judged is not None
             for gate in load_gates.judge(judged, slo, host, plan.hosts[host], peak_memory_mib=None)
         ),
-        invalid=(calibrated.reason,) if calibrated is not None and calibrated.client_bound else (),
+        invalid=tuple(_doubts(runs, calibrated)),
     )
+
+
+def _doubts(runs: Sequence[LoadRun], calibrated: Calibration | None) -> Iterator[str]:
+    if calibrated is not None and calibrated.client_bound:
+        yield calibrated.reason
+    if any(run.kind == "open" for run in runs) and load_gates.judged_run(runs) is None:
+        yield load_gates.NOTHING_ARRIVED
 
 
 def _declared(declared: Declaration, key: str) -> _Declared:
@@ -189,8 +210,11 @@ def checked_url(text: str) -> str:
         raise ParamsError(
             f"--url {quoted(text)} is no address of a server.", hint="--url http://localhost:11434"
         )
-    if parts.password is not None:
-        raise ParamsError("--url holds a password, which process lists would show.")
+    if parts.username is not None or parts.password is not None:
+        raise ParamsError(
+            "--url holds a password or a user, which process lists would show.",
+            hint=f"A key belongs into the environment, as {access.API_KEY_ENV}.",
+        )
     path = parts.path.rstrip("/")
     for tail in ("/v1", "/api"):
         path = path.removesuffix(tail)
@@ -203,14 +227,15 @@ def identify(url: str, api: Api | None) -> tuple[Api, str]:
 
     Raises:
         RetryLaterError: Nothing answers.
-        ParamsError: It speaks neither, or not what was asked for.
+        ParamsError: It speaks neither, or not what was asked for, or does not let us in.
     """
-    version = _json(f"{url}/api/version") if api != "openai" else None
+    version = _ask(f"{url}/api/version").value if api != "openai" else None
     if isinstance(version, dict) and isinstance(version.get("version"), str):
         return "ollama", f"Ollama {clean(version['version'])[:40]}"
-    models = _json(f"{url}/v1/models") if api != "ollama" else None
-    if isinstance(models, dict) and isinstance(models.get("data"), list):
-        return "openai", _server_words(url)
+    if api != "ollama":
+        models = _ask(f"{url}/v1/models")
+        if isinstance(models.value, dict) and isinstance(models.value.get("data"), list):
+            return "openai", models.server or "an OpenAI-compatible server"
     asked = {"ollama": "Ollama's API", "openai": "the OpenAI-compatible API"}
     what = asked[api] if api else "neither Ollama's API nor the OpenAI-compatible one"
     raise ParamsError(
@@ -219,24 +244,17 @@ def identify(url: str, api: Api | None) -> tuple[Api, str]:
     )
 
 
-def _server_words(url: str) -> str:
-    """Return what an OpenAI-compatible server says of itself in its headers."""
-    try:
-        said = requests.get(f"{url}/v1/models", timeout=_ANSWER_WITHIN_S).headers.get("Server", "")
-    except requests.RequestException:
-        said = ""
-    return clean(said)[:60] or "an OpenAI-compatible server"
-
-
 def names(url: str, api: Api) -> list[str]:
-    """Return the models that a server lists."""
-    if api == "ollama":
-        listed: Any = _json(f"{url}/api/tags")
-        entries, key = (listed or {}).get("models"), "name"
-    else:
-        listed = _json(f"{url}/v1/models")
-        entries, key = (listed or {}).get("data"), "id"
-    return [str(entry[key]) for entry in entries or [] if isinstance(entry, dict) and key in entry]
+    """Return the models that a server lists; what is no name of one is left out."""
+    path, list_, key = {
+        "ollama": ("/api/tags", "models", "name"), "openai": ("/v1/models", "data", "id"),
+    }[api]  # fmt: skip
+    listed = _ask(f"{url}{path}").value
+    entries = listed.get(list_) if isinstance(listed, dict) else None
+    if not isinstance(entries, list):
+        return []
+    found = (each.get(key) for each in entries if isinstance(each, dict))
+    return [name for name in found if isinstance(name, str) and len(name) <= _NAME_CHARACTERS]
 
 
 def pick_name(listed: list[str], wanted: Wanted) -> str:
@@ -252,25 +270,76 @@ def pick_name(listed: list[str], wanted: Wanted) -> str:
             return candidate
     if wanted.name is None and len(listed) == 1:
         return listed[0]
-    shown = first_few([clean(each) for each in listed]) or "nothing"
+    listed = [clean(each) for each in listed[:_NAMES_COMPARED]]
+    shown = first_few(listed) or "nothing"
     raise ParamsError(
         f"the server has no model {quoted(asked)}{did_you_mean(asked, listed) or '.'}",
         hint=f"--name NAME; it has {shown}.",
     )
 
 
-def _json(url: str) -> Any:  # noqa: ANN401 - any JSON value
-    """Ask for JSON; None if the server answers with something else."""
+@dataclass(frozen=True, kw_only=True)
+class _Reply:
+    """JSON that a server answered, None if it was something else, and what it calls itself."""
+
+    value: Any
+    server: str
+
+
+def _ask(url: str) -> _Reply:
+    """
+    Ask for JSON, of which so much is read for so long, and from nobody else than was asked.
+
+    Raises:
+        RetryLaterError: Nothing answers, or not to the end.
+        ParamsError: It sends us elsewhere, or wants to know who we are.
+    """
+    with requests.Session() as session:
+        session.trust_env = False
+        session.headers.update(access.headers())
+        session.verify = access.certificates()
+        try:
+            with session.get(
+                url, timeout=_ANSWER_WITHIN_S, stream=True, allow_redirects=False
+            ) as answer:
+                _require_answer(url, answer)
+                body = _body(answer) if answer.status_code == _HTTP_OK else b""
+        except (requests.RequestException, HTTPError, OSError) as error:
+            raise RetryLaterError(
+                f"nothing answers at {url}: {type(error).__name__}.",
+                hint="Is the server running, and can it be reached from here?",
+            ) from error
     try:
-        answer = requests.get(url, timeout=_ANSWER_WITHIN_S)
-    except requests.RequestException as error:
-        raise RetryLaterError(
-            f"nothing answers at {url}: {type(error).__name__}.",
-            hint="Is the server running, and can it be reached from here?",
-        ) from error
-    if answer.status_code != _HTTP_OK:
-        return None
-    try:
-        return cast("Any", answer.json())
-    except requests.JSONDecodeError:
-        return None
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    return _Reply(value=value, server=clean(answer.headers.get("Server", ""))[:60])
+
+
+def _require_answer(url: str, answer: requests.Response) -> None:
+    if answer.status_code in _HTTP_REDIRECTS:
+        where = clean(answer.headers.get("Location", ""))[:200] or "nowhere"
+        raise ParamsError(
+            f"{url} sends us on to {where}.", hint="Give that address, if it is right."
+        )
+    if answer.status_code in _HTTP_UNKNOWN_CALLER:
+        raise ParamsError(
+            f"{url} refuses us: status {answer.status_code}.",
+            hint=f"{access.API_KEY_ENV} in the environment is sent as the key of the server.",
+        )
+
+
+def _body(answer: requests.Response) -> bytes:
+    """
+    Read an answer up to its end, or as much as shows that it is none.
+
+    Raises:
+        Timeout: It goes on for too long.
+    """
+    deadline = time.monotonic() + _ANSWER_WITHIN_S
+    body = bytearray()
+    while len(body) <= _MOST_BYTES and (data := answer.raw.read1(_MOST_BYTES)):
+        body += data
+        if time.monotonic() > deadline:
+            raise requests.Timeout
+    return bytes(body) if len(body) <= _MOST_BYTES else b""

@@ -12,6 +12,7 @@ before anything is judged: a client that was too slow makes all of it INVALID.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -37,10 +38,18 @@ _SHARE_OF_SATURATION: Final = 0.70
 _DELAY_SHARE: Final = 0.05
 _LEAST_DELAY_MS: Final = 2.0
 _CALIBRATION_S: Final = 1.5
-
-
+# Chunks that come all at once, since something held them back, show no pace.
+_MOST_OVER_AVERAGE: Final = 10.0
+# After so many others a prompt is in no cache of the server, and all of them fit into memory.
+_MOST_SOAK_PROMPTS: Final = 20_000
+# Bits of the number in front of each prompt.
+SALT_BITS: Final = plan.NONCE_BITS
 # Two prompts of one text: what a chat template adds to both cancels out.
 _PROBE_CHARACTERS: Final = (120, 480)
+
+
+class NotAnsweredError(ToolError):
+    """A server that answers no request, or says nothing of the tokens that it read."""
 
 
 def opened(  # noqa: PLR0913 - each is one independent fact about the session
@@ -53,6 +62,7 @@ def opened(  # noqa: PLR0913 - each is one independent fact about the session
     corpus: str,
     context_tokens: int | None,
     log: Path,
+    salt: int = 0,
 ) -> Session:
     """
     Make ready to drive a model: ask the server how it tokenizes the corpus.
@@ -66,9 +76,12 @@ def opened(  # noqa: PLR0913 - each is one independent fact about the session
         corpus: Text from which prompts are cut.
         context_tokens: Context of a request, if it is known.
         log: Output of the generator's processes.
+        salt: Changes what prompts begin with and nothing else of them: another one for each test of
+            a server that keeps the prompts of earlier ones.
 
     Raises:
-        ToolError: The server does not answer, or says nothing of the tokens that it read.
+        NotAnsweredError: The server does not answer, or says nothing of the tokens that it read.
+        ToolError: The generator's process died.
     """
     # Greedy: two runs of one plan then have answers of the same length, and can be compared.
     target = plan.Target(
@@ -88,6 +101,7 @@ def opened(  # noqa: PLR0913 - each is one independent fact about the session
         corpus=corpus,
         chars_per_token=_chars_per_token(target, corpus, log),
         log=log,
+        salt=salt,
     )
 
 
@@ -105,16 +119,18 @@ def _chars_per_token(target: Target, corpus: str, log: Path) -> float:
         seed=target.seed,
     )
     raw = generator.run(planned, replace(target, generate_tokens=1), log=log, progress=None)
-    short, long = measures.texts(raw)
+    short, long = measures.texts(planned, raw)
     for each in (short, long):
-        if not each.ok:
-            raise ToolError(
+        # The one token that is asked for may show nothing: the end, the start of a thought, the
+        # half of a character. Its prompt was read all the same.
+        if not each.ok and each.error != "empty_output":
+            raise NotAnsweredError(
                 f"{target.url} does not answer a request: {each.error}: {each.detail}",
                 hint="Look at the server's own log.",
                 log=log,
             )
     if not short.prompt_tokens or not long.prompt_tokens:
-        raise ToolError(
+        raise NotAnsweredError(
             f"{target.url} does not say how many tokens it read, and they are not guessed here.",
             hint="For an OpenAI-compatible server: it has to support stream_options.include_usage.",
             log=log,
@@ -135,6 +151,7 @@ class Session:
         corpus: Text from which prompts are cut.
         chars_per_token: Of that text, as the server tokenizes it.
         log: Output of the generator's processes.
+        salt: See `opened`.
     """
 
     target: Target
@@ -143,6 +160,7 @@ class Session:
     corpus: str
     chars_per_token: float
     log: Path
+    salt: int = 0
 
     def drive(self, runs: list[LoadRun], verify: Callable[[], None]) -> None:
         """
@@ -158,7 +176,7 @@ class Session:
         rate_per_s = self.rate_per_s(runs)
         if rate_per_s <= 0:
             return
-        runs.append(self.open_loop(rate_per_s))
+        runs.append(self._with_its_rate(self.open_loop(rate_per_s)))
         verify()
         if self.declared.soak_seconds:
             runs.append(self.soak(rate_per_s))
@@ -195,9 +213,21 @@ class Session:
             )
         )
 
+    def _with_its_rate(self, run: LoadRun) -> LoadRun:
+        """Say that a rate was not declared: a slower server would have had an easier one."""
+        if self.declared.rate_per_s is not None or run.rate_per_s is None:
+            return run
+        note = (
+            f"arrivals came at {run.rate_per_s:.3g}/s, {_SHARE_OF_SATURATION:.0%} of what this "
+            "server reached; how many users ask for is declared as load_test.rate_per_s"
+        )
+        return run.model_copy(update={"notes": (*run.notes, note)})
+
     def soak(self, rate_per_s: float) -> LoadRun:
         """Run random arrivals for the declared time."""
-        count = max(10, round(rate_per_s * self.declared.soak_seconds))
+        expected = rate_per_s * self.declared.soak_seconds
+        # Four deviations more than the mean of a Poisson count, so that none is sent twice.
+        count = min(_MOST_SOAK_PROMPTS, math.ceil(expected + 4 * math.sqrt(expected)) + 10)
         return self._run(
             plan.soak(
                 "soak",
@@ -223,7 +253,7 @@ class Session:
         )
 
     def greedy_answers(self, type_: str) -> list[Answer]:
-        """Ask the same of every type, one request at a time, without chance."""
+        """Ask the same of every type, one at a time, without chance; one answer for each prompt."""
         planned = plan.closed(
             f"greedy answers of {type_}",
             concurrency=1,
@@ -238,7 +268,7 @@ class Session:
             max_run_s=self.declared.max_run_seconds,
             seed=self.declared.seed,
         )
-        return measures.texts(self._send(planned))
+        return measures.texts(planned, self._send(planned))
 
     def _prompts(self, count: int, *, salt: int, warm_up: bool = True) -> tuple[plan.Prompt, ...]:
         """Cut prompts that no earlier run sent, so that no cache of the server knows them."""
@@ -248,6 +278,7 @@ class Session:
             prompt_tokens=self.declared.prompt_tokens,
             chars_per_token=self.chars_per_token,
             seed=self.declared.seed * (1 << 20) + salt,
+            salt=self.salt,
         )
 
     def _run(self, planned: Plan) -> LoadRun:
@@ -261,11 +292,10 @@ class Session:
 
     def calibrate(self, runs: Sequence[LoadRun]) -> Calibration | None:
         """Measure the client at the fastest pace that a run showed; None if no run had output."""
-        fastest = max(runs, key=lambda run: run.output_tok_s, default=None)
-        if fastest is None or fastest.output_tok_s <= 0:
+        paces = [_pace(run) for run in runs if run.output_tok_s > 0]
+        if not paces:
             return None
-        streams = fastest.concurrency or max(1, fastest.effective_slots)
-        pace = fastest.output_tok_s / streams
+        streams, pace = max(paces, key=math.prod)
         levels = [slo.tpot_ms for slo in self.slos.values() if slo.tpot_ms is not None]
         lags = [run.send_lag_p99_ms for run in runs if run.send_lag_p99_ms is not None]
         allowed = _DELAY_SHARE * min(levels) if levels else _LEAST_DELAY_MS
@@ -278,3 +308,16 @@ class Session:
             log=self.log,
             send_lag_p99_ms=max(lags, default=None),
         )
+
+
+def _pace(run: LoadRun) -> tuple[int, float]:
+    """
+    Return (streams at the same time, chunks a second of one of them) while they are streamed.
+
+    Tokens over the whole run are fewer: prompts are read in between, and nothing comes.
+    """
+    streams = max(1, run.effective_slots)
+    average = run.output_tok_s / streams
+    if run.tpot_ms is None or run.tpot_ms.p50 <= 0:
+        return streams, average
+    return streams, max(average, min(1000 / run.tpot_ms.p50, _MOST_OVER_AVERAGE * average))

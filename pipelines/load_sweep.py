@@ -17,6 +17,7 @@ from pipelines import console, gguf_header, gpu, measuring, prompts, records, to
 from pipelines.errors import MachineError
 from pipelines.load_examine import Examiner
 from pipelines.load_records import SweepPoint, SweepRecord
+from pipelines.load_session import NotAnsweredError
 from pipelines.load_test import render_modelfile
 from pipelines.serving import engine as engines
 from pipelines.serving import server
@@ -127,7 +128,7 @@ def _point(examiner: Examiner, engine: Engine, type_: str, layers: int) -> Sweep
             run = examiner.session(loaded).smoke(type_)
             loaded.verify()
             served = loaded.served
-    except (MachineError, server.ServingError) as error:
+    except (MachineError, server.ServingError, NotAnsweredError) as error:
         return SweepPoint(
             gpu_layers=layers,
             size_vram_bytes=None,

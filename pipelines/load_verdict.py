@@ -44,7 +44,10 @@ def of_host(
     for verdict, sentences in findings:
         if sentences:
             return _said(host, verdict, sentences)
-    goodput = next(gate for gate in test.gates if (gate.host, gate.name) == (host.host, "goodput"))
+    gates = (gate for gate in test.gates if (gate.host, gate.name) == (host.host, "goodput"))
+    goodput = next(gates, None)
+    if goodput is None:
+        return _said(host, "INVALID", [f"no level of host {host.host} was judged"])
     return _said(host, "PROMOTE", [goodput.sentence])
 
 

@@ -235,7 +235,7 @@ def _limit(share: float) -> str:
 def _judge_gpu(seen: Conditions, reasons: list[str], notes: list[str]) -> None:
     _judge_backend(seen, reasons)
     if seen.gpu is not None and seen.gpu.samples_count:
-        _judge_cards(seen.gpu, reasons, notes)
+        judge_cards(seen.gpu, reasons, notes)
     elif seen.backend == "cuda":
         reasons.append(
             "Nothing watched the card: install the driver and nvidia-ml-py, so that other "
@@ -260,7 +260,8 @@ def _judge_backend(seen: Conditions, reasons: list[str]) -> None:
         )
 
 
-def _judge_cards(gpu: Observation, reasons: list[str], notes: list[str]) -> None:
+def judge_cards(gpu: Observation, reasons: list[str], notes: list[str]) -> None:
+    """Add what was seen of the cards to the reasons for doubt and to the notes."""
     if gpu.foreign:
         reasons.append(
             f"Other programs computed on the card: {', '.join(gpu.foreign)}. Stop them and "

@@ -78,6 +78,16 @@ class Script:
     close: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What another path answers where that is no JSON; `endless` repeats the body for ever."""
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    endless: bool = False
+
+
 @dataclass
 class Seen:
     """One request: what it asked, over which connection, when it came (monotonic)."""
@@ -98,6 +108,7 @@ class Scripted:
     pages: dict[str, Any]
     slots: threading.Semaphore
     seen: list[Seen] = field(default_factory=list)
+    asked: list[Seen] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def script(self, body: dict[str, Any]) -> Script:
@@ -119,7 +130,7 @@ def serve(
 
     Args:
         scripts: Behaviour by the text of the last message, or one for all.
-        pages: JSON of other paths, e.g. /api/tags.
+        pages: JSON of other paths, e.g. /api/tags, or a `Page`.
         slots: Answers that are streamed at the same time; others wait.
     """
     if isinstance(scripts, Script):
@@ -172,6 +183,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer a page."""
         page = self._scripted.pages.get(self.path)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        port = self.client_address[1]
+        self._scripted.asked.append(Seen(self.path, headers, {}, port, time.monotonic_ns()))
+        if isinstance(page, Page):
+            with contextlib.suppress(OSError):
+                self._page(page)
+            return
         self._json(200 if page is not None else 404, page if page is not None else {})
 
     def do_POST(self) -> None:
@@ -190,6 +208,17 @@ class _Handler(BaseHTTPRequestHandler):
         over = script.close or self._scripted.stopped.is_set()
         if over or script.fault in ("half_line", "gone", "reset"):
             self.close_connection = True
+
+    def _page(self, page: Page) -> None:
+        self.send_response(page.status)
+        for name, value in page.headers.items():
+            self.send_header(name, value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(page.body)
+        while page.endless and not self._scripted.stopped.is_set():
+            self.wfile.write(page.body)
+        self.close_connection = True
 
     def _json(self, status: int, value: Any) -> None:
         data = json.dumps(value).encode()

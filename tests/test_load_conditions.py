@@ -5,11 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from typing import Any, Self
 
 import pytest
+import record_factory as make
 
 from pipelines import validity
-from pipelines.load_conditions import Attended, others_share
+from pipelines.gpu import Observation
+from pipelines.load_conditions import Attended, doubts, others_share
+from pipelines.load_examine import Findings
 from pipelines.watch import Usage
 
 
@@ -35,6 +39,51 @@ def test_what_others_took_voids_the_numbers() -> None:
     """Two busy programs on two cores."""
     assert share(14.0, busy_s=36.0) > validity.MAX_WAITING_SHARE
     assert share(14.0) > validity.MAX_WAITING_SHARE
+
+
+class FakeCards:
+    """Cards that a driver shows, on which somebody else computes."""
+
+    sees_cards = True
+
+    def __init__(self, ours: Any) -> None:
+        """See nothing yet."""
+
+    def __enter__(self) -> Self:
+        """Look."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Look away."""
+
+    def sample(self) -> None:
+        """See nothing new."""
+
+    def observation(self) -> Observation:
+        """Say what was seen."""
+        return Observation(
+            peak_mib=9000.0, attributed=True, foreign=("blender",), slowdowns={"heat": 0.4},
+            clock_mhz=1200.0, temperature_c=93, samples_count=50,
+        )  # fmt: skip
+
+
+def test_what_others_do_on_the_card_is_seen_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on a card waits for its card: for other programs and for the fan."""
+    monkeypatch.setattr("pipelines.gpu.Watch", FakeCards)
+    with Attended() as attended:
+        pass
+    on_card = Findings(served=make.served(size_vram_bytes=9 << 20))
+    on_cpu = Findings(served=make.served(size_vram_bytes=0))
+    untold = Findings(served=make.served(size_vram_bytes=None, manifest_sha256=None))
+
+    assert attended.cards is not None
+    assert [each.served_on_gpu(attended) for each in (on_card, on_cpu, untold)] == [
+        True, False, True,
+    ]  # fmt: skip
+    reasons, _ = doubts(attended, threads=2, on_gpu=True)
+    assert any("blender" in reason for reason in reasons)
+    assert any("slowed down (heat)" in reason for reason in reasons)
+    assert not any("card" in reason for reason in doubts(attended, threads=2, on_gpu=False)[0])
 
 
 def validity_share(waited_s: float) -> float:

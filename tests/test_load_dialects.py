@@ -253,6 +253,19 @@ def test_a_token_is_there_when_its_line_is_whole() -> None:
     assert answer.text == "ab"
 
 
+def test_generation_ends_when_the_server_says_so_not_with_the_last_content() -> None:
+    """The token that ends an answer shows nothing; what comes after the reason is no generation."""
+    reason = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n'
+    token = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+
+    events = read(token, reason, usage, b"data: [DONE]\n\n", api="openai")
+
+    assert (events.last_ns, events.done_ns) == (1000, 2000)
+    assert read(ollama("a"), ollama("b"), DONE).done_ns == 3000
+    assert read(ollama("a"), failure="truncated_stream").done_ns is None
+
+
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_where_the_network_cuts_makes_no_difference(cut: int) -> None:
     """Bytes of a character, a line or the end may come apart."""
@@ -295,6 +308,7 @@ def test_silence_after_the_end_harms_nobody() -> None:
         b'{"message":{"content":"a"},"done":true,"eval_count":-1}\n',
         b'{"message":{"content":"a"},"done":true,"eval_count":"many"}\n',
         b'{"message":{"content":"a"},"done":true,"prompt_eval_count":true}\n',
+        b'{"message":{"content":"a"},"done":true,"eval_count":1' + b"0" * 400 + b"}\n",
         b"\xff\xfe\n",
         b"[" * 100_000 + b"\n",
         b"<html>502 Bad Gateway</html>\n",

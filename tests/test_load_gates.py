@@ -71,6 +71,15 @@ def test_a_share_on_the_limit_is_never_decided_and_says_so() -> None:
     assert "no number of requests would decide" in gate.sentence
 
 
+def test_a_share_too_close_to_the_limit_is_not_told_to_measure_for_ever() -> None:
+    """A million requests is where a number stops being an advice."""
+    run = open_run(200_000, 190_001)
+    gate = judged(run, Slo(ttft_ms=300, min_goodput=0.95))["ttft"]
+
+    assert gate.outcome == "INCONCLUSIVE"
+    assert "1,000,000 more requests would not decide" in gate.sentence
+
+
 def test_only_declared_levels_are_judged_and_goodput_always_is() -> None:
     """A level that nobody stated limits nothing; failed requests still count as not good."""
     gates = judged(open_run(200, 150), Slo(min_goodput=0.95))
@@ -78,10 +87,23 @@ def test_only_declared_levels_are_judged_and_goodput_always_is() -> None:
     assert set(gates) == {"goodput", "memory"}
     assert gates["goodput"].outcome == "FAIL"
     assert gates["goodput"].sentence == (
-        "150 of 200 requests kept every level: "
+        "150 of 200 requests were answered at 5.50/s; no latency is declared: "
         f"{stats.wilson(150, 200).low * 100:.1f} to {stats.wilson(150, 200).high * 100:.1f} %, "
         "95 % needed"
     )
+
+
+def test_goodput_is_told_with_the_rate_at_which_it_was_kept() -> None:
+    """A rate that nobody declared is a share of what this server can do: a slow one has it easy."""
+    gate = judged(open_run(200, 200), Slo(ttft_ms=300, min_goodput=0.95))["goodput"]
+
+    assert gate.sentence.startswith("200 of 200 requests kept every level at 5.50/s: ")
+
+
+def test_a_run_in_which_nothing_arrived_is_not_judged() -> None:
+    """Neither kept nor missed; the whole test is in doubt then."""
+    assert load_gates.judged_run([record_factory.load_run(1), open_run(0, 0)]) is None
+    assert load_gates.judged_run([open_run(1, 1), record_factory.load_run(1)]) == open_run(1, 1)
 
 
 def test_errors_have_a_level_of_their_own() -> None:

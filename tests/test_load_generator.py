@@ -69,15 +69,16 @@ def run(planned: plan.Plan, server: Scripted, log: Path, **changes: Any) -> Raw:
 
 def test_every_prompt_is_sent_once_and_the_warm_up_is_not_counted(log: Path) -> None:
     """Answers come in the order of the prompts, whichever ended first."""
+    planned = closed(20, concurrency=4, warm_up=3)
     with serve() as server:
-        raw = run(closed(20, concurrency=4, warm_up=3), server, log)
+        raw = run(planned, server, log)
 
     assert sorted(map(int, said(server))) == list(range(23))
     assert set(said(server)[:3]) == {"0", "1", "2"}
     assert [answer.index for answer in raw.answers] == list(range(3, 23))
     assert [answer.index for answer in raw.warm_up] == [0, 1, 2]
     assert all(answer.ok for answer in raw.answers)
-    assert len(measures.texts(raw)) == 20
+    assert measures.texts(planned, raw) == list(raw.answers)
 
 
 def test_a_virtual_user_keeps_its_connection(log: Path) -> None:

@@ -104,6 +104,25 @@ def test_time_per_token_is_over_the_tokens_that_the_server_counted() -> None:
     assert run.tpot_ms.p50 == 5.0
 
 
+def test_the_token_that_ends_an_answer_has_its_time_as_well() -> None:
+    """It is counted and shows nothing: eleven tokens in 50 ms, the last at the word that it is."""
+    run = summary([answer(last_ns=55 * MS, done_ns=60 * MS)])
+
+    assert run.tpot_ms is not None
+    assert run.tpot_ms.p50 == 5.0
+    assert run.e2e_ms is not None
+    assert run.e2e_ms.p50 == 55.0
+
+
+def test_a_prompt_that_was_not_sent_in_time_keeps_its_place_as_a_failure() -> None:
+    """Answers of two runs of one plan are compared by their place."""
+    found = measures.texts(CLOSED, raw([answer(0), answer(2)]))
+
+    assert [each.index for each in found] == [0, 1, 2, 3]
+    assert [each.error for each in found] == [None, "timeout", None, "timeout"]
+    assert found[3].detail == "not sent: the run had lasted 60 s"
+
+
 def test_throughput_counts_tokens_of_successes_over_the_whole_run() -> None:
     """From the first start to the last end, the wait for a failure included."""
     run = summary([answer(0), answer(1, at=100), failed(2)])

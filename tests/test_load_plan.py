@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import stat
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from test_load_dialects import prompt, target
@@ -56,6 +56,19 @@ def test_an_empty_corpus_is_said() -> None:
     """Not a run of empty prompts."""
     with pytest.raises(plan.PlanError, match="corpus of the prompts is empty"):
         cut(text=" \n")
+
+
+def test_a_salt_changes_only_what_a_prompt_begins_with() -> None:
+    """A server that has kept an earlier test reads each prompt again, and as many tokens of it."""
+    sizes: dict[str, Any] = {"prompt_tokens": 40, "chars_per_token": 4.0, "seed": 3}
+    plain, salted = (
+        [each.messages[0]["content"] for each in plan.corpus_prompts("some text " * 99, 5,
+                                                                     **sizes, salt=salt)]
+        for salt in (0, 12345)
+    )  # fmt: skip
+
+    assert [text[12:] for text in plain] == [text[12:] for text in salted]
+    assert not {text[:12] for text in plain} & {text[:12] for text in salted}
 
 
 def open_loop(rate_per_s: float = 10.0, seed: int = 1, warm_up: int = 2) -> plan.Plan:

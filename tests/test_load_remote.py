@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from scripted_server import Script, serve
+from scripted_server import Page, Script, serve
 
 from pipelines import load_remote
-from pipelines.errors import ParamsError
+from pipelines.errors import ParamsError, RetryLaterError
+from pipelines.load import access
 
 if TYPE_CHECKING:
     import subprocess
@@ -106,10 +107,51 @@ def test_failures_of_a_server_are_counted_by_class_and_end_nothing(
     with serve(Script(fault="empty", prompt_tokens=10), pages=OLLAMA) as server:
         done = drive(fleet, fork, "--url", server.url, "--name", "served", "--json")
 
-    # Even the first two requests, which ask how the text is tokenized, have no answer.
-    assert done.returncode == 4
-    assert "empty_output" in done.stderr
+    told = json.loads(done.stdout)
+    assert [run["errors"] for run in told["runs"]] == [
+        {"empty_output": 10}, {"empty_output": 10}, {"empty_output": 80},
+    ]  # fmt: skip
+    assert done.returncode == 5
+    assert "0 of 80 requests" in done.stderr
+
+
+def test_a_server_that_answers_nothing_at_all_is_an_error_with_its_log(
+    fork: Path, fleet: Fleet
+) -> None:
+    """Even the first two requests, which ask how the text is tokenized, have no answer."""
+    with serve(Script(fault="status"), pages=OLLAMA) as server:
+        done = drive(fleet, fork, "--url", server.url, "--name", "served", "--json")
+
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "http_5xx" in done.stderr
     assert "log:" in done.stderr
+
+
+def test_a_run_in_which_nothing_was_judged_is_no_success(fork: Path, fleet: Fleet) -> None:
+    """Without a success in the ladder there is no rate for the open run, and so no level."""
+    text = (fork / "params.yaml").read_text(encoding="utf-8")
+    (fork / "params.yaml").write_text(text.replace("  rate_per_s: 200\n", ""), encoding="utf-8")
+    with serve(Script(fault="empty"), pages=OLLAMA) as server:
+        done = drive(fleet, fork, "--url", server.url, "--name", "served", "--json")
+
+    assert json.loads(done.stdout)["gates"] == []
+    assert done.returncode == 5
+    assert "answered no request of the ladder" in done.stderr
+
+
+def test_a_second_test_of_a_server_finds_none_of_its_prompts_in_a_cache(
+    fork: Path, fleet: Fleet
+) -> None:
+    """A server that keeps what it has read would answer at once, and no time would be true."""
+    with serve(Script(tokens=2), pages=OLLAMA) as server:
+        for _ in range(2):
+            drive(fleet, fork, "--url", server.url, "--name", "served", "--json")
+    # The two that ask how the text is tokenized are not timed.
+    said = [each.body["messages"][-1]["content"] for each in server.seen]
+    timed = [text for text in said if said.count(text) == 1]
+
+    assert len(timed) == len(said) - 4
+    assert len({text[:12] for text in timed}) == len(timed)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +160,7 @@ def test_failures_of_a_server_are_counted_by_class_and_end_nothing(
         (("--url", "http://127.0.0.1:1"), 75, "nothing answers at http://127.0.0.1:1"),
         (("--url", "ftp://x"), 2, "is no address of a server"),
         (("--url", "http://u:secret@127.0.0.1"), 2, "holds a password"),
+        (("--url", "http://secret@127.0.0.1"), 2, "GGUF_FLEET_API_KEY"),
         (("--url", "http://127.0.0.1:1", "--sweep", "gpu_layers"), 2, "goes with neither"),
     ],
 )
@@ -163,6 +206,50 @@ def test_a_server_that_is_neither_is_refused() -> None:
         load_remote.identify(server.url, None)
 
     assert "neither Ollama's API nor the OpenAI-compatible one" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("page", "error", "said"),
+    [
+        (Page(status=302, headers={"Location": "http://elsewhere/\x1b[2J"}), ParamsError,
+         "sends us on to http://elsewhere/."),
+        (Page(status=401), ParamsError, "refuses us: status 401"),
+        (Page(body=b"[" * 100_000), ParamsError, "neither"),
+        (Page(body=b" " * (1 << 16), endless=True), ParamsError, "neither"),
+        (Page(body=b'{"version', headers={"Content-Length": "1000"}), RetryLaterError, "nothing"),
+    ],
+)  # fmt: skip
+def test_a_server_that_means_harm_gets_one_bounded_answer_read(
+    page: Page, error: type[Exception], said: str
+) -> None:
+    """No redirect is followed, no answer without an end or a bottom is taken in."""
+    pages = {"/api/version": page, "/v1/models": page}
+    with serve(pages=pages) as server, pytest.raises(error) as caught:
+        load_remote.identify(server.url, None)
+
+    assert said in str(caught.value)
+    assert {each.path for each in server.asked} <= set(pages)
+
+
+@pytest.mark.parametrize("listed", [[1], {"models": 7}, {"models": [None, {"name": 1}, {}]}, "x"])
+def test_a_list_of_models_that_is_none_is_empty(listed: Any) -> None:
+    """What is no name of a model is none."""
+    with serve(pages={"/api/tags": listed}) as server:
+        assert load_remote.names(server.url, "ollama") == []
+
+
+def test_the_key_of_a_server_is_told_to_it_and_nothing_else_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Servers of others want one before they list their models; no proxy learns it."""
+    monkeypatch.setenv(access.API_KEY_ENV, "planted-key")
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "")
+    with serve(pages=OPENAI) as server:
+        assert load_remote.identify(server.url, None)[0] == "openai"
+
+    assert {each.headers["authorization"] for each in server.asked} == {"Bearer planted-key"}
 
 
 def test_the_only_model_of_a_server_needs_no_name() -> None:

@@ -104,6 +104,13 @@ def test_an_engine_that_stands_in_holds_and_says_what_to_declare() -> None:
     assert "`serving.engine: llama-server`" in found.sentence
 
 
+def test_a_test_by_which_nothing_was_judged_promotes_nothing() -> None:
+    """A gate that is not there is not passed."""
+    found = said(gates=())
+
+    assert (found.verdict, found.sentence) == ("INVALID", "no level of host local was judged")
+
+
 def test_the_levels_of_another_host_do_not_matter() -> None:
     """Each host has its own."""
     elsewhere = make.load_gate("ttft", host="laptop", outcome="FAIL", sentence="too slow")

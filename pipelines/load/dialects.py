@@ -27,6 +27,8 @@ _DETAIL_CHARS: Final = 300
 # A token is some tens of bytes of text in some hundred bytes of JSON.
 _TOKEN_BYTES: Final = 2048
 _ANSWER_BYTES: Final = 1 << 18
+# Tokens, or nanoseconds of a hundred days; sums of more are no numbers any more.
+_MOST_COUNTED: Final = 1 << 53
 _HTTP_OK: Final = 200
 _HTTP_ERROR: Final = 400
 _HTTP_SERVER_ERROR: Final = 500
@@ -73,6 +75,8 @@ class Answer:
         index: Place in the plan's prompts, of which the first are the warm-up's.
         scheduled_ns, sent_ns, end_ns: See `Exchange`.
         first_ns, last_ns: Times of the first and last chunk with content; thinking is content.
+        done_ns: When the server said that generation had ended. An answer that ended by itself has
+            a last token that is no content: it is in the server's count, and generated until then.
         error: Class of the failure; None of a success.
         detail: What the server or the transport said of it.
         status: HTTP status.
@@ -93,6 +97,7 @@ class Answer:
     end_ns: int
     first_ns: int | None = None
     last_ns: int | None = None
+    done_ns: int | None = None
     error: ErrorClass | None = None
     detail: str = ""
     status: int | None = None
@@ -177,6 +182,7 @@ class _Reading:
     chunks: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     done: bool = False
+    done_stamp: int | None = None
     done_reason: str = ""
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -209,6 +215,7 @@ def read(exchange: Exchange, target: Target, prompt: Prompt) -> Answer:
         end_ns=exchange.end_ns,
         first_ns=reading.stamps[0] if reading.stamps else None,
         last_ns=reading.stamps[-1] if reading.stamps else None,
+        done_ns=reading.done_stamp,
         error=error,
         detail=detail,
         status=exchange.status,
@@ -320,7 +327,7 @@ def _ollama(line: bytes, stamp: int, reading: _Reading) -> None:
     reading.content(stamp, _text(message.get("content"), line), hidden)
     if value.get("done") is not True:
         return
-    reading.done = True
+    reading.done, reading.done_stamp = True, stamp
     reading.done_reason = _text(value.get("done_reason"), line)
     # Fields that are 0 are left out of the line.
     reading.output_tokens = _count(value.get("eval_count"), line) or (
@@ -385,7 +392,9 @@ def _openai_choice(choice: object, stamp: int, line: bytes, reading: _Reading) -
     hidden = _text(delta.get("reasoning_content") or delta.get("reasoning"), line)
     hidden += json.dumps(calls) if calls else ""
     reading.content(stamp, _text(delta.get("content"), line), hidden)
-    reading.done_reason = _text(choice.get("finish_reason"), line) or reading.done_reason
+    reason = _text(choice.get("finish_reason"), line)
+    if reason:
+        reading.done_stamp, reading.done_reason = stamp, reason
 
 
 # --- lines ------------------------------------------------------------------------------------
@@ -418,7 +427,7 @@ def _text(value: object, line: bytes) -> str:
 def _count(value: object, line: bytes) -> int | None:
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST_COUNTED:
         raise _Failed("malformed", f"no count where one should be: {_shown(line)}")
     return value
 

@@ -18,13 +18,16 @@ import json
 import math
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pipelines.errors import FleetError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+# Of the number in front of a prompt.
+NONCE_BITS: Final = 48
 
 Api = Literal["ollama", "openai"]
 Kind = Literal["closed", "open", "soak"]
@@ -245,8 +248,14 @@ def _arrivals(
     return tuple(arrivals)
 
 
-def corpus_prompts(
-    text: str, count: int, *, prompt_tokens: int, chars_per_token: float, seed: int
+def corpus_prompts(  # noqa: PLR0913 - each is one independent fact about the prompts
+    text: str,
+    count: int,
+    *,
+    prompt_tokens: int,
+    chars_per_token: float,
+    seed: int,
+    salt: int = 0,
 ) -> tuple[Prompt, ...]:
     """
     Cut prompts of about `prompt_tokens` out of a text, no two with a common start.
@@ -260,6 +269,7 @@ def corpus_prompts(
         prompt_tokens: Length of each, about; what it really is, the server counts.
         chars_per_token: Of this text, as the model tokenizes it.
         seed: Of slices and numbers.
+        salt: Changes all numbers, and not the slices.
 
     Raises:
         PlanError: The text is empty.
@@ -269,7 +279,7 @@ def corpus_prompts(
     source = random.Random(seed)  # noqa: S311 - for repetition, not for secrecy
     prompts = []
     for _ in range(count):
-        nonce = f"{source.getrandbits(48):012x} "
+        nonce = f"{source.getrandbits(NONCE_BITS) ^ salt:012x} "
         # A number in hexadecimal takes about a token for each digit.
         length = max(1, round((prompt_tokens - len(nonce)) * chars_per_token))
         content = nonce + _slice(text, source.randrange(len(text)), length)

@@ -37,8 +37,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
-from pipelines import __version__, atomic
-from pipelines.load import dialects, plan
+from pipelines import atomic
+from pipelines.load import access, dialects, plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from pipelines.load.dialects import Answer, Exchange
     from pipelines.load.plan import Plan, Target
 
-API_KEY_ENV: Final = "GGUF_FLEET_API_KEY"
 _READ_BYTES: Final = 1 << 16
 _REFUSAL_BYTES: Final = 1 << 14
 _TOLD_EVERY_S: Final = 1.0
@@ -145,22 +144,14 @@ class _User:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        headers = {
-            "Accept-Encoding": "identity",
-            "Content-Type": "application/json",
-            "User-Agent": f"gguf-fleet/{__version__}",
-        }
-        key = os.environ.get(API_KEY_ENV)
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
+        headers = access.headers() | {"Content-Type": "application/json"}
         session = requests.Session()
-        # No proxy and no .netrc of the environment: they would be measured, or told.
         session.trust_env = False
         url = target.url.rstrip("/") + dialects.path(target.api)
         self._form = session.prepare_request(requests.Request("POST", url, headers=headers))
         self._adapter = HTTPAdapter(pool_connections=1, pool_maxsize=1)
         self._adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
-        self._verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+        self._verify = access.certificates()
         self._most_bytes = dialects.most_bytes(target)
         self._kept = False
 
@@ -215,7 +206,7 @@ class _User:
             request,
             stream=True,
             timeout=self._target.timeout_s,
-            verify=self._verify or True,
+            verify=self._verify,
         )
 
     def _read(self, response: requests.Response, exchange: Exchange) -> None:
