@@ -172,6 +172,36 @@ def test_every_setting_reaches_the_llama_server(
     assert not any("/" in value or "127.0.0.1" in value for value in told.values())
 
 
+def test_an_ollama_that_passes_a_setting_not_on_is_told_apart(
+    model: Path, engine: Engine, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record would name a cache of q8_0, and one of f16 be served."""
+    environment = ollama.environment
+    forgetful = {"OLLAMA_KV_CACHE_TYPE": "", "OLLAMA_FLASH_ATTENTION": ""}
+    monkeypatch.setattr(ollama, "environment", lambda *told: environment(*told) | forgetful)
+
+    with (
+        opened(engine, kv_type="q8_0") as host,
+        pytest.raises(server.ServingError, match="nothing as --cache-type-k, declared is q8_0"),
+        host.load(file(model)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("changed", [{"-ngl": "5"}, {"-t": "8"}, {"--flash-attn": "off"}])
+def test_what_the_command_line_overrides_is_told_apart(changed: dict[str, str]) -> None:
+    """Its options win over the environment in which we state ours."""
+    as_declared = {"--cache-type-k": "f16", "--cache-type-v": "f16", "--flash-attn": "on"}
+
+    def words(options: dict[str, str]) -> list[str]:
+        return ["llama-server", *(word for pair in options.items() for word in pair)]
+
+    ollama.require_options(words(as_declared), settings(), "all")
+    ollama.require_options(words(as_declared | {"-ngl": "all", "-t": "1"}), settings(), "all")
+    with pytest.raises(server.ServingError, match="declared is"):
+        ollama.require_options(words(as_declared | changed), settings(), "all")
+
+
 def test_the_openai_route_is_a_target_of_its_own(
     model: Path, engine: Engine, opened: Opened
 ) -> None:

@@ -219,6 +219,42 @@ def below(pid: int, models: Path) -> list[Below]:
     return found
 
 
+def require_options(argv: Sequence[str], settings: Settings, layers: str) -> None:
+    """
+    Hold the command line that Ollama made for its llama-server against what was declared.
+
+    Nothing else shows it: an Ollama that does not pass a setting on, since it knows better or calls
+    it otherwise, would serve with another cache under the name of the declared one.
+
+    Args:
+        argv: Words of the llama-server's command line.
+        settings: How the file is to be served.
+        layers: The declared layers on the GPU, as a llama-server takes them.
+
+    Raises:
+        ServingError: An option is missing or has another value.
+    """
+    wanted = {
+        "--cache-type-k": settings.kv_type,
+        "--cache-type-v": settings.kv_type,
+        "--flash-attn": "on" if settings.flash_attention else "off",
+    }
+    # These are in its environment, over which the command line wins.
+    wanted |= {
+        name: value
+        for name, value in {"-ngl": layers, "-t": str(settings.threads)}.items()
+        if name in argv
+    }
+    for name, value in wanted.items():
+        if name not in argv[:-1] or _option(argv, name) != value:
+            found = console.clean(_option(argv, name)) if name in argv[:-1] else "nothing"
+            raise ServingError(
+                f"ollama gives its llama-server {found} as {name}, declared is {value}.",
+                hint="An Ollama that is newer than what was run here? Remove it from PATH: the "
+                "declared one is then installed apart.",
+            )
+
+
 def _option(argv: Sequence[str], name: str) -> str:
     return argv[argv.index(name) + 1]
 
@@ -254,6 +290,7 @@ class _LoadedByOllama(Loaded):
             self._request |= {"shift": False, "truncate": False}
         self._cold_load_ms = self._load()
         self._below = self._only_below()
+        require_options(self._below.argv, what.settings, what.layers)
         self._llama = server.Client(llama_server.PROGRAM, self._below.port)
         self.llama_server_renders = self._below.has_templates
         self.notes = (
