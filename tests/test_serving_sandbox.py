@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -61,6 +63,23 @@ def test_two_places_of_one_process_are_apart(at: Layout) -> None:
     with sandbox.opened(at) as first, sandbox.opened(at) as second:
         assert first.folder != second.folder
         assert first.folder.is_dir()
+
+
+def test_a_checkout_on_nfs_can_serve(at: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a lock is only to be had on a file that is open for writing."""
+    flock = fcntl.flock
+
+    def flock_of_nfs(handle: int, operation: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    monkeypatch.setattr(orphans, "owner_lives", lambda _: False)  # as in another container
+
+    with sandbox.opened(at) as place:
+        assert sandbox.sweep(at) == []
+        assert place.home.is_dir()
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])

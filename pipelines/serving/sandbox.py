@@ -2,7 +2,7 @@
 A private place for one server: folder, home, port, environment; nothing of it outlives us.
 
 The folder lies below work/serving, on the file system of the GGUFs, so that a model is linked into
-it and not copied. Its name carries our process number and start, and we hold a lock on it as long
+it and not copied. Its name carries our process number and start, and we hold a lock in it as long
 as we live. Programs in it carry its path in their environment, and so does all that they start:
 Ollama's llama-server runs on when Ollama is killed. Whichever way we end, a watchdog
 (`pipelines.orphans`) ends what carries the mark and removes the folder; what is left when the
@@ -35,6 +35,8 @@ HOST: Final = "127.0.0.1"
 # Where drivers keep kernels that they compiled: a private home would have them compiled each time.
 _CUDA_CACHE: Final = ".nv/ComputeCache"
 _CACHES: Final = frozenset({"XDG_CACHE_HOME", "CUDA_CACHE_PATH"})
+# Over NFS a file can be locked and a directory cannot.
+_LOCK: Final = "lock"
 _numbers = itertools.count()
 
 
@@ -116,10 +118,10 @@ def opened(at: Layout) -> Iterator[Sandbox]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make a folder and hold a lock on it, which ends with us however we end; then remove it."""
+    """Make a folder and hold a lock in it, which ends with us however we end; then remove it."""
     with disk.explained(folder):
         folder.mkdir(parents=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -157,7 +159,9 @@ def _is_abandoned(folder: Path) -> bool:
     if not (pid.isdigit() and started.isdigit()) or orphans.owner_lives(f":{pid}:{started}"):
         return False
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(folder / _LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return folder.exists()  # killed before it had one
     except OSError:
         return False
     try:
