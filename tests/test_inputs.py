@@ -76,8 +76,9 @@ def test_inputs_are_those_of_the_graph(stage: str) -> None:
 
     wanted = {str(path) for path in inputs.paths(stage, SLICE, Layout())}
 
-    in_git = {"modelfiles", str(Layout().prompts)}
-    assert wanted == deps - {str(Layout().toolchain)} - in_git
+    if stage == "load-test":  # of these two are in git, and the third only makes it run again
+        deps -= {"modelfiles", str(Layout().prompts), str(Layout().machine)}
+    assert wanted == deps - {str(Layout().toolchain)}
 
 
 def test_a_quant_without_a_matrix_needs_none() -> None:
