@@ -50,7 +50,10 @@ class Attended:
         """Look a last time."""
         if self._cards.sees_cards:
             self._cards.sample()
-            self.cards = self._cards.observation()
+            seen = self._cards.observation()
+            # The server was there before we looked: where the driver does not name our processes
+            # (a container), it is one of those that seem to be somebody else's.
+            self.cards = seen if seen.attributed else replace(seen, foreign=())
         self._cards.__exit__(None, None, None)
         for each in (self._server, self._ollama):
             each.sample()

@@ -45,6 +45,7 @@ class FakeCards:
     """Cards that a driver shows, on which somebody else computes."""
 
     sees_cards = True
+    attributed = True
 
     def __init__(self, ours: Any) -> None:
         """See nothing yet."""
@@ -62,7 +63,7 @@ class FakeCards:
     def observation(self) -> Observation:
         """Say what was seen."""
         return Observation(
-            peak_mib=9000.0, attributed=True, foreign=("blender",), slowdowns={"heat": 0.4},
+            peak_mib=9000.0, attributed=self.attributed, foreign=("blender",), slowdowns={"heat": 0.4},
             clock_mhz=1200.0, temperature_c=93, samples_count=50,
         )  # fmt: skip
 
@@ -84,6 +85,19 @@ def test_what_others_do_on_the_card_is_seen_as_on_the_cpu(monkeypatch: pytest.Mo
     assert any("blender" in reason for reason in reasons)
     assert any("slowed down (heat)" in reason for reason in reasons)
     assert not any("card" in reason for reason in doubts(attended, threads=2, on_gpu=False)[0])
+
+
+def test_our_own_server_in_a_container_is_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver knows it under another number, as it knows everybody there."""
+    monkeypatch.setattr(FakeCards, "attributed", False)
+    monkeypatch.setattr("pipelines.gpu.Watch", FakeCards)
+    with Attended() as attended:
+        pass
+
+    reasons, notes = doubts(attended, threads=2, on_gpu=True)
+
+    assert not any("blender" in reason for reason in reasons)
+    assert any("does not show which process" in note for note in notes)
 
 
 def validity_share(waited_s: float) -> float:
