@@ -63,8 +63,8 @@ class FakeCards:
     def observation(self) -> Observation:
         """Say what was seen."""
         return Observation(
-            peak_mib=9000.0, attributed=self.attributed, foreign=("blender",), slowdowns={"heat": 0.4},
-            clock_mhz=1200.0, temperature_c=93, samples_count=50,
+            peak_mib=9000.0, attributed=self.attributed, foreign=("blender",),
+            slowdowns={"heat": 0.4}, clock_mhz=1200.0, temperature_c=93, samples_count=50,
         )  # fmt: skip
 
 
