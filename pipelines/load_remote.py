@@ -208,7 +208,9 @@ def checked_url(text: str) -> str:
         parts, known = urlsplit(""), False
     if not known:
         raise ParamsError(
-            f"--url {quoted(text)} is no address of a server.", hint="--url http://localhost:11434"
+            # What stands before an @ may be a password.
+            f"--url {quoted(text.rpartition('@')[2])} is no address of a server.",
+            hint="--url http://localhost:11434",
         )
     if parts.username is not None or parts.password is not None:
         raise ParamsError(

@@ -160,6 +160,7 @@ def test_a_second_test_of_a_server_finds_none_of_its_prompts_in_a_cache(
         (("--url", "http://127.0.0.1:1"), 75, "nothing answers at http://127.0.0.1:1"),
         (("--url", "ftp://x"), 2, "is no address of a server"),
         (("--url", "http://u:secret@127.0.0.1"), 2, "holds a password"),
+        (("--url", "http://u:secret@127.0.0.1:99999"), 2, "is no address of a server"),
         (("--url", "http://secret@127.0.0.1"), 2, "GGUF_FLEET_API_KEY"),
         (("--url", "http://127.0.0.1:1", "--sweep", "gpu_layers"), 2, "goes with neither"),
     ],
