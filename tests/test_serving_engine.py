@@ -230,6 +230,8 @@ def test_with_neither_ollama_nor_go_the_llama_server_stands_in_and_says_so_loudl
     found = find(tools, tmp_path)
 
     said = capsys.readouterr().err
+    assert "Install Ollama, or Go" in said
+    assert "declare serving.engine: llama-server" in said
     assert "warning: Ollama was not found and cannot be installed" in said
     for text in (said, found.id.sentence):
         assert "PATH: no ollama." in text

@@ -115,7 +115,8 @@ def find(serving: Serving, tools: Toolchain, *, log: Path) -> Engine:
         )
     console.warn(
         f"Ollama was not found and cannot be installed, so the toolchain's llama-server serves: "
-        f"what it measures promotes nothing. {why}"
+        f"what it measures promotes nothing. {why} Install Ollama, or Go, by which it is built, or "
+        "declare serving.engine: llama-server."
     )
     return _toolchain_server(tools, log, declared=False, why=f"no Ollama can be had ({why})")
 
