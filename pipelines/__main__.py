@@ -239,6 +239,8 @@ def _stage(args: argparse.Namespace) -> int:
             _slice(at, declared, args.stage, args.key)
         return _track_all(at, declared, args.key, rebuild=args.rebuild)
     key = "fleet" if args.stage.keyed_by == "fleet" else args.key
+    if args.stage.name == "load-test" and (args.name or args.api != "auto") and not args.url:
+        raise ParamsError("`--name` and `--api` are about the server of `--url`.", hint="--url URL")
     if args.stage.name == "load-test" and (args.url or args.prompts or args.sweep):
         from pipelines import load_operations  # noqa: PLC0415 - only for these options
 

@@ -152,7 +152,7 @@ def _judge(document: Document, others: Iterable[Flaw]) -> Declaration:
         # From JSON, since strict types then take a list for a tuple, and nothing else for less.
         declared = params.Declaration.model_validate_json(json.dumps(document.data))
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = [_of_value(each) for each in error.errors(include_url=False)]
         typed = [
             _type_flaw(document, each)
             for each in details
@@ -179,6 +179,13 @@ def _mark(document: Document, flaw: Flaw) -> Mark:
 
 
 # --- what the types refuse --------------------------------------------------------------------
+
+
+def _of_value(detail: ErrorDetails) -> ErrorDetails:
+    """Leave out of the place which alternative of `a number or a word` pydantic speaks of."""
+    if detail["loc"][-2:-1] == ("gpu_layers",):
+        return detail | {"loc": detail["loc"][:-1]}
+    return detail
 
 
 def _type_flaw(document: Document, detail: ErrorDetails) -> Flaw:
@@ -384,9 +391,26 @@ def _benchmark_flaws(benchmark: dict[str, Any]) -> Iterator[Flaw]:
         yield Flaw(("benchmark", "depths"), "holds a depth twice")
 
 
+def _goodput_flaws(data: Any, owner: Loc) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """A share that so few requests cannot show, even if none of them misses."""
+    share = _mapping(data, *owner).get("min_goodput")
+    count = _mapping(data, "load_test").get(
+        "open_requests", params.LoadTest.model_fields["open_requests"].default
+    )
+    if not isinstance(share, float) or not 0 < share < 1 or not _is_whole(count):
+        return
+    least = params.least_requests(share)
+    if count < least:
+        text = f"needs `load_test.open_requests` of {least:,} or more, not {count:,}"
+        yield Flaw((*owner, "min_goodput"), text)
+
+
 def _serving_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
     """Prompts that do not fit the context, and what the engines refuse."""
     fleet, load = _mapping(data, "serving"), _mapping(data, "load_test")
+    yield from _goodput_flaws(data, ("load_test", "slo"))
+    for key, _ in _entries(data, "hosts"):
+        yield from _goodput_flaws(data, ("hosts", key, "slo"))
     fields = params.LoadTest.model_fields
     prompt = load.get("prompt_tokens", fields["prompt_tokens"].default)
     answer = load.get("generate_tokens", fields["generate_tokens"].default)
@@ -400,6 +424,7 @@ def _serving_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML valu
                     f"{answer:,} generate_tokens and {params.TEMPLATE_TOKENS} for the chat template"
                 )
                 yield Flaw(("models", key, "context_tokens"), text)
+        yield from _goodput_flaws(data, ("models", key, "slo"))
         own = fleet | _mapping(model, "serving")
         if own.get("kv_type", "f16") != "f16" and own.get("flash_attention") is False:
             place: Loc = ("models", key, "serving") if "serving" in model else ("serving",)

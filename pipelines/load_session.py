@@ -299,6 +299,8 @@ class Session:
         levels = [slo.tpot_ms for slo in self.slos.values() if slo.tpot_ms is not None]
         lags = [run.send_lag_p99_ms for run in runs if run.send_lag_p99_ms is not None]
         allowed = _DELAY_SHARE * min(levels) if levels else _LEAST_DELAY_MS
+        firsts = [slo.ttft_ms for slo in self.slos.values() if slo.ttft_ms is not None]
+        late = _DELAY_SHARE * min(firsts, default=0.0)
         return calibration.calibrate(
             streams=streams,
             chunks=max(20, round(pace * _CALIBRATION_S)),
@@ -307,6 +309,7 @@ class Session:
             limit_ms=max(_LEAST_DELAY_MS, allowed),
             log=self.log,
             send_lag_p99_ms=max(lags, default=None),
+            send_lag_limit_ms=max(calibration.MOST_SEND_LAG_MS, late),
         )
 
 

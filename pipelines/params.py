@@ -11,6 +11,7 @@ stage reads and what makes it run again cannot drift apart.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from typing import Annotated, Literal
@@ -626,6 +627,19 @@ def choose_slice(declared: Declaration, model: str) -> ChooseSlice:
         choose=declared.choose,
         hosts=declared.hosts,
     )
+
+
+# 95 %, two-sided; `pipelines.stats` judges by the same.
+_Z_SQUARED = 1.959963984540054**2
+
+
+def least_requests(share: float) -> int:
+    """
+    Return how many requests without a miss show a share: Wilson's bound n / (n + z^2) reaches it.
+
+    73 for 0.95, 381 for 0.99.
+    """
+    return math.ceil(_Z_SQUARED * share / (1 - share))
 
 
 # A service level that nobody states.

@@ -19,7 +19,7 @@ from pipelines import load_verdict, wording
 from pipelines.console import clean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pipelines.load_records import LoadTestRecord, LoadVerdict, WinnerTest
     from pipelines.records import ChoiceRecord, HostChoice
@@ -184,7 +184,7 @@ def _finding(
     said = _verdict_of(one, tested)
     assert said is not None, "a doubt otherwise"
     found = [_as_finding(said, tested)]
-    missing = _missing(one, test)
+    missing = _missing(one, test, tested.slos.get(one.host, {}))
     if missing:
         found.append(Finding(verdict="INVALID", clause=missing))
     else:
@@ -224,12 +224,29 @@ def _as_finding(said: LoadVerdict, tested: LoadTestRecord) -> Finding:
     return Finding(verdict=said.verdict, clause=clause)
 
 
-def _missing(one: HostChoice, test: WinnerTest) -> str:
-    """Say which part is not there that a test which neither failed nor is in doubt must have."""
+# What a declared level is called as a gate.
+_GATES = {"ttft_ms": "ttft", "tpot_ms": "tpot", "e2e_ms": "e2e", "max_error_rate": "error_rate"}
+
+
+def _missing(one: HostChoice, test: WinnerTest, levels: Mapping[str, float]) -> str:
+    """
+    Say which part is not there that a test which neither failed nor is in doubt must have.
+
+    Args:
+        one: The choice for the host.
+        test: The test of its winner.
+        levels: What is declared for it.
+    """
     if test.invalid or test.failures:
         return ""
-    if not any(gate.host == one.host and gate.name == "goodput" for gate in test.gates):
+    judged = {gate.name for gate in test.gates if gate.host == one.host}
+    if "goodput" not in judged:
         return f"no level of host {one.host} was judged"
+    wanted = [gate for level, gate in _GATES.items() if level in levels]
+    wanted += ["memory"] if one.limit_mib is not None else []
+    unjudged = [name for name in wanted if name not in judged]
+    if unjudged:
+        return f"nobody judged {wording.listed(unjudged)} of host {one.host}"
     if test.golden is None or not test.golden.prompts:
         return "its prompts were not compared with the upstream's"
     return ""

@@ -365,6 +365,15 @@ def load_gate(name: str = "goodput", host: str = "local", **changes: Any) -> Loa
     return LoadGate(**(fields | changes))
 
 
+def load_gates(hosts: Iterable[str] = ("local",), **changes: Any) -> tuple[LoadGate, ...]:
+    """Build all gates of some hosts; `changes` are those of the goodput."""
+    return tuple(
+        load_gate(name, host, **(changes if name == "goodput" else {}))
+        for host in hosts
+        for name in ("ttft", "tpot", "goodput", "memory")
+    )
+
+
 def golden(**changes: Any) -> Golden:
     """Build two conversations that every renderer makes the same prompt of."""
     fields: dict[str, Any] = {
@@ -441,7 +450,7 @@ def winner_test(
         ),
         "calibration": calibration(),
         "degenerate": degenerate(),
-        "gates": tuple(load_gate(host=host) for host in hosts),
+        "gates": load_gates(hosts),
         "failures": (),
         "invalid": (),
         "notes": (),

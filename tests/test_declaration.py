@@ -133,6 +133,26 @@ def test_prompts_and_answers_of_the_load_test_must_fit_the_context(tmp_path: Pat
     assert found == [f"{place} is less than the load test needs: {needs}"]
 
 
+def test_a_share_of_good_requests_that_so_few_cannot_show_is_told(tmp_path: Path) -> None:
+    """Such a gate would be open for ever, however good the server."""
+    text = edited("min_goodput: 0.9,", "min_goodput: 0.99,").replace("quests: 400", "quests: 380")
+
+    (found,) = refused(tmp_path, text)
+
+    assert found.endswith(
+        "load_test.slo.min_goodput: needs `load_test.open_requests` of 381 or more, not 380"
+    )
+    declaration.load(write(tmp_path, text.replace("quests: 380", "quests: 381")))
+
+
+@pytest.mark.parametrize("value", ["most", "-1", "1.5", "[]", ""])
+def test_layers_are_a_number_or_a_word(tmp_path: Path, value: str) -> None:
+    """One line says both, whatever was written."""
+    (found,) = refused(tmp_path, edited("gpu_layers: 33", f"gpu_layers: {value}"))
+
+    assert found.endswith("is not a whole number from 0 to 9,999 or one of auto, all")
+
+
 def test_a_quantized_cache_needs_flash_attention(tmp_path: Path) -> None:
     """The engines refuse it, or fall back in silence."""
     text = edited("kv_type: q8_0, flash_attention: true", "kv_type: q8_0, flash_attention: false")

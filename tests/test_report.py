@@ -24,6 +24,7 @@ from record_factory import (
     fetch_record,
     golden,
     load_gate,
+    load_gates,
     load_run,
     load_test_record,
     load_verdict,
@@ -331,7 +332,8 @@ def test_an_open_question_says_how_many_requests_decide_it(tmp_path: Path) -> No
         value=0.98, low=0.94996, high=0.99, outcome="INCONCLUSIVE", more_requests=310,
         sentence="too few requests",
     )  # fmt: skip
-    built = load_report(tmp_path, gates=(gate,))
+    others = [load_gate(name) for name in ("ttft", "tpot", "memory")]
+    built = load_report(tmp_path, gates=(gate, *others))
 
     assert report.worst_verdict(built) == "HOLD"
     for text in forms(built):
@@ -368,7 +370,8 @@ def test_hosts_with_other_levels_are_told_apart(tmp_path: Path) -> None:
         "big": {"ttft_ms": 300.0, "min_goodput": 0.95},
         "small": {"ttft_ms": 30.0, "min_goodput": 0.95},
     }
-    gates = (load_gate(host="big"), missed)
+    rest = [load_gate(name, "small") for name in ("ttft", "memory")]
+    gates = (*load_gates(["big"]), missed, *rest)
 
     built = load_report(tmp_path, hosts=hosts, runs=runs, gates=gates, slos=slos)
 

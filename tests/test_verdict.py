@@ -13,6 +13,7 @@ from record_factory import (
     engine_id,
     golden,
     load_gate,
+    load_gates,
     load_test_record,
     load_verdict,
     machine_id,
@@ -105,7 +106,7 @@ def test_hosts_are_judged_apart() -> None:
     hosts = {"big": {"vram_mib": 24576}, "small": {"vram_mib": 24576}}
     chosen = choice(hosts=hosts)
     winners = dict.fromkeys(hosts, "Q4_K_M")
-    gates = (load_gate(host="big"), load_gate(host="small", outcome="FAIL", sentence="too slow"))
+    gates = (*load_gates(["big"]), *load_gates(["small"], outcome="FAIL", sentence="too slow"))
     tested = load_test_record(winners, winners=(winner_test(hosts=hosts, gates=gates),))
 
     big, small = verdict.final(chosen, tested)
@@ -164,9 +165,11 @@ SKIPPED = GoldenPrompt(id="system", outcome="SKIPPED", sentence="upstream has no
         ({"golden": golden(prompts=())}, "INVALID", "were not compared"),
         ({"gates": ()}, "INVALID", "no level of host local was judged"),
         ({"gates": (load_gate("memory"),)}, "INVALID", "no level of host local was judged"),
-        ({"gates": (load_gate(outcome="FAIL", sentence="90 of 100"),)}, "REJECT", "90 of 100"),
+        ({"gates": load_gates()[1:]}, "INVALID", "nobody judged ttft of host local"),
+        ({"gates": load_gates()[:-1]}, "INVALID", "nobody judged memory of host local"),
+        ({"gates": load_gates(outcome="FAIL", sentence="90 of 100")}, "REJECT", "90 of 100"),
         (
-            {"gates": (load_gate(outcome="INCONCLUSIVE", sentence="about 50 more decide"),)},
+            {"gates": load_gates(outcome="INCONCLUSIVE", sentence="about 50 more decide")},
             "HOLD",
             "about 50 more decide",
         ),
