@@ -62,7 +62,8 @@ class Served(Part):
     size_bytes: int | None
     size_vram_bytes: int | None
     peak_memory_mib: Finite | None
-    # From the first request to its first byte; includes 250 ms in which Ollama polls.
+    # From the first request to its first byte; includes 250 ms in which Ollama polls. The file has
+    # just been hashed, so it comes from the page cache and not from the disk.
     cold_load_ms: Finite
 
 

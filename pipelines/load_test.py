@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from pipelines.serving.modelfile import Modelfile
     from pipelines.toolchain import Toolchain
 
+# A longer one is no licence; its name is laid beside the model then.
+_LICENSE_BYTES = 1 << 20
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "COPYING")
 
 
@@ -132,8 +134,10 @@ def render_modelfile(wanted: LoadTestSlice, at: Layout) -> Modelfile:
 def _license(wanted: LoadTestSlice, at: Layout) -> str:
     """Return the licence text that upstream ships, or the name of it, or nothing."""
     for name in _LICENSE_FILES:
+        path = at.source(wanted.model) / name
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            return (at.source(wanted.model) / name).read_text(encoding="utf-8")
+            if path.stat().st_size <= _LICENSE_BYTES:
+                return path.read_text(encoding="utf-8")
     fetched = records.read(at.model_record("fetch", wanted.model), records.FetchRecord)
     return fetched.license or ""
 

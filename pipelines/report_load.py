@@ -326,7 +326,8 @@ def _served_facts(served: Served, test: WinnerTest) -> Iterator[tuple[str, str]]
     if served.manifest_sha256:
         yield "manifest", f"sha256 {served.manifest_sha256}"
     yield "served file", f"sha256 {served.gguf_sha256}"
-    yield "cold load", f"{wording.number(served.cold_load_ms)} ms to the first byte"
+    load_ms = wording.number(served.cold_load_ms)
+    yield "cold load", f"{load_ms} ms to the first byte, the file in the page cache"
     slots = max((run.effective_slots for run in test.runs), default=None)
     seen = f", {slots:,} seen at work" if slots is not None and not test.invalid else ""
     yield "slots", f"{served.parallel:,} declared{seen}"

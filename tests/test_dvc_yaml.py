@@ -99,6 +99,7 @@ def test_a_load_test_follows_what_it_serves(stages: dict[str, Any], checkout: Pa
             str(at.source(model)),
             str(at.f16(model)),
             str(at.gguf(model, "x").parent),
+            str(at.model_record("fetch", model)),
             str(at.quant_record("quantize", model, "x").parent),
             str(at.model_record("choose", model)),
             str(at.machine),
