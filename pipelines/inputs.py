@@ -59,5 +59,5 @@ def paths(stage: str, slice_: Mapping[str, object], at: Layout) -> tuple[Path, .
         "calibrate": f16,
         "quantize": (*f16, *(matrix if slice_.get("imatrix") else ())),
         "benchmark": (*f16, *quant, at.machine),
-        "load-test": (*served, at.model_record("choose", model)),
+        "load-test": (*served, at.model_record("fetch", model), at.model_record("choose", model)),
     }.get(stage, ())

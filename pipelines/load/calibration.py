@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from pipelines import wording
 from pipelines.load import generator, measures, null_server, plan
 from pipelines.load_records import Calibration
 
@@ -92,13 +93,13 @@ def calibrate(  # noqa: PLR0913 - each is one independent fact about the run
     reasons = []
     if p99 > limit_ms:
         reasons.append(
-            f"the client adds {p99:.1f} ms to 1 of 100 chunks at {streams} streams of "
-            f"{chunks_per_s:.0f} chunks/s, {limit_ms:.1f} ms are allowed"
+            f"the client adds {wording.beyond(p99, limit_ms)} ms to 1 of 100 chunks at {streams} "
+            f"streams of {chunks_per_s:.0f} chunks/s, {limit_ms:.1f} ms are allowed"
         )
     if send_lag_p99_ms is not None and send_lag_p99_ms > send_lag_limit_ms:
         reasons.append(
-            f"1 of 100 requests left {send_lag_p99_ms:.1f} ms after its time, "
-            f"{send_lag_limit_ms:.0f} ms are allowed"
+            f"1 of 100 requests left {wording.beyond(send_lag_p99_ms, send_lag_limit_ms)} ms after "
+            f"its time, {wording.declared(send_lag_limit_ms)} ms are allowed"
         )
     return Calibration(
         streams_count=streams,
