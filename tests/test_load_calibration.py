@@ -114,7 +114,7 @@ def test_a_client_that_is_held_up_is_client_bound(log: Path, hold_up: Callable[.
 
     assert found.client_bound
     assert found.delay_p99_ms > 100
-    assert found.reason.startswith(f"the client adds {found.delay_p99_ms:.1f} ms to 1 of 100")
+    assert found.reason.startswith(f"the client adds {found.delay_p99_ms:.0f} ms to 1 of 100")
     assert "100.0 ms are allowed" in found.reason
 
 
