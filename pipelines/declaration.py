@@ -40,6 +40,7 @@ TAKEN_NAMES = frozenset(
         Layout().log("stage", "key"),
         Layout().scratch("model"),
         Layout().receipt("model"),
+        Layout().observed("model"),
         Layout().serving,
     )
 ) | {"mlruns", "mlartifacts", "remote"}
@@ -552,6 +553,7 @@ def slices(declared: Declaration) -> dict[tuple[str, str], Closed]:
         found["calibrate", model] = params.calibrate_slice(declared, model)
         found["choose", model] = params.choose_slice(declared, model)
         found["load-test", model] = params.load_test_slice(declared, model)
+        found["publish", model] = params.publish_slice(declared, model)
         found["track", model] = params.track_slice(declared, model)
     for quant in declared.quants:
         found["quantize", quant] = params.quantize_slice(declared, quant)

@@ -103,6 +103,18 @@ class Layout:
         """The headline numbers of the load test, for `dvc metrics diff`."""
         return self.root / "results" / model / "load-test-metrics.json"
 
+    def release(self, model: str) -> Path:
+        """The newest release: the very bytes whose sha256 is its id."""
+        return self.root / "results" / model / "release.json"
+
+    def ledger(self, model: str) -> Path:
+        """Every move of an alias and every waiver, one line each; appended to, never rewritten."""
+        return self.root / "results" / model / "ledger.jsonl"
+
+    def observed(self, model: str) -> Path:
+        """What the local registry holds of a model, as the probe finds it at every run."""
+        return self.root / "work/published" / f"{model}.json"
+
     def receipt(self, model: str) -> Path:
         """What the tracking server has been told about a model."""
         return self.root / "work/track" / f"{model}.json"
@@ -118,12 +130,14 @@ class Layout:
 
     def of_model(self, model: str) -> tuple[Path, ...]:
         """Everything that the stages write of one model and of none of its quants."""
-        stages = ("fetch", "convert", "calibrate", "choose", "load-test")
+        # Not release and ledger: what was once served stays on record.
+        stages = ("fetch", "convert", "calibrate", "choose", "load-test", "publish")
         return (
             *(self.model_record(stage, model) for stage in stages),
             self.metrics(model),
             self.load_metrics(model),
             self.frontier(model),
+            self.observed(model),
             self.receipt(model),
             self.source(model),
             self.f16(model),

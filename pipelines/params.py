@@ -34,6 +34,21 @@ VERSION = r"^[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}$"
 TENSOR_PATTERN = r"^[!-<>-@\[-~]{1,200}$"
 TRACKING_URI = r"^[!-~]{1,400}$"
 EXPERIMENT = r"^[A-Za-z0-9._ -]{1,100}$"
+_HOST = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}(?::[0-9]{1,5})?"
+# No user, no password, no query: credentials come from the environment.
+REGISTRY = (
+    rf"^(?:file:/?{_PATH}"
+    r"|s3://[a-z0-9][a-z0-9.-]{1,62}(?:/" + _PATH + ")?"
+    # One level: Ollama reads no more (types/model/name.go).
+    rf"|oci://{_HOST}/[a-z0-9][a-z0-9_-]{{0,79}}"
+    r"|hf:[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+    rf"|mlflow:(?:sqlite:////?{_PATH}|https?://{_HOST}(?:/{_PATH})?))$"
+)
+ENDPOINT = rf"^https?://{_HOST}(?:/{_PATH})?$"
+RELEASE = r"^(?:latest|[0-9a-f]{64})$"
+LICENSE = r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$"
+DAY = r"^[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])$"
+SENTENCE = r"^(?=.*[A-Za-z])[ -~]{3,300}$"
 
 # What a pattern means, for people: error messages, the schema and docs/params.md say this.
 PATTERN_WORDS = {
@@ -49,6 +64,13 @@ PATTERN_WORDS = {
     TENSOR_PATTERN: "a regular expression in lower case without spaces and `=`",
     TRACKING_URI: "a URI of at most 400 printable ASCII characters",
     EXPERIMENT: "at most 100 letters, digits, spaces, `.`, `_` and `-`",
+    REGISTRY: "`file:DIRECTORY`, `s3://bucket/prefix`, `oci://host/namespace`, `hf:owner` or "
+    "`mlflow:` and a tracking URI, without a user and a password",
+    ENDPOINT: "an http or https address without a user and a password",
+    RELEASE: "`latest` or a release id: 64 digits of 0-9a-f",
+    LICENSE: "the Hub's word for a licence, such as apache-2.0",
+    DAY: "a day such as 2027-01-31",
+    SENTENCE: "3 to 300 printable ASCII characters with a letter in them",
 }
 
 # What llama-quantize of the pinned commit makes (tools/quantize/quantize.cpp, QUANT_OPTIONS), less
@@ -116,6 +138,12 @@ Revision = Annotated[str, StringConstraints(pattern=REVISION), _PRINTABLE]
 RelativePath = Annotated[str, StringConstraints(pattern=RELATIVE_PATH), _PRINTABLE]
 Source = Annotated[str, StringConstraints(pattern=SOURCE), _PRINTABLE]
 Tokens = Annotated[int, Field(ge=1, le=10_000_000)]
+RegistryUrl = Annotated[str, StringConstraints(pattern=REGISTRY), _PRINTABLE]
+Endpoint = Annotated[str, StringConstraints(pattern=ENDPOINT), _PRINTABLE]
+Stable = Annotated[str, StringConstraints(pattern=RELEASE), _PRINTABLE]
+LicenseId = Annotated[str, StringConstraints(pattern=LICENSE), _PRINTABLE]
+Day = Annotated[str, StringConstraints(pattern=DAY), _PRINTABLE]
+Sentence = Annotated[str, StringConstraints(pattern=SENTENCE), _PRINTABLE]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 
@@ -225,6 +253,22 @@ class ModelServing(Closed):
     flash_attention: bool | None = Field(None, description="Flash attention.")
 
 
+# What a person may let pass. Nothing else can be: no INVALID, no missing or foreign record.
+Waivable = Literal["hold", "license", "gated"]
+
+
+class Waiver(Closed):
+    """One refusal of `publish` that a person takes upon himself; shown wherever the release is."""
+
+    gate: Waivable = Field(
+        description="`hold`: a HOLD verdict; `license`: a licence that is unknown or has changed; "
+        "`gated`: an upstream that gives its files only to those who agreed to its terms."
+    )
+    who: Sentence = Field(description="Who decided.")
+    why: Sentence = Field(description="The reason.")
+    until: Day = Field(description="Last day on which it lets a release be published.")
+
+
 class Model(Closed):
     """One model of the fleet."""
 
@@ -251,6 +295,19 @@ class Model(Closed):
         default=ModelServing(), description="Overrides of the top-level `serving`."
     )
     slo: Slo = Field(default=Slo(), description="Overrides of the host's and the fleet's `slo`.")
+    stable: Stable = Field(
+        "latest",
+        description="Release that is served: `latest`, or the id of an earlier one, which rolls "
+        "back to it.",
+    )
+    license: LicenseId | None = Field(
+        None,
+        description="Licence that was read and accepted; needed where upstream states none, or "
+        "another than the release before.",
+    )
+    waivers: tuple[Waiver, ...] = Field(
+        (), description="Refusals of `publish` that somebody lets pass.", max_length=16
+    )
 
 
 class Quant(Closed):
@@ -428,6 +485,35 @@ class Track(Closed):
     )
 
 
+# The registry that `dvc repro` keeps; the others are published to by name.
+LOCAL_REGISTRY = "local"
+
+
+class Registry(Closed):
+    """Where releases go. Credentials come from the environment, never from here."""
+
+    url: RegistryUrl = Field(
+        description="`file:registry`, `s3://bucket/prefix`, `oci://host:port/namespace`, "
+        "`hf:owner`, `mlflow:http://host:5000`."
+    )
+    endpoint: Endpoint | None = Field(
+        None, description="Address of an S3 service other than AWS, or of a mirror of the Hub."
+    )
+    region: Annotated[str, StringConstraints(pattern=MODEL_KEY), _PRINTABLE] | None = Field(
+        None, description="Region of an S3 bucket."
+    )
+    insecure: bool = Field(
+        default=False, description="Allow plain HTTP to a host other than this one."
+    )
+    private: bool = Field(default=True, description="A new repository on the Hub is private.")
+    blobs: ModelKey | None = Field(
+        None, description="Registry that holds the files; `mlflow:` keeps none itself."
+    )
+    max_file_mib: Annotated[int, Field(ge=1, le=100_000_000)] | None = Field(
+        None, description="Largest file that it takes, where that is less than its kind takes."
+    )
+
+
 class Host(Closed):
     """A machine that will serve."""
 
@@ -461,6 +547,10 @@ class Declaration(Closed):
     track: Track = Field(default=Track(), description="MLflow.")
     hosts: dict[HostKey, Host] = Field(
         description="Where models are served, by name.", min_length=1
+    )
+    registries: dict[ModelKey, Registry] = Field(
+        default_factory=lambda: {LOCAL_REGISTRY: Registry(url="file:registry")},
+        description="Where releases go, by name; `local` is the one that `dvc repro` keeps.",
     )
 
 
@@ -546,6 +636,22 @@ class LoadTestSlice(Closed):
     load_test: LoadTest
     hosts: dict[str, Host]
     slos: dict[str, Slo]
+
+
+class PublishSlice(Closed):
+    """Decides what a release holds and which one is stable; the registry is the local one."""
+
+    model: str
+    quants: dict[str, QuantType]
+    source: str
+    context_tokens: int
+    modelfile: str
+    serving: Serving
+    threads: int | None
+    stable: str
+    license: str | None
+    waivers: tuple[Waiver, ...]
+    registry: Registry
 
 
 class TrackSlice(Closed):
@@ -674,6 +780,33 @@ def load_test_slice(declared: Declaration, model: str) -> LoadTestSlice:
         load_test=declared.load_test,
         hosts=declared.hosts,
         slos=slos,
+    )
+
+
+def registry_of(declared: Declaration, name: str) -> Registry | None:
+    """Return a declared registry; `local` is there even if nobody declares it."""
+    default = Registry(url="file:registry") if name == LOCAL_REGISTRY else None
+    return declared.registries.get(name, default)
+
+
+def publish_slice(declared: Declaration, model: str) -> PublishSlice:
+    """Resolve what `publish` of a model reads."""
+    spec = declared.models[model]
+    served = load_test_slice(declared, model)
+    local = registry_of(declared, LOCAL_REGISTRY)
+    assert local is not None, "there is a default"
+    return PublishSlice(
+        model=model,
+        quants=served.quants,
+        source=spec.source,
+        context_tokens=spec.context_tokens,
+        modelfile=spec.modelfile,
+        serving=served.serving,
+        threads=served.threads,
+        stable=spec.stable,
+        license=spec.license,
+        waivers=spec.waivers,
+        registry=local,
     )
 
 
