@@ -13,10 +13,12 @@ import ctypes
 import ctypes.util
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -272,6 +274,104 @@ def watched_by(
             # One that died before us is no reason to fail: the next run repairs what is left. One
             # that is slow, on a busy machine, ends by itself.
             _watchdogs.append(dog)
+
+
+class Dialogue:
+    """
+    A program of ours that answers each line that it is told by one line.
+
+    It has a process group of its own, so that a Ctrl-C does not tear what it is just doing. It ends
+    by itself when its stdin does, which only we hold open: when we are killed, it ends after the
+    question that it is at.
+    """
+
+    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str]) -> None:
+        """
+        Start it.
+
+        Args:
+            argv: Program and arguments; never passed through a shell.
+            env: Variables added to ours.
+
+        Raises:
+            MachineError: The program does not exist, or is none for this machine.
+        """
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the program
+        self._rest = b""
+        try:
+            self._child = subprocess.Popen(
+                list(argv),
+                env=_environment(env, inherit=True),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                bufsize=0,
+                process_group=0,
+            )
+        except OSError as error:
+            self._said.close()
+            raise MachineError(f"{argv[0]} cannot be started: {error.strerror}.") from error
+
+    def ask(self, line: str, *, within_s: float) -> str:
+        """
+        Tell it a line and return the one that it answers.
+
+        Raises:
+            ToolError: It has ended, ends, or does not answer in time; it is then gone.
+            BaseException: We were interrupted; it is then gone too, for its answer would be taken
+                for that to the next question.
+        """
+        try:
+            return self._ask(line, time.monotonic() + within_s)
+        except (BrokenPipeError, EOFError):
+            cause = _cause(self.close())
+        except TimeoutError:
+            self.close()
+            cause = f"was stopped after {within_s:.0f} s"
+        except BaseException:
+            self.close()
+            raise
+        raise ToolError(f"{self._name} {cause}.\n{self._last_words}".rstrip())
+
+    def _ask(self, line: str, deadline: float) -> str:
+        told, answers = self._child.stdin, self._child.stdout
+        if told is None or answers is None or told.closed:
+            raise EOFError
+        rest = memoryview(line.encode() + b"\n")
+        while rest:
+            rest = rest[os.write(told.fileno(), rest) :]
+        while b"\n" not in self._rest:
+            ready, _, _ = select.select([answers], [], [], max(deadline - time.monotonic(), 0))
+            if not ready:
+                raise TimeoutError
+            chunk = os.read(answers.fileno(), 1 << 16)
+            if not chunk:
+                raise EOFError
+            self._rest += chunk
+        answer, _, self._rest = self._rest.partition(b"\n")
+        return answer.decode(errors="replace")
+
+    @property
+    def _name(self) -> str:
+        return os.path.basename(str(self._child.args[0]))  # type: ignore[index]  # noqa: PTH119
+
+    _last_words = ""
+
+    def close(self) -> int:
+        """End it, at the latest after half a second, and return its exit code."""
+        for stream in (self._child.stdin, self._child.stdout):
+            if stream is not None:
+                stream.close()
+        try:
+            code = self._child.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            _signal_group(self._child.pid, signal.SIGKILL)
+            code = self._child.wait()
+        if not self._said.closed:
+            self._said.seek(max(self._said.seek(0, os.SEEK_END) - _LINE_LIMIT_BYTES, 0))
+            self._last_words = _last_lines(self._said.read().decode(errors="replace"), TAIL_LINES)
+            self._said.close()
+        return code
 
 
 class _Child(subprocess.Popen[bytes]):

@@ -254,3 +254,36 @@ def _wait_for_text(path: Path) -> None:
     deadline = time.monotonic() + 30
     while not (path.exists() and path.read_text().strip()) and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+# --- a program that is asked ------------------------------------------------------------------
+
+TWICE = "import sys\nfor line in sys.stdin:\n    print(line.strip() * 2, flush=True)"
+
+
+def test_each_line_that_a_program_is_told_gets_one_answer() -> None:
+    """Also one that is larger than a pipe; and it is gone when nobody asks it any more."""
+    dialogue = proc.Dialogue([sys.executable, "-c", TWICE], env={})
+
+    assert dialogue.ask("ab", within_s=30) == "abab"
+    assert len(dialogue.ask("a" * 300_000, within_s=30)) == 600_000
+    assert dialogue.close() == 0
+
+
+def test_a_program_that_ends_in_a_dialogue_says_why_at_each_question() -> None:
+    """Its last words are in the error; no answer is made up."""
+    dialogue = proc.Dialogue([sys.executable, "-c", "raise SystemExit('no key')"], env={})
+
+    for _ in range(2):
+        with pytest.raises(ToolError, match=r"ended with exit code 1\.\n +no key"):
+            dialogue.ask("question", within_s=30)
+
+
+def test_a_program_that_never_answers_is_stopped() -> None:
+    """Whoever asks next is not given the answer to the question before."""
+    dialogue = proc.Dialogue(["sleep", "60"], env={})
+
+    with pytest.raises(ToolError, match="was stopped after 1 s"):
+        dialogue.ask("question", within_s=1)
+    with pytest.raises(ToolError, match="was killed"):
+        dialogue.ask("question", within_s=1)
