@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# Started only where a test asks for one by name.
+from registry_servers import moto_s3, s3_server, versitygw
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pipelines.serving.engine import Engine
     from pipelines.toolchain import Toolchain
+
+__all__ = ["moto_s3", "s3_server", "versitygw"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
