@@ -3,6 +3,7 @@ Real registry servers for the tests: each starts when a test asks for it and end
 
     versitygw    S3 on a POSIX directory; conditional writes that hold under races
     moto_s3      S3 in this process; a second opinion, wrong in places that the tests name
+    oci          docker-registry behind nginx with the files of deploy/registry; oci_tls over TLS
 
 A server listens on a free port of loopback, writes what it prints to a log, and is handed over when
 it answers. It ends with its process group, however the session ends (pipelines.proc.background).
@@ -22,6 +23,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import filelock
@@ -31,7 +33,6 @@ from pipelines import atomic, params, proc, toolchain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
 _READY_WITHIN_S: Final = 60.0
 _INSTALL_WITHIN_S: Final = 900.0
@@ -301,6 +302,214 @@ def s3_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 # --- OCI: docker-registry behind nginx --------------------------------------------------------
+
+DEPLOYED: Final = Path(__file__).resolve().parent.parent / "deploy/registry"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OciServer:
+    """
+    docker-registry behind nginx, both with the files of deploy/registry.
+
+    Attributes:
+        kind: Programs and versions, for test names and messages.
+        pull: host:port where everybody reads.
+        push: host:port where publishers write, with the password; "" of a read-only one.
+        direct: host:port of the registry itself, past nginx: no password, and no Ollama.
+        username: Of the publisher.
+        password: The publisher's.
+        directory: Of the registry's storage.
+        ca: Certificate of the authority that signed its own; None over plain HTTP.
+        logs: Directory of what both print.
+        configuration: The registry's.
+    """
+
+    kind: str
+    pull: str
+    push: str
+    direct: str
+    username: str
+    password: str
+    directory: Path
+    ca: Path | None
+    logs: Path
+    configuration: Path
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def environment(self, name: str) -> dict[str, str]:
+        """What has to be in the environment to publish to it as the registry `name`."""
+        prefix = f"GGUF_FLEET_{name.upper().replace('-', '_')}"
+        found = {f"{prefix}_USERNAME": self.username, f"{prefix}_PASSWORD": self.password}
+        return found | ({"SSL_CERT_FILE": str(self.ca)} if self.ca else {})
+
+    def registry(self, *, namespace: str = "", address: str = "") -> params.Registry:
+        """
+        Declare a registry on it, as params.yaml would.
+
+        Args:
+            namespace: A new one if absent.
+            address: Another way to it, e.g. through a proxy that makes faults.
+        """
+        name = namespace or f"fleet-{os.getpid()}-{next(self._numbers)}"
+        return params.Registry(url=f"oci://{address or self.push}/{name}")
+
+    def collect_garbage(self) -> str:
+        """Run the registry's own collection, as its operator does; return what it printed."""
+        program = debian_program("docker-registry", "docker-registry")
+        argv = [program, "garbage-collect", str(self.configuration)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout
+
+
+@contextmanager
+def oci_server(
+    directory: Path, *, variant: str = "nginx.conf", delete: bool = True
+) -> Iterator[OciServer]:
+    """
+    Run docker-registry and nginx with the files of deploy/registry; ports and paths are ours.
+
+    Args:
+        directory: For everything that they write.
+        variant: `nginx.conf`, `nginx-tls.conf` or `nginx-read-only.conf`.
+        delete: Whether manifests may be deleted, as in the file.
+    """
+    registry = debian_program("docker-registry", "docker-registry")
+    nginx = debian_program("nginx", "nginx-light")
+    pull, push, direct = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    logs, storage, etc = directory / "logs", directory / "storage", directory / "etc"
+    for each in (logs, storage, etc / "conf.d", etc / "snippets", etc / "tls", directory / "tmp"):
+        each.mkdir(parents=True)
+    ours = {
+        "127.0.0.1:5001": direct,
+        "listen 5000": f"listen {pull}",
+        "listen 127.0.0.1:5010": f"listen {push}",
+        "listen 5010": f"listen {push}",
+        "/var/log/nginx": str(logs),
+        "/var/lib/docker-registry": str(storage),
+        **({} if delete else {"delete:\n    enabled: true": "delete:\n    enabled: false"}),
+    }
+
+    def deploy(name: str, target: Path) -> Path:
+        text = (DEPLOYED / name).read_text()
+        for theirs, own in ours.items():
+            text = text.replace(theirs, own)
+        target.write_text(text)
+        return target
+
+    for snippet in (DEPLOYED / "snippets").iterdir():
+        deploy(f"snippets/{snippet.name}", etc / "snippets" / snippet.name)
+    deploy(variant, etc / "conf.d/registry.conf")
+    configuration = deploy("registry.yml", directory / "registry.yml")
+    username, password = "publisher", "not-a-secret"
+    told = _openssl("passwd", "-6", password).strip()
+    (etc / "gguf-fleet.htpasswd").write_text(f"{username}:{told}\n")
+    tls = variant == "nginx-tls.conf"
+    ca = certificates(etc / "tls") if tls else None
+    main = etc / "nginx.conf"
+    main.write_text(_NGINX_MAIN.format(user=_NGINX_USER, directory=directory, logs=logs))
+    secret = {"REGISTRY_HTTP_SECRET": "not-a-secret-either"}
+    with (
+        serving(
+            [registry, "serve", configuration],
+            f"http://{direct}/v2/",
+            logs / "docker-registry.log",
+            env=secret,
+            cwd=directory,
+        ),
+        # Over TLS it answers this, too: that it wants TLS.
+        serving(
+            [nginx, "-p", etc, "-c", main, "-e", logs / "nginx-error.log"],
+            f"http://{pull}/v2/",
+            logs / "nginx.log",
+            cwd=directory,
+        ),
+    ):
+        yield OciServer(
+            kind=f"docker-registry {_version_of(registry, '--version')} behind "
+            f"nginx {_version_of(nginx, '-v')}",
+            pull=pull,
+            push="" if variant == "nginx-read-only.conf" else push,
+            direct=direct,
+            username=username,
+            password=password,
+            directory=storage,
+            ca=ca,
+            logs=logs,
+            configuration=configuration,
+        )
+
+
+# What Debian's own nginx.conf does: run in the foreground of systemd, include conf.d.
+_NGINX_MAIN: Final = """\
+{user}
+daemon off;
+worker_processes 1;
+pid {directory}/nginx.pid;
+error_log {logs}/nginx-error.log info;
+events {{ worker_connections 256; }}
+http {{
+    access_log {logs}/nginx-access.log;
+    client_body_temp_path {directory}/tmp/body;
+    proxy_temp_path {directory}/tmp/proxy;
+    fastcgi_temp_path {directory}/tmp/fastcgi;
+    uwsgi_temp_path {directory}/tmp/uwsgi;
+    scgi_temp_path {directory}/tmp/scgi;
+    include conf.d/*.conf;
+}}
+"""
+# Below a directory of pytest, which nobody but its owner may enter.
+_NGINX_USER: Final = "user root;" if os.geteuid() == 0 else ""
+
+
+def certificates(directory: Path) -> Path:
+    """
+    Make an authority and a certificate of it for loopback, registry.crt and registry.key.
+
+    Returns:
+        The authority's own certificate, for those who are to trust it.
+    """
+    ca, key = directory / "ca.crt", directory / "ca.key"
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    _openssl(
+        *("req", "-x509", *curve, "-keyout", key, "-out", ca, "-days", "2"),
+        *("-subj", "/CN=gguf-fleet tests", "-addext", "keyUsage=critical,keyCertSign"),
+    )
+    _openssl(
+        *("req", "-x509", *curve, "-keyout", directory / "registry.key", "-CA", ca),
+        *("-CAkey", key, "-out", directory / "registry.crt", "-days", "2"),
+        *("-subj", "/CN=localhost"),
+        *("-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"),
+        *("-addext", "basicConstraints=critical,CA:FALSE"),
+    )
+    return ca
+
+
+def _openssl(*words: str | Path) -> str:
+    program = debian_program("openssl", "openssl")
+    argv = [program, *map(str, words)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def _version_of(program: str, option: str) -> str:
+    told = subprocess.run(
+        [program, option], capture_output=True, text=True, timeout=60, check=False
+    )
+    found = re.search(r"[0-9]+\.[0-9]+\.[0-9]+", told.stdout + told.stderr)
+    return found[0] if found else "of an unknown version"
+
+
+@pytest.fixture(scope="session")
+def oci(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OciServer]:
+    """Plain HTTP on loopback; publishers write with a password."""
+    with oci_server(tmp_path_factory.mktemp("oci")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def oci_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OciServer]:
+    """Over TLS, with a certificate of a private authority."""
+    with oci_server(tmp_path_factory.mktemp("oci-tls"), variant="nginx-tls.conf") as server:
+        yield server
 
 
 # --- MLflow: a tracking server ----------------------------------------------------------------
