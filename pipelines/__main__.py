@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, cast
 
-from pipelines import __version__, console
+from pipelines import __version__, console, release_verbs
 from pipelines.errors import FleetError, MachineError, ParamsError
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_operations(verbs)
     for stage in STAGES:
         _add_stage(verbs, stage)
+    release_verbs.add(verbs, _add, _layout)
     return parser
 
 
@@ -183,6 +184,9 @@ def _add_stage(verbs: argparse._SubParsersAction[argparse.ArgumentParser], stage
         verb.add_argument(
             "--rebuild", action="store_true", help="tell a new or lost store everything again"
         )
+    elif stage.name == "publish":
+        verb.add_argument("key", nargs="?", metavar="MODEL", help="default with --to: all")
+        release_verbs.add_publish(verb)
     elif stage.keyed_by != "fleet":
         verb.add_argument("key", metavar=stage.keyed_by.upper(), help="key in params.yaml")
     if stage.name == "load-test":
@@ -238,6 +242,8 @@ def _stage(args: argparse.Namespace) -> int:
         if args.key is not None:
             _slice(at, declared, args.stage, args.key)
         return _track_all(at, declared, args.key, rebuild=args.rebuild)
+    if args.stage.name == "publish" and release_verbs.is_publish_to(args):
+        return release_verbs.publish_to(args, declared, at)
     key = "fleet" if args.stage.keyed_by == "fleet" else args.key
     if args.stage.name == "load-test" and (args.name or args.api != "auto") and not args.url:
         raise ParamsError("`--name` and `--api` are about the server of `--url`.", hint="--url URL")

@@ -1,0 +1,352 @@
+"""
+The verbs about releases, as the command line sees them: names, options, help.
+
+What each does is in a module of its own, which is imported when it is typed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pipelines.errors import ParamsError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from pipelines.layout import Layout
+    from pipelines.params import Declaration
+
+    class AddVerb(Protocol):
+        """How `pipelines.__main__` adds a verb."""
+
+        def __call__(
+            self,
+            verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+            name: str,
+            help_: str,
+            run: Callable[[argparse.Namespace], int],
+        ) -> argparse.ArgumentParser:
+            """Return the parser of the verb."""
+            ...
+
+
+def add(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_verb: AddVerb,
+    find: Callable[[], Layout],
+) -> None:
+    """
+    Add every verb but `publish`, which is a stage.
+
+    Args:
+        verbs: Of the command line.
+        add_verb: Adds one.
+        find: Returns the paths of the checkout that we stand in.
+    """
+    _add_rollback(verbs, add_verb, find)
+    _add_releases(verbs, add_verb, find)
+    _add_pull(verbs, add_verb, find)
+    _add_serve(verbs, add_verb, find)
+    _add_gc(verbs, add_verb, find)
+    _add_verify(verbs, add_verb, find)
+    _add_audit(verbs, add_verb, find)
+
+
+def add_publish(verb: argparse.ArgumentParser) -> None:
+    """Add to the stage `publish` what sends a release to another registry."""
+    other = verb.add_argument_group("to another registry, instead of the stage")
+    other.add_argument(
+        "--to", metavar="NAME", help="publish to this registry of params.yaml; all models if none"
+    )
+    other.add_argument("--reason", metavar="TEXT", help="why, for the ledger")
+    _dry_run(other)
+
+
+def is_publish_to(args: argparse.Namespace) -> bool:
+    """
+    Tell whether `fleet publish` was typed as a verb rather than as the stage.
+
+    Raises:
+        ParamsError: It is half of each.
+    """
+    if args.to is not None:
+        return True
+    if args.key is None or args.reason is not None or args.dry_run:
+        raise ParamsError(
+            "`fleet publish` without a registry is the stage of one model, and takes neither "
+            "`--reason` nor `--dry-run`.",
+            hint="fleet publish --to NAME publishes every model to a registry of params.yaml.",
+        )
+    return False
+
+
+def publish_to(args: argparse.Namespace, declared: Declaration, at: Layout) -> int:
+    """Do `fleet publish [MODEL] --to NAME`."""
+    from pipelines import publish_to as verb  # noqa: PLC0415 - not for --help
+
+    return verb.main(
+        declared,
+        at,
+        model=args.key,
+        to=args.to,
+        reason=args.reason,
+        dry_run=args.dry_run,
+        as_json=args.json,
+    )
+
+
+def _load(at: Layout) -> Declaration:
+    from pipelines import declaration  # noqa: PLC0415 - not for --help
+
+    return declaration.load(at.params)
+
+
+def _dry_run(verb: argparse._ActionsContainer) -> None:
+    verb.add_argument(
+        "--dry-run", action="store_true", help="say what would change; change nothing"
+    )
+
+
+def _json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+# --- one pair for each verb: its options, and the call ----------------------------------------
+
+
+def _add_rollback(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_verb: AddVerb,
+    find: Callable[[], Layout],
+) -> None:
+    verb = add_verb(
+        verbs,
+        "rollback",
+        "let `stable` of a model mean an earlier release, in params.yaml and in the registries",
+        partial(_rollback, find),
+    )
+    verb.add_argument("model", metavar="MODEL", help="key in params.yaml")
+    verb.add_argument(
+        "--to",
+        required=True,
+        metavar="RELEASE",
+        help="release id (8 digits are enough), `previous`, or `latest` to end a rollback",
+    )
+    verb.add_argument("--registry", metavar="NAME", help="default: every one that holds the model")
+    verb.add_argument("--reason", required=True, metavar="TEXT", help="why, for the ledger")
+    _dry_run(verb)
+    _json(verb)
+
+
+def _rollback(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+    from pipelines import rollback  # noqa: PLC0415 - not for --help
+
+    at = find()
+    return rollback.main(
+        _load(at),
+        at,
+        model=args.model,
+        target=args.to,
+        registry=args.registry,
+        reason=args.reason,
+        dry_run=args.dry_run,
+        as_json=args.json,
+    )
+
+
+def _add_releases(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_verb: AddVerb,
+    find: Callable[[], Layout],
+) -> None:
+    verb = add_verb(
+        verbs,
+        "releases",
+        "show who moved `stable` of a model, when and why",
+        partial(_releases, find),
+    )
+    verb.add_argument("model", metavar="MODEL", help="key in params.yaml")
+    verb.add_argument("--registry", metavar="NAME", help="default: every one that holds the model")
+    _json(verb)
+
+
+def _releases(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+    from pipelines import releases  # noqa: PLC0415 - not for --help
+
+    at = find()
+    return releases.main(_load(at), at, model=args.model, registry=args.registry, as_json=args.json)
+
+
+def _add_pull(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_verb: AddVerb,
+    find: Callable[[], Layout],
+) -> None:
+    verb = add_verb(
+        verbs,
+        "pull",
+        "fetch a release: verified GGUF, Modelfile, release.json",
+        partial(_pull, find),
+    )
+    verb.add_argument("model", metavar="MODEL[@RELEASE]", help="`stable` if no release is named")
+    verb.add_argument("--from", dest="registry", metavar="NAME", help="registry; default: local")
+    verb.add_argument(
+        "--quant", action="append", default=[], metavar="TYPE", help="may be repeated; default: one"
+    )
+    verb.add_argument("--all", action="store_true", help="every quant of the release")
+    verb.add_argument("--to", type=Path, metavar="DIR", help="default: MODEL-<release>")
+    _dry_run(verb)
+    _json(verb)
+
+
+def _pull(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+    from pipelines import pull  # noqa: PLC0415 - not for --help
+
+    at = find()
+    return pull.main(
+        _load(at),
+        at,
+        reference=args.model,
+        registry=args.registry,
+        types=tuple(args.quant),
+        every=args.all,
+        to=args.to,
+        dry_run=args.dry_run,
+        as_json=args.json,
+    )
+
+
+def _add_serve(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_verb: AddVerb,
+    find: Callable[[], Layout],
+) -> None:
+    verb = add_verb(
+        verbs,
+        "serve",
+        "put a release into your own Ollama, and back if it fails",
+        partial(_serve, find),
+    )
+    verb.add_argument("model", metavar="MODEL[@RELEASE]", help="`stable` if no release is named")
+    verb.add_argument("--from", dest="registry", metavar="NAME", help="registry; default: local")
+    what = verb.add_mutually_exclusive_group()
+    what.add_argument("--host", metavar="HOST", help="take the quant that was chosen for this host")
+    what.add_argument("--quant", metavar="TYPE", help="take this quant")
+    verb.add_argument(
+        "--models-dir", type=Path, metavar="DIR", help="of that Ollama; default: OLLAMA_MODELS"
+    )
+    verb.add_argument("--url", metavar="URL", help="of that Ollama; default: OLLAMA_HOST")
+    verb.add_argument("--name", metavar="NAME", help="served name; default: the model's key")
+    _dry_run(verb)
+    _json(verb)
+
+
+def _serve(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+    from pipelines import registries, serve  # noqa: PLC0415 - not for --help
+
+    at = find()
+    model, alias = registries.reference(args.model)
+    return serve.main(
+        _load(at),
+        at,
+        model=model,
+        alias=alias,
+        registry=args.registry,
+        host=args.host,
+        quant=args.quant,
+        models_dir=args.models_dir,
+        url=args.url,
+        name=args.name,
+        dry_run=args.dry_run,
+        as_json=args.json,
+    )
+
+
+def _add_gc(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_verb: AddVerb,
+    find: Callable[[], Layout],
+) -> None:
+    verb = add_verb(
+        verbs,
+        "gc",
+        "free what no promised rollback needs; a dry run unless --apply",
+        partial(_gc, find),
+    )
+    verb.add_argument("--registry", required=True, metavar="NAME", help="key in params.yaml")
+    verb.add_argument(
+        "--keep-moves", type=int, default=10, metavar="N", help="last moves kept; default: 10"
+    )
+    verb.add_argument(
+        "--keep-days",
+        type=int,
+        default=90,
+        metavar="N",
+        help="days whose moves are kept; default: 90",
+    )
+    how = verb.add_mutually_exclusive_group()
+    how.add_argument("--apply", action="store_true", help="remove it")
+    _dry_run(how)
+    _json(verb)
+
+
+def _gc(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+    from pipelines import registry_gc  # noqa: PLC0415 - not for --help
+
+    at = find()
+    return registry_gc.main(
+        _load(at),
+        at,
+        name=args.registry,
+        keep_moves=args.keep_moves,
+        keep_days=args.keep_days,
+        apply=args.apply,
+        as_json=args.json,
+    )
+
+
+def _add_verify(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_verb: AddVerb,
+    find: Callable[[], Layout],
+) -> None:
+    verb = add_verb(
+        verbs,
+        "verify-registry",
+        "hash everything in a registry again and compare it with git",
+        partial(_verify, find),
+    )
+    verb.add_argument("name", metavar="NAME", help="key in params.yaml")
+    _json(verb)
+
+
+def _verify(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+    from pipelines import registry_verify  # noqa: PLC0415 - not for --help
+
+    at = find()
+    return registry_verify.main(_load(at), at, name=args.name, as_json=args.json)
+
+
+def _add_audit(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_verb: AddVerb,
+    find: Callable[[], Layout],
+) -> None:
+    verb = add_verb(
+        verbs,
+        "audit",
+        "tell which bytes ran when, made from what, by whose decision, and check the ledger",
+        partial(_audit, find),
+    )
+    verb.add_argument("model", nargs="?", metavar="MODEL", help="default: every model")
+    _json(verb)
+
+
+def _audit(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+    from pipelines import audit  # noqa: PLC0415 - not for --help
+
+    at = find()
+    return audit.main(_load(at), at, model=args.model, as_json=args.json)
