@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from pipelines.layout import Layout
     from pipelines.load_records import EngineId, Smoke, WinnerTest
-    from pipelines.params import LoadTestSlice
+    from pipelines.params import LoadTestSlice, PublishSlice
     from pipelines.records import ChoiceRecord
     from pipelines.serving.modelfile import Modelfile
     from pipelines.toolchain import Toolchain
@@ -116,7 +116,7 @@ def load_test(
     )
 
 
-def render_modelfile(wanted: LoadTestSlice, at: Layout) -> Modelfile:
+def render_modelfile(wanted: LoadTestSlice | PublishSlice, at: Layout) -> Modelfile:
     """
     Render the declared Modelfile for a model.
 
@@ -131,7 +131,7 @@ def render_modelfile(wanted: LoadTestSlice, at: Layout) -> Modelfile:
     )
 
 
-def _license(wanted: LoadTestSlice, at: Layout) -> str:
+def _license(wanted: LoadTestSlice | PublishSlice, at: Layout) -> str:
     """Return the licence text that upstream ships, or the name of it, or nothing."""
     for name in _LICENSE_FILES:
         path = at.source(wanted.model) / name

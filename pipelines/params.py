@@ -644,6 +644,7 @@ class PublishSlice(Closed):
     model: str
     quants: dict[str, QuantType]
     source: str
+    revision: str
     context_tokens: int
     modelfile: str
     serving: Serving
@@ -799,6 +800,7 @@ def publish_slice(declared: Declaration, model: str) -> PublishSlice:
         model=model,
         quants=served.quants,
         source=spec.source,
+        revision=spec.revision,
         context_tokens=spec.context_tokens,
         modelfile=spec.modelfile,
         serving=served.serving,

@@ -9,15 +9,17 @@ Paths in a record are names below their directory, never absolute.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 
 from pipelines import atomic, console
 from pipelines.errors import FleetError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pydantic import SerializerFunctionWrapHandler
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -44,7 +46,12 @@ class FileDigest(Part):
 
 
 class FetchRecord(Record):
-    """The verified bytes of one upstream revision."""
+    """
+    The verified bytes of one upstream revision.
+
+    `gated` is how the Hub guards the files of a model that not everybody may have; None, and then
+    not written, where everybody may.
+    """
 
     stage: Literal["fetch"] = "fetch"
     model: str
@@ -56,6 +63,15 @@ class FetchRecord(Record):
     dtypes: dict[str, int]
     size_bytes: int
     files: tuple[FileDigest, ...]
+    gated: Literal["auto", "manual"] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not: records written before there was the field stay as they are."""
+        fields: dict[str, Any] = handler(self)
+        if self.gated is None:
+            del fields["gated"]
+        return fields
 
 
 class ConvertRecord(Record):
@@ -302,9 +318,10 @@ class TrackReceipt(Record):
     """
     What the tracking server has been told; `pending` means that it could not be reached.
 
-    `choice_sha256` and `load_test_sha256` are the digests of the records that it speaks of. The
-    report depends on receipts alone (DVC cannot list a file for each model), so they have to change
-    whenever a choice or a load test does. `missing` are the keys that there was nothing to tell of.
+    `choice_sha256`, `load_test_sha256` and `publish_sha256` are the digests of the records that it
+    speaks of. The report depends on receipts alone (DVC cannot list a file for each model), so they
+    have to change whenever a choice, a load test or a release does. `missing` are the keys that
+    there was nothing to tell of.
     """
 
     stage: Literal["track"] = "track"
@@ -313,6 +330,7 @@ class TrackReceipt(Record):
     reason: str
     choice_sha256: str | None = None
     load_test_sha256: str | None = None
+    publish_sha256: str | None = None
     runs: tuple[TrackedRun, ...]
     missing: tuple[str, ...] = ()
 
