@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import console, params
 from pipelines.errors import FleetError, ParamsError
+from pipelines.ledger import Ledger
 from pipelines.release_records import STABLE, Release, ReleaseFile, parse_release, short
 from pipelines.stores.base import NotThereError
 from pipelines.wording import counted, did_you_mean, quoted
@@ -21,6 +22,7 @@ from pipelines.wording import counted, did_you_mean, quoted
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from pipelines.layout import Layout
     from pipelines.params import Declaration
     from pipelines.release_records import Alias, Move
     from pipelines.stores.base import Store
@@ -45,6 +47,19 @@ def require_model(declared: Declaration, model: str) -> None:
             f"model {quoted(model)} is not declared{did_you_mean(model, declared.models) or '.'}",
             hint=f"Declared: {', '.join(declared.models)}.",
         )
+
+
+def ledgers_of(declared: Declaration, at: Layout) -> dict[str, Ledger]:
+    """
+    Read the ledger of every model that this checkout knows, declared or not any more.
+
+    Raises:
+        LedgerError: One is broken.
+    """
+    known = {path.parent.name for path in at.root.glob("results/*/ledger.jsonl")}
+    return {
+        model: Ledger.load(at.ledger(model), model) for model in sorted({*declared.models, *known})
+    }
 
 
 class Failures:
