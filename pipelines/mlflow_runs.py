@@ -1,5 +1,5 @@
 """
-The only program that imports mlflow: bring the runs of one task into a tracking store.
+The program that tells MLflow about runs: bring the runs of one task into a tracking store.
 
     python -m pipelines.mlflow_runs TASK.json TOLD.jsonl
 
@@ -52,9 +52,9 @@ def main(task_file: Path, told_file: Path) -> int:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     try:
         signal.alarm(task.answer_within_s)
-        _ask_server(uri)
+        ask_server(uri)
         left_s = signal.alarm(0)  # the seconds of the import are this machine's, not the server's
-        client = _client(uri)
+        client = client_of(uri)
         signal.alarm(max(left_s, 1))
         experiment = _experiment(client, task)
         with told_file.open("a", encoding="utf-8") as told:
@@ -80,7 +80,7 @@ def _say(reason: str) -> int:
     return 1
 
 
-def _ask_server(uri: str) -> None:
+def ask_server(uri: str) -> None:
     """
     Find out cheaply whether a server is there, before seconds are spent on importing mlflow.
 
@@ -121,7 +121,7 @@ def _root_of(error: BaseException) -> str:
     return str(error).rpartition(": ")[2]
 
 
-def _client(uri: str) -> MlflowClient:
+def client_of(uri: str) -> MlflowClient:
     try:
         from mlflow.tracking import MlflowClient  # noqa: PLC0415 - 2 to 7 s
     except ImportError:
