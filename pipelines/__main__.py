@@ -53,6 +53,7 @@ STAGES = (
     Stage("benchmark", "quant", "measure speed, divergence from f16 and memory"),
     Stage("choose", "model", "pick the best quant for each host and say why not the others"),
     Stage("load-test", "model", "serve the chosen quant, load it, judge the service levels"),
+    Stage("publish", "model", "make what passed its gates a release in the local registry"),
     Stage("track", "model", "tell MLflow about every measured quant"),
     Stage("report", "fleet", "write the report for terminal, Markdown and HTML"),
 )
@@ -370,13 +371,15 @@ def _tools(args: argparse.Namespace) -> int:
 
 
 def _machine(_args: argparse.Namespace) -> int:
-    from pipelines import declaration, machine, toolchain, track  # noqa: PLC0415 - pydantic
+    from pipelines import declaration, machine, params, publish, toolchain, track  # noqa: PLC0415
 
     at = _layout()
     declared = declaration.load(at.params)
     tools = toolchain.ensure(toolchain.spec_of(declared))
     declaration.write_slices(declared, at)
     machine.write(at, tools)
+    for model in declared.models:
+        publish.note(params.publish_slice(declared, model), at)
     track.withdraw_pending(at)
     return 0
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pipelines.layout import Layout
 
 
+# Records of a model without which there is no release.
+_PUBLISHED = ("fetch", "convert", "calibrate", "choose", "load-test")
+
+
 class InputError(FleetError):
     """A file that an earlier stage leaves is not there."""
 
@@ -60,4 +64,11 @@ def paths(stage: str, slice_: Mapping[str, object], at: Layout) -> tuple[Path, .
         "quantize": (*f16, *(matrix if slice_.get("imatrix") else ())),
         "benchmark": (*f16, *quant, at.machine),
         "load-test": (*served, at.model_record("fetch", model), at.model_record("choose", model)),
+        "publish": (
+            at.source(model),
+            at.imatrix_dir(model),
+            at.gguf(model, key).parent,
+            *(at.model_record(stage, model) for stage in _PUBLISHED),
+            *(at.quant_record(stage, model, type_).parent for stage in ("quantize", "benchmark")),
+        ),
     }.get(stage, ())

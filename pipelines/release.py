@@ -15,6 +15,7 @@ import json
 import re
 import socket
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import gguf_header, load_test, modelpack, records, release_gates, wording
 from pipelines.console import clean
-from pipelines.errors import FleetError, ParamsError, StoreError
+from pipelines.errors import ParamsError, StoreError
 from pipelines.evidence import Readings
 from pipelines.gguf_header import GgufError
 from pipelines.load_records import LoadTestRecord
@@ -39,19 +40,21 @@ from pipelines.release_records import (
     parse_release,
     release_bytes,
     release_id,
+    short,
 )
 from pipelines.serving import ollama_store
 from pipelines.serving.modelfile import MEDIA_TYPE
 from pipelines.stores.base import Blob
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
+    from pipelines.errors import FleetError
     from pipelines.layout import Layout
     from pipelines.params import PublishSlice
     from pipelines.release_gates import Judgement
     from pipelines.release_records import Role
-    from pipelines.serving.modelfile import Modelfile
+    from pipelines.serving.modelfile import Layer, Modelfile
 
 GGUF_TYPE: Final = modelpack.WEIGHT_TYPE
 TEXT_TYPE: Final = modelpack.DOC_TYPE
@@ -121,16 +124,15 @@ def _compose(slice_: PublishSlice, at: Layout, today: str) -> Composed | Refused
     judged = release_gates.judge(slice_, papers, today=today)
     if judged.reasons:
         return Refused(reasons=judged.reasons)
-    rendered = load_test.render_modelfile(slice_, at)
-    _require_modelfile(slice_, rendered, papers.tested)
-    files = _files(slice_, at, papers, judged, rendered)
-    release = _release(slice_, at, papers, judged, files)
-    leaks = tuple(_leaks(release, files, slice_, at))
+    composer = _Composer(slice_=slice_, at=at, papers=papers, judged=judged)
+    composer.add_files()
+    release = composer.release()
+    leaks = tuple(_leaks(release, composer.texts, slice_, at))
     if leaks:
         return Refused(reasons=leaks)
     release, data = _with_previous(release, at)
     return Composed(
-        release=release, data=data, id=release_id(data), blobs=tuple(files.blobs.values())
+        release=release, data=data, id=release_id(data), blobs=tuple(composer.blobs.values())
     )
 
 
@@ -218,318 +220,308 @@ def _named(path: Path, at: Layout) -> str:
     return path.relative_to(at.root).as_posix()
 
 
-def _evidence(slice_: PublishSlice, at: Layout) -> dict[str, str]:
-    """Return the sha256 of every record behind the release, by its path below results/MODEL."""
-    model = slice_.model
-    stages = ("fetch", "convert", "calibrate", "choose", "load-test")
-    paths = [at.model_record(stage, model) for stage in stages]
-    for type_ in slice_.quants.values():
-        paths += [at.quant_record(stage, model, type_) for stage in ("quantize", "benchmark")]
-    below = at.release(model).parent
-    return {
-        path.relative_to(below).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in paths
-    }
+# --- files and facts --------------------------------------------------------------------------
 
 
-def _require_modelfile(slice_: PublishSlice, rendered: Modelfile, tested: LoadTestRecord) -> None:
-    """Refuse another Modelfile than the one that was served under load."""
-    found = (rendered.digest(), rendered.version)
-    if found != (tested.modelfile_sha256, tested.modelfile_version):
-        raise _RefusedError(
-            f"{slice_.modelfile} makes another Modelfile than the one that was load-tested "
-            f"(version {rendered.version}, tested {tested.modelfile_version}). Run `fleet repro "
-            f"{slice_.model}`."
-        )
+@dataclass(kw_only=True)
+class _Composer:
+    """
+    Puts a release together from papers that nothing stands against.
 
+    Attributes:
+        slice_: What is declared.
+        at: The checkout.
+        papers: All records.
+        judged: What follows from them.
+        files: Every file, in the order of the release.
+        blobs: The same by sha256, each once.
+        texts: Of those files that hold words of the operator's, by name.
+    """
 
-# --- files ------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Files:
-    """The files of a release as they are composed; blobs once for each sha256."""
-
+    slice_: PublishSlice
+    at: Layout
+    papers: Papers
+    judged: Judgement
     files: list[ReleaseFile] = field(default_factory=list)
     blobs: dict[str, Blob] = field(default_factory=dict)
-    # What we wrote ourselves and what may hold words of the operator's, by name.
     texts: dict[str, str] = field(default_factory=dict)
 
-    def add(  # noqa: PLR0913 - each is one independent fact about a file
+    def add_files(self) -> None:
+        """Name every file: GGUFs, licences, matrix, then what lies beside each GGUF."""
+        model = self.slice_.model
+        keys = {
+            key: type_ for key, type_ in self.slice_.quants.items() if type_ in self.judged.types
+        }
+        for key, type_ in keys.items():
+            digest = self.papers.quantized[type_].gguf
+            self._link(f"{key}.gguf", "gguf", self.at.gguf(model, key), digest, type_=type_)
+        licenses = [
+            self._link(digest.name, "license", self.at.source(model) / digest.name, digest)
+            for digest in self.papers.fetched.files
+            if digest.name in release_gates.license_files(self.papers.fetched)
+        ]
+        matrix = self.papers.calibrated.imatrix
+        if any(self.papers.quantized[type_].imatrix_sha256 for type_ in keys.values()):
+            assert matrix is not None, "the gates compared it with those of the quants"
+            self._link(f"{model}.imatrix.gguf", "imatrix", self.at.imatrix(model), matrix)
+        rendered = self._modelfile()
+        for key in keys:
+            self._packagings(key, rendered, licenses)
+
+    def _modelfile(self) -> Modelfile:
+        """Render the Modelfile; refuse another one than the one that was served under load."""
+        tested = self.papers.tested
+        rendered = load_test.render_modelfile(self.slice_, self.at)
+        found = (rendered.digest(), rendered.version)
+        if found != (tested.modelfile_sha256, tested.modelfile_version):
+            raise _RefusedError(
+                f"{self.slice_.modelfile} makes another Modelfile than the one that was "
+                f"load-tested (version {rendered.version}, tested {tested.modelfile_version}). "
+                f"{self._again}"
+            )
+        return rendered
+
+    def _packagings(self, key: str, rendered: Modelfile, licenses: list[ReleaseFile]) -> None:
+        """Add what people, Ollama and the readers of ModelPacks want beside one GGUF."""
+        type_ = self.slice_.quants[key]
+        digest = self.papers.quantized[type_].gguf
+        try:
+            header = gguf_header.read(self.at.gguf(self.slice_.model, key))
+            made = ollama_store.manifest(header, gguf_sha256=digest.sha256, modelfile=rendered)
+            architecture = header.text("general.architecture")
+        except (GgufError, ParamsError) as error:
+            raise _RefusedError(self._told(error)) from error
+        self._require_served(made, type_)
+        text = rendered.text(f"./{key}.gguf")
+        self.texts[f"{key}.Modelfile"] = text
+        readable = self._make(f"{key}.Modelfile", "modelfile", TEXT_TYPE, text.encode(), type_)
+        self._make(f"{key}.ollama-config.json", "ollama-config", *_of(made.config), type_)
+        counts: Counter[str] = Counter()
+        for layer in made.layers:
+            kind = layer.media_type.removeprefix(MEDIA_TYPE)
+            counts[kind] += 1
+            name = f"{key}.ollama-{kind}" + (f"-{counts[kind]}" if counts[kind] > 1 else "")
+            self._make(name, "ollama-layer", *_of(layer), type_)
+        name = f"{key}.ollama-manifest.json"
+        self._make(name, "ollama-manifest", ollama_store.MANIFEST_TYPE, made.data, type_)
+        fetched = self.papers.fetched
+        pack = modelpack.pack(
+            modelpack.About(
+                name=key,
+                source=fetched.source,
+                revision=fetched.revision,
+                license=self.judged.license,
+                architecture=architecture,
+                parameters_count=fetched.parameters_count,
+                quantization=type_,
+            ),
+            _layer(self._file(f"{key}.gguf")),
+            [_layer(each) for each in (readable, *licenses)],
+        )
+        name = f"{key}.modelpack-config.json"
+        self._make(name, "modelpack-config", modelpack.CONFIG_TYPE, pack.config, type_)
+        name = f"{key}.modelpack-manifest.json"
+        self._make(name, "modelpack-manifest", modelpack.MANIFEST_TYPE, pack.manifest, type_)
+
+    def _require_served(self, made: ollama_store.Manifest, type_: str) -> None:
+        """Refuse what Ollama would serve otherwise than it was served under load."""
+        tested = self.papers.tested
+        if tested.engine is None or tested.engine.kind != "ollama":
+            return
+        served = release_gates.served_of(tested, type_)
+        was = served.manifest_sha256 if served else None
+        if was != made.sha256:
+            raise _RefusedError(
+                f"{type_} would be published under Ollama's manifest {short(made.sha256)}, but the "
+                f"load test served {short(was)}. {self._again}"
+            )
+
+    def _link(
         self,
         name: str,
         role: Role,
-        media_type: str,
-        source: Path | bytes,
+        path: Path,
+        digest: records.FileDigest,
         *,
         type_: str | None = None,
-        sha256: str | None = None,
-        size_bytes: int | None = None,
     ) -> ReleaseFile:
-        """Add a file; digest and size are those of its bytes unless a record names them."""
-        if isinstance(source, bytes):
-            sha256, size_bytes = hashlib.sha256(source).hexdigest(), len(source)
-        assert sha256 is not None, "a path comes with the digest of its record"
-        assert size_bytes is not None, "and with its size"
+        """Add a file of an earlier stage, which its record names and nobody reads here."""
+        try:
+            size_bytes = path.stat().st_size
+        except FileNotFoundError:
+            raise _RefusedError(f"{_named(path, self.at)} does not exist. {self._again}") from None
+        if size_bytes != digest.size_bytes:
+            raise _RefusedError(
+                f"{_named(path, self.at)} has {size_bytes:,} bytes, its record says "
+                f"{digest.size_bytes:,}. {self._again}"
+            )
+        media_type = {"gguf": GGUF_TYPE, "license": TEXT_TYPE}.get(role, IMATRIX_TYPE)
         file = ReleaseFile(
             name=name,
             role=role,
             type=type_,
             media_type=media_type,
             size_bytes=size_bytes,
-            sha256=sha256,
+            sha256=digest.sha256,
         )
-        blob = Blob(
-            name=name, sha256=sha256, size_bytes=size_bytes, media_type=media_type, source=source
+        return self._added(file, path)
+
+    def _make(self, name: str, role: Role, media_type: str, data: bytes, type_: str) -> ReleaseFile:
+        """Add a file that is made here."""
+        file = ReleaseFile(
+            name=name,
+            role=role,
+            type=type_,
+            media_type=media_type,
+            size_bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
         )
+        return self._added(file, data)
+
+    def _added(self, file: ReleaseFile, source: Path | bytes) -> ReleaseFile:
+        if any(file.name == other.name for other in self.files):
+            raise _RefusedError(
+                f"two files of the release would be called {file.name}: one of upstream's and one "
+                "of ours. Call the model otherwise in params.yaml."
+            )
         self.files.append(file)
-        self.blobs.setdefault(sha256, blob)
+        blob = Blob(
+            name=file.name,
+            sha256=file.sha256,
+            size_bytes=file.size_bytes,
+            media_type=file.media_type,
+            source=source,
+        )
+        self.blobs.setdefault(file.sha256, blob)
         return file
 
+    def _file(self, name: str) -> ReleaseFile:
+        return next(file for file in self.files if file.name == name)
 
-def _files(
-    slice_: PublishSlice, at: Layout, papers: Papers, judged: Judgement, rendered: Modelfile
-) -> _Files:
-    """Name every file, the GGUFs first."""
-    found = _Files()
-    keys = {type_: key for key, type_ in slice_.quants.items()}
-    for type_ in judged.types:
-        digest = papers.quantized[type_].gguf
-        path = _require(at.gguf(slice_.model, keys[type_]), digest, slice_, at)
-        found.add(
-            f"{keys[type_]}.gguf", "gguf", GGUF_TYPE, path,
-            type_=type_, sha256=digest.sha256, size_bytes=digest.size_bytes,
-        )  # fmt: skip
-    licenses = _licenses(found, slice_, at, papers)
-    _imatrix(found, slice_, at, papers, judged)
-    for type_ in judged.types:
-        _packagings(found, slice_, at, papers, rendered, licenses, keys[type_])
-    return found
+    @property
+    def _again(self) -> str:
+        return f"Run `fleet repro {self.slice_.model}`."
 
+    def _told(self, error: FleetError) -> str:
+        """Make an error a reason, without the folder of the checkout in it."""
+        said = clean(error.message)
+        for folder in (f"{self.at.root.resolve()}/", f"{self.at.root}/"):
+            said = said.replace(folder, "")
+        return f"{wording.sentence(said)} {error.hint or self._again}"
 
-def _require(path: Path, digest: records.FileDigest, slice_: PublishSlice, at: Layout) -> Path:
-    """Refuse a file that is not there or of another size; its bytes are hashed as they are sent."""
-    again = f"Run `fleet repro {slice_.model}`."
-    try:
-        size_bytes = path.stat().st_size
-    except FileNotFoundError:
-        raise _RefusedError(f"{_named(path, at)} does not exist. {again}") from None
-    if size_bytes != digest.size_bytes:
-        raise _RefusedError(
-            f"{_named(path, at)} has {size_bytes:,} bytes, its record says {digest.size_bytes:,}. "
-            f"{again}"
-        )
-    return path
+    # --- facts ---
 
-
-def _licenses(
-    found: _Files, slice_: PublishSlice, at: Layout, papers: Papers
-) -> tuple[ReleaseFile, ...]:
-    wanted = release_gates.license_files(papers.fetched)
-    added = []
-    for digest in papers.fetched.files:
-        if digest.name in wanted:
-            path = _require(at.source(slice_.model) / digest.name, digest, slice_, at)
-            added.append(
-                found.add(
-                    digest.name, "license", TEXT_TYPE, path,
-                    sha256=digest.sha256, size_bytes=digest.size_bytes,
+    def release(self) -> Release:
+        """Return the release, as if it were the first one."""
+        papers, judged = self.papers, self.judged
+        fetched, tested, choice = papers.fetched, papers.tested, papers.choice
+        winners = {one.host: one.winner for one in choice.hosts}
+        stable = next((type_ for host in judged.released if (type_ := winners[host])), None)
+        engine, where = tested.engine, tested.machine
+        assert stable is not None, "a host that is promoted has a winner"
+        assert engine is not None, "and that was served"
+        return Release(
+            model=self.slice_.model,
+            previous=None,
+            source=ReleaseSource(
+                source=fetched.source,
+                revision=fetched.revision,
+                architecture=fetched.architecture,
+                parameters_count=fetched.parameters_count,
+            ),
+            license=ReleaseLicense(id=judged.license, files=release_gates.license_files(fetched)),
+            tools=ReleaseTools(
+                llama_cpp_commit=papers.converted.llama_cpp_commit,
+                recipe=papers.converted.recipe,
+                engine=engine.kind,
+                engine_version=engine.version,
+                engine_llama_cpp=engine.llama_cpp,
+                modelfile=tested.modelfile,
+                modelfile_version=tested.modelfile_version,
+                modelfile_sha256=tested.modelfile_sha256,
+            ),
+            machine=MachineClass(
+                hw_id=where.hw_id,
+                backend=where.backend,
+                cpu=where.cpu,
+                cores_count=where.cores_count,
+                memory_gib=where.memory_gib,
+                gpus=where.gpus,
+            ),
+            context_tokens=tested.context_tokens,
+            objective=choice.objective,
+            stable_quant=stable,
+            hosts={
+                one.host: ReleasedHost(
+                    verdict=one.verdict, winner=winners[one.host], sentence=one.sentence
                 )
-            )  # fmt: skip
-    return tuple(added)
-
-
-def _imatrix(
-    found: _Files, slice_: PublishSlice, at: Layout, papers: Papers, judged: Judgement
-) -> None:
-    digest = papers.calibrated.imatrix
-    used = any(papers.quantized[type_].imatrix_sha256 for type_ in judged.types)
-    if digest is None or not used:
-        return
-    path = _require(at.imatrix(slice_.model), digest, slice_, at)
-    found.add(
-        f"{slice_.model}.imatrix.gguf", "imatrix", IMATRIX_TYPE, path,
-        sha256=digest.sha256, size_bytes=digest.size_bytes,
-    )  # fmt: skip
-
-
-def _packagings(  # noqa: PLR0913 - each is one independent fact about a quant
-    found: _Files,
-    slice_: PublishSlice,
-    at: Layout,
-    papers: Papers,
-    rendered: Modelfile,
-    licenses: tuple[ReleaseFile, ...],
-    key: str,
-) -> None:
-    """Add what people, Ollama and the readers of ModelPacks want beside one GGUF."""
-    type_ = slice_.quants[key]
-    digest = papers.quantized[type_].gguf
-    gguf = at.gguf(slice_.model, key)
-    try:
-        header = gguf_header.read(gguf)
-        made = ollama_store.manifest(header, gguf_sha256=digest.sha256, modelfile=rendered)
-        architecture = header.text("general.architecture")
-    except (GgufError, ParamsError) as error:
-        raise _RefusedError(_told(error, slice_, at)) from error
-    _require_manifest(made, type_, slice_, papers.tested)
-    text = rendered.text(f"./{key}.gguf")
-    readable = found.add(f"{key}.Modelfile", "modelfile", TEXT_TYPE, text.encode(), type_=type_)
-    found.texts[readable.name] = text
-    found.add(
-        f"{key}.ollama-config.json", "ollama-config", made.config.media_type, made.config.data,
-        type_=type_,
-    )  # fmt: skip
-    counts: dict[str, int] = {}
-    for layer in made.layers:
-        kind = layer.media_type.removeprefix(MEDIA_TYPE)
-        counts[kind] = number = counts.get(kind, 0) + 1
-        name = f"{key}.ollama-{kind}" + (f"-{number}" if number > 1 else "")
-        found.add(name, "ollama-layer", layer.media_type, layer.data, type_=type_)
-    found.add(
-        f"{key}.ollama-manifest.json", "ollama-manifest", ollama_store.MANIFEST_TYPE, made.data,
-        type_=type_,
-    )  # fmt: skip
-    about = modelpack.About(
-        name=key,
-        source=papers.fetched.source,
-        revision=papers.fetched.revision,
-        license=slice_.license or papers.fetched.license or "other",
-        architecture=architecture,
-        parameters_count=papers.fetched.parameters_count,
-        quantization=type_,
-    )
-    weights = modelpack.Layer(
-        name=f"{key}.gguf", sha256=digest.sha256, size_bytes=digest.size_bytes
-    )
-    documents = [
-        modelpack.Layer(name=each.name, sha256=each.sha256, size_bytes=each.size_bytes)
-        for each in (readable, *licenses)
-    ]
-    pack = modelpack.pack(about, weights, documents)
-    found.add(
-        f"{key}.modelpack-config.json", "modelpack-config", modelpack.CONFIG_TYPE, pack.config,
-        type_=type_,
-    )  # fmt: skip
-    found.add(
-        f"{key}.modelpack-manifest.json", "modelpack-manifest", modelpack.MANIFEST_TYPE,
-        pack.manifest, type_=type_,
-    )  # fmt: skip
-
-
-def _require_manifest(
-    made: ollama_store.Manifest, type_: str, slice_: PublishSlice, tested: LoadTestRecord
-) -> None:
-    """Refuse what Ollama would serve otherwise than it was served under load."""
-    if tested.engine is None or tested.engine.kind != "ollama":
-        return
-    served = release_gates.served_of(tested, type_)
-    was = served.manifest_sha256 if served else None
-    if was != made.sha256:
-        raise _RefusedError(
-            f"{type_} would be published under Ollama's manifest {made.sha256[:12]}, but the load "
-            f"test served {(was or 'none')[:12]}. Run `fleet repro {slice_.model}`."
+                for one in judged.hosts
+            },
+            quants=tuple(
+                self._quant(key, type_)
+                for key, type_ in self.slice_.quants.items()
+                if type_ in judged.types
+            ),
+            files=tuple(self.files),
+            choice_gates=choice.gates,
+            gates=tuple(gate for test in tested.winners for gate in test.gates),
+            waivers=judged.waivers,
+            evidence=self._evidence(),
         )
 
+    def _quant(self, key: str, type_: str) -> ReleasedQuant:
+        built, measured = self.papers.quantized[type_], self.papers.measured[type_]
+        read = Readings(key, type_, built, measured)
+        prefill = read.prefill_tok_s
+        return ReleasedQuant(
+            key=key,
+            type=type_,
+            gguf_sha256=built.gguf.sha256,
+            f16_sha256=built.f16_sha256,
+            imatrix_sha256=built.imatrix_sha256,
+            imatrix_corpus_sha256=built.imatrix_corpus_sha256,
+            bits_per_weight=built.bits_per_weight,
+            tensor_types=built.tensor_types,
+            quality=measured.quality,
+            memory_mib=read.memory_mib.value,
+            memory_context_tokens=measured.memory.context_tokens,
+            prefill_tok_s=prefill.value if prefill else None,
+            decode_tok_s=read.decode_tok_s.value,
+            decode_depth_tokens=read.deepest_decode.depth_tokens,
+            sentence=self._said_of(type_),
+        )
 
-def _told(error: FleetError, slice_: PublishSlice, at: Layout) -> str:
-    """Make an error a reason, without the folder of the checkout in it."""
-    said = clean(error.message).replace(f"{at.root.resolve()}/", "").replace(f"{at.root}/", "")
-    step = wording.sentence(error.hint) if error.hint else f"Run `fleet repro {slice_.model}`."
-    return f"{wording.sentence(said)} {step}"
+    def _said_of(self, type_: str) -> str:
+        """Return what `choose` says of a quant for the first released host that may run it."""
+        return next(
+            each.sentence
+            for host in self.papers.choice.hosts
+            for each in host.candidates
+            if host.host in self.judged.released
+            and each.type == type_
+            and each.verdict in {"CHOSEN", "PASS"}
+        )
 
-
-# --- the release ------------------------------------------------------------------------------
-
-
-def _release(
-    slice_: PublishSlice, at: Layout, papers: Papers, judged: Judgement, files: _Files
-) -> Release:
-    fetched, converted, tested, choice = (
-        papers.fetched, papers.converted, papers.tested, papers.choice,
-    )  # fmt: skip
-    winners = {one.host: one.winner for one in choice.hosts}
-    stable = next((w for host in judged.released if (w := winners[host])), None)
-    assert stable is not None, "a host that is promoted has a winner"
-    engine = tested.engine
-    assert engine is not None, "a host that is promoted was served"
-    where = tested.machine
-    return Release(
-        model=slice_.model,
-        previous=None,
-        source=ReleaseSource(
-            source=fetched.source,
-            revision=fetched.revision,
-            architecture=fetched.architecture,
-            parameters_count=fetched.parameters_count,
-        ),
-        license=ReleaseLicense(id=judged.license, files=release_gates.license_files(fetched)),
-        tools=ReleaseTools(
-            llama_cpp_commit=converted.llama_cpp_commit,
-            recipe=converted.recipe,
-            engine=engine.kind,
-            engine_version=engine.version,
-            engine_llama_cpp=engine.llama_cpp,
-            modelfile=slice_.modelfile,
-            modelfile_version=tested.modelfile_version,
-            modelfile_sha256=tested.modelfile_sha256,
-        ),
-        machine=MachineClass(
-            hw_id=where.hw_id,
-            backend=where.backend,
-            cpu=where.cpu,
-            cores_count=where.cores_count,
-            memory_gib=where.memory_gib,
-            gpus=where.gpus,
-        ),
-        context_tokens=slice_.context_tokens,
-        objective=choice.objective,
-        stable_quant=stable,
-        hosts={
-            one.host: ReleasedHost(
-                verdict=one.verdict, winner=winners[one.host], sentence=one.sentence
-            )
-            for one in judged.hosts
-        },
-        quants=tuple(_quant(type_, slice_, papers, judged) for type_ in judged.types),
-        files=tuple(files.files),
-        choice_gates=choice.gates,
-        gates=tuple(gate for test in tested.winners for gate in test.gates),
-        waivers=judged.waivers,
-        evidence=_evidence(slice_, at),
-    )
+    def _evidence(self) -> dict[str, str]:
+        """Return the sha256 of every record behind the release, by its path in results/MODEL."""
+        model, at = self.slice_.model, self.at
+        stages = ("fetch", "convert", "calibrate", "choose", "load-test")
+        paths = [at.model_record(stage, model) for stage in stages]
+        for type_ in self.slice_.quants.values():
+            paths += [at.quant_record(stage, model, type_) for stage in ("quantize", "benchmark")]
+        below = at.release(model).parent
+        return {
+            path.relative_to(below).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in paths
+        }
 
 
-def _quant(type_: str, slice_: PublishSlice, papers: Papers, judged: Judgement) -> ReleasedQuant:
-    built, measured = papers.quantized[type_], papers.measured[type_]
-    key = next(key for key, each in slice_.quants.items() if each == type_)
-    read = Readings(key, type_, built, measured)
-    said = next(
-        each.sentence
-        for host in papers.choice.hosts
-        for each in host.candidates
-        if host.host in judged.released
-        and each.type == type_
-        and each.verdict in {"CHOSEN", "PASS"}
-    )
-    prefill = read.prefill_tok_s
-    return ReleasedQuant(
-        key=key,
-        type=type_,
-        gguf_sha256=built.gguf.sha256,
-        f16_sha256=built.f16_sha256,
-        imatrix_sha256=built.imatrix_sha256,
-        imatrix_corpus_sha256=built.imatrix_corpus_sha256,
-        bits_per_weight=built.bits_per_weight,
-        tensor_types=built.tensor_types,
-        quality=measured.quality,
-        memory_mib=read.memory_mib.value,
-        memory_context_tokens=measured.memory.context_tokens,
-        prefill_tok_s=prefill.value if prefill else None,
-        decode_tok_s=read.decode_tok_s.value,
-        decode_depth_tokens=read.deepest_decode.depth_tokens,
-        sentence=said,
-    )
+def _of(layer: Layer) -> tuple[str, bytes]:
+    return layer.media_type, layer.data
+
+
+def _layer(file: ReleaseFile) -> modelpack.Layer:
+    return modelpack.Layer(name=file.name, sha256=file.sha256, size_bytes=file.size_bytes)
 
 
 # --- what must not get out --------------------------------------------------------------------
@@ -552,7 +544,9 @@ _PATHS: Final = re.compile(
 )
 
 
-def _leaks(release: Release, files: _Files, slice_: PublishSlice, at: Layout) -> Iterator[str]:
+def _leaks(
+    release: Release, texts: Mapping[str, str], slice_: PublishSlice, at: Layout
+) -> Iterator[str]:
     """Yield a reason for each string that says where, by whom or with what secret it was made."""
     # What the operator has named himself is his to tell.
     declared = {release.model, *release.hosts, *slice_.quants}
@@ -561,7 +555,7 @@ def _leaks(release: Release, files: _Files, slice_: PublishSlice, at: Layout) ->
         what = leak(text, private)
         if what:
             yield _leaked(f"release.json, {place.lstrip('.')}", what)
-    for name, text in files.texts.items():
+    for name, text in texts.items():
         # Paths may be a model's business; a system text speaks of /etc at will.
         what = leak(text, private, paths=False)
         if what:

@@ -106,7 +106,7 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
 
 
 # What follows the measurements of a model's quants.
-_LAST_STAGES = ("choose", "load-test", "track")
+_LAST_STAGES = ("choose", "load-test", "publish", "track")
 
 
 def withdraw_invalid(at: Layout, declared: Declaration, plan: Plan) -> None:

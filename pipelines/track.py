@@ -412,6 +412,7 @@ def _receipt(
         reason=reason,
         choice_sha256=_sha256(at.model_record("choose", slice_.model)),
         load_test_sha256=_sha256(at.model_record("load-test", slice_.model)),
+        publish_sha256=_sha256(at.model_record("publish", slice_.model)),
         runs=told,
         missing=missing,
     )
