@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from pipelines.params import Declaration
     from pipelines.registries import Told
 
+_HEADS: tuple[str, ...] = (
+    "", "#", "when (UTC)", "action", "release", "files", "who", "why",
+)  # fmt: skip
 _MAX_WHO_CHARACTERS = 24
 _MAX_WHY_CHARACTERS = 60
 
@@ -197,8 +200,7 @@ def _table(one: Listed) -> str:
     """Set the rows in columns; the move that counts now is marked."""
     if not one.rows:
         return "  nothing was published here"
-    lines = [("", "#", "when (UTC)", "action", "release", "files", "who", "why")]
-    lines += [_cells(row) for row in one.rows]
+    lines = [_HEADS, *(_cells(row) for row in one.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
