@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipelines.layout import Layout
     from pipelines.params import PublishSlice
     from pipelines.release import Composed
+    from pipelines.release_records import ReleaseWaiver
     from pipelines.stores.local import LocalStore
 
 _PROBLEM_CHARACTERS = 300
@@ -207,26 +208,29 @@ def _record(
 
 
 def sentence(record: PublishRecord) -> str:
-    """Say in one line what came of a model: `released 46d7b5d7b617 (stable) in file:registry`."""
+    """Say in one clause what came of a model: `released 46d7b5d7b617 (stable) in local, ...`."""
     if record.status == "refused":
-        first = record.reasons[0] if record.reasons else "no reason is recorded."
+        first = record.reasons[0] if record.reasons else "no reason is recorded"
         more = len(record.reasons) - 1
-        rest = f" ({wording.counted(more, 'further reason')} in publish.json)" if more > 0 else ""
+        rest = f" And {wording.counted(more, 'further reason')}: publish.json." if more > 0 else ""
         kept = f" `{STABLE}` stays {short(record.stable)}." if record.stable else ""
-        return f"not released: {first}{rest}{kept}"
+        return f"not released: {wording.sentence(first)}{rest}{kept}".rstrip(".")
+    where = f"in {params.LOCAL_REGISTRY}, {record.registry}"
     if record.stable == record.release:
-        return f"released {short(record.release)} ({STABLE}) in {record.registry}"
-    pinned = f"{STABLE} is {short(record.stable)}, as declared"
-    return f"released {short(record.release)} in {record.registry}; {pinned}"
+        return f"released {short(record.release)} ({STABLE}) {where}"
+    return f"released {short(record.release)} {where}; {STABLE} is {short(record.stable)}"
+
+
+def waiver_sentence(waiver: ReleaseWaiver) -> str:
+    """Say who let pass what, why and until when, as a clause."""
+    return f"waiver of `{waiver.gate}` until {waiver.until} by {waiver.who}: {waiver.why}"
 
 
 def _tell(record: PublishRecord) -> None:
     (console.info if record.status == "released" else console.warn)(
-        f"{record.model}: {sentence(record)}"
+        f"{record.model}: {wording.sentence(sentence(record))}"
     )
     for reason in record.reasons[1:]:
         console.info(f"  also: {reason}")
     for waiver in record.waivers:
-        console.info(
-            f"  waiver of `{waiver.gate}` until {waiver.until} by {waiver.who}: {waiver.why}"
-        )
+        console.info(f"  {waiver_sentence(waiver)}")

@@ -218,8 +218,9 @@ def terminal(report: Report, width: int = 80, *, colour: bool = False) -> str:
     """Render for a person at a terminal of `width` columns; colour only if that is one."""
     width = max(width, 40)
     blocks = [_terminal_model(model, width, colour=colour) for model in report.models]
+    released = [f"{model.name}: {text}" for model in report.models for text in model.released]
     last = f"{report.summary}. Details: results/report.md, results/report.html"
-    blocks.append(_wrap(last, width))
+    blocks.append([line for text in (*released, last) for line in _wrap(text, width)])
     return "\n\n".join("\n".join(block) for block in blocks)
 
 

@@ -11,6 +11,7 @@ equal bytes.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -18,7 +19,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
-from pipelines import atomic, records, report_load, verdict, wording
+from pipelines import atomic, publish, records, report_load, verdict, wording
 from pipelines.console import clean
 from pipelines.errors import GateError
 from pipelines.evidence import MIB, Readings
@@ -32,6 +33,7 @@ from pipelines.records import (
     FetchRecord,
     QuantizeRecord,
 )
+from pipelines.release_records import PublishRecord, release_id, short
 from pipelines.report_tree import (
     STANDINGS,
     VERDICTS,
@@ -45,6 +47,7 @@ from pipelines.report_tree import (
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+    from pathlib import Path
 
     from pipelines.layout import Layout
     from pipelines.params import ReportSlice
@@ -161,6 +164,7 @@ class _Reader:
             files=self._files(),
             notes=tuple(_tidy(note) for note in choice.notes) if choice else (),
             commands=self._commands(),
+            released=self._released(),
             **self._load_tests(finals),
         )
 
@@ -200,6 +204,43 @@ class _Reader:
         passing = [type_ for type_, found in verdicts.items() if _best_verdict(found) == "PASS"]
         smokes = report_load.smokes(self.tested, passing, built) if blocks else ()
         return {"tests": blocks, "smokes": smokes}
+
+    def _released(self) -> tuple[str, ...]:
+        """Say what became of it as a release; nothing of a model that never came so far."""
+        path = self.at.model_record("publish", self.name)
+        record = records.read_or_reason(path, PublishRecord)
+        if not path.exists():
+            return ()
+        if isinstance(record, str):
+            return (wording.sentence(f"not released: {_tidy(record)}"),)
+        doubt = self._release_doubt(record)
+        if doubt:
+            return (wording.sentence(f"not released: {doubt}"),)
+        said = (publish.sentence(record), *map(publish.waiver_sentence, record.waivers))
+        return tuple(wording.sentence(_tidy(text)) for text in said)
+
+    def _release_doubt(self, record: PublishRecord) -> str:
+        """Say why what was published does not speak of the records on disk, if so."""
+        if record.status == "refused":
+            return ""
+        try:
+            data = self.at.release(self.name).read_bytes()
+            evidence = json.loads(data)["evidence"]
+            told = {name: evidence[f"{name}.json"] for name in ("choice", "load-test")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return "release.json cannot be read"
+        if release_id(data) != record.release:
+            return "release.json is another one than was published"
+        now = {
+            "choice": self.at.model_record("choose", self.name),
+            "load-test": self.at.model_record("load-test", self.name),
+        }
+        if any(_sha256(now[name]) != digest for name, digest in told.items()):
+            return (
+                f"release {short(record.release)} is older than the choice and the load test; "
+                f"`fleet repro {self.name}` publishes again"
+            )
+        return ""
 
     def _is_measured(self) -> bool:
         """Tell whether there is any measurement, good or bad, or a choice that spoke of one."""
@@ -361,6 +402,10 @@ def _tidy(text: str) -> str:
     """Make text of a record, which may come from a stranger, one short harmless line."""
     line = " ".join(clean(text).split())
     return wording.shortened(line, _TEXT_CHARACTERS)
+
+
+def _sha256(path: Path) -> str | None:
+    return release_id(path.read_bytes()) if path.exists() else None
 
 
 def _host_verdicts(

@@ -162,6 +162,8 @@ class ModelReport:
     commands: tuple[str, ...]
     tests: tuple[LoadBlock, ...] = ()
     smokes: tuple[Finding, ...] = ()
+    # What became of it as a release, and what somebody let pass for that; sentences.
+    released: tuple[str, ...] = ()
 
     @property
     def standing(self) -> str:
