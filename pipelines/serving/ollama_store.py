@@ -214,25 +214,36 @@ def place(  # noqa: PLR0913 - each is one independent fact, named at the call
         MachineError: It cannot be read, or there is no room.
     """
     with disk.explained(models_dir):
-        _place_gguf(gguf, gguf_sha256, _blob(models_dir, gguf_sha256))
+        _place_gguf(gguf, gguf_sha256, blob_path(models_dir, gguf_sha256))
         # Read from the blob, whose bytes are proven; called what people call it.
-        header = replace(gguf_header.read(_blob(models_dir, gguf_sha256)), path=gguf)
+        header = replace(gguf_header.read(blob_path(models_dir, gguf_sha256)), path=gguf)
         made = manifest(
             header, gguf_sha256=gguf_sha256, modelfile=modelfile.with_parameters(options)
         )
         for each in made.blobs:
-            atomic.write_bytes(_blob(models_dir, each.sha256), each.data)
-        target = models_dir / "manifests" / name.path
-        # Written elsewhere first: Ollama takes every file below manifests/ for a model.
-        staged = models_dir / f"{name.namespace}-{name.model}-{name.tag}.manifest"
-        atomic.write_bytes(staged, made.data)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged.replace(target)
-        atomic.sync(target.parent)
+            atomic.write_bytes(blob_path(models_dir, each.sha256), each.data)
+        place_manifest(models_dir, name, made.data)
     return Placed(name=str(name), manifest_sha256=made.sha256, size_bytes=made.size_bytes)
 
 
-def _blob(models_dir: Path, sha256: str) -> Path:
+def place_manifest(models_dir: Path, name: ModelName, data: bytes) -> None:
+    """Make a name mean a manifest, in one move; its blobs have to be there."""
+    target = manifest_path(models_dir, name)
+    # Written elsewhere first: Ollama takes every file below manifests/ for a model.
+    staged = models_dir / f"{name.namespace}-{name.model}-{name.tag}.manifest"
+    atomic.write_bytes(staged, data)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged.replace(target)
+    atomic.sync(target.parent)
+
+
+def manifest_path(models_dir: Path, name: ModelName) -> Path:
+    """Where an Ollama looks for what a name means."""
+    return models_dir / "manifests" / name.path
+
+
+def blob_path(models_dir: Path, sha256: str) -> Path:
+    """Where an Ollama looks for a blob."""
     return models_dir / "blobs" / f"sha256-{sha256}"
 
 
