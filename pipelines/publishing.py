@@ -23,6 +23,7 @@ import hashlib
 import os
 import random
 import re
+import secrets
 import tempfile
 import time
 from contextlib import contextmanager
@@ -731,13 +732,15 @@ def _find(store: Store, model: str, wanted: str, ledger: Ledger | None) -> str:
 
 def _meant(store: Store, model: str, wanted: str, ledger: Ledger | None) -> str:
     """Read the alias, and refuse one that has gone back in time."""
+    # In this order: what was seen before the alias was read cannot be later than it.
+    seen = _read_seen(store, model)
     alias, _ = store.read_alias(model, STABLE)
     if alias is None:
         raise NotThereError(
             f"{store.shown} has no {STABLE} release of {model}.",
             hint=f"Publish one: fleet publish {model} --to {store.name}",
         )
-    _require_fresh(store, alias, ledger)
+    _require_fresh(store, alias, seen, ledger)
     if wanted == STABLE:
         return alias.release
     previous = alias.moves[-1].previous
@@ -749,20 +752,29 @@ def _meant(store: Store, model: str, wanted: str, ledger: Ledger | None) -> str:
     return previous
 
 
-def _require_fresh(store: Store, alias: Alias, ledger: Ledger | None) -> None:
-    """Hold an alias against what the ledger and this user know; remember it."""
+def _require_fresh(store: Store, alias: Alias, seen: _Seen | None, ledger: Ledger | None) -> None:
+    """Hold an alias against what the ledger and this user knew before it was read; remember it."""
     known = ledger.last(store.name, alias.alias) if ledger else None
     if known is not None:
         _compare(store, alias, known.sequence, known.release, "the ledger in git")
-    path = _seen_path(store, alias)
-    try:
-        seen = _Seen.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        seen = None
     if seen is not None:
+        path = _seen_path(store, alias.model)
         _compare(store, alias, seen.sequence, seen.release, str(path))
-        if seen.sequence == alias.sequence:
-            return
+    if seen is None or seen.sequence < alias.sequence:
+        _remember(store, alias)
+
+
+def _read_seen(store: Store, model: str) -> _Seen | None:
+    """Return what this user saw last of an alias; None if nothing, or nothing that can be read."""
+    try:
+        return _Seen.model_validate_json(_seen_path(store, model).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _remember(store: Store, alias: Alias) -> None:
+    """Write down how far an alias is; other readers may do the same at this moment."""
+    path = _seen_path(store, alias.model)
     now = _Seen(
         registry=store.shown,
         model=alias.model,
@@ -770,10 +782,14 @@ def _require_fresh(store: Store, alias: Alias, ledger: Ledger | None) -> None:
         sequence=alias.sequence,
         release=alias.release,
     )
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{atomic.PART_SUFFIX}")
     try:
-        atomic.write_text(path, now.model_dump_json() + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(now.model_dump_json() + "\n", encoding="utf-8")
+        part.replace(path)
     except OSError as error:
-        console.warn(f"{path} cannot be written ({error.strerror}): nobody will notice a replay.")
+        why = error.strerror or error
+        console.warn(f"{path} cannot be written ({why}): a replay would not be noticed.")
 
 
 def _compare(store: Store, alias: Alias, sequence: int, release: str, where: str) -> None:
@@ -795,11 +811,11 @@ def _compare(store: Store, alias: Alias, sequence: int, release: str, where: str
         )
 
 
-def _seen_path(store: Store, alias: Alias) -> Path:
+def _seen_path(store: Store, model: str) -> Path:
     """$XDG_STATE_HOME/gguf-fleet/seen/<digest>.json."""
     state = os.environ.get("XDG_STATE_HOME")
     root = Path(state) if state else Path.home() / ".local/state"
-    key = f"{store.shown}\n{alias.model}\n{alias.alias}"
+    key = f"{store.shown}\n{model}\n{STABLE}"
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return root / "gguf-fleet/seen" / f"{name}.json"
 
