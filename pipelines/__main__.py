@@ -170,7 +170,9 @@ def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     schema = _add(verbs, "schema", "print the JSON Schema of params.yaml", _schema)
     schema.add_argument(
-        "--write", action="store_true", help="write params.schema.json and docs/params.md"
+        "--write",
+        action="store_true",
+        help="write params.schema.json, docs/params.md and release.schema.json",
     )
     schema.add_argument("--check", action="store_true", help="exit 2 if those files are stale")
 
@@ -400,7 +402,7 @@ def _schema(args: argparse.Namespace) -> int:
         stale = schema.in_sync(Path())
         if stale:
             raise ParamsError(
-                f"{', '.join(stale)} do not say what pipelines/params.py says.",
+                f"{', '.join(stale)}: not what the types in pipelines/ say.",
                 hint="fleet schema --write",
             )
     elif args.write:

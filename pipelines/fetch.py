@@ -43,6 +43,7 @@ from pipelines.hub import HubRepo, RemoteFile
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from pipelines.hub import Gate
     from pipelines.layout import Layout
     from pipelines.params import FetchSlice
     from pipelines.safetensors_header import Checkpoint
@@ -79,6 +80,10 @@ class Upstream(Protocol):
 
     def files(self) -> tuple[RemoteFile, ...]:
         """List what is there."""
+        ...
+
+    def gated(self) -> Gate | None:
+        """Return how upstream guards its files; None if everybody may have them."""
         ...
 
     def bring(self, file: RemoteFile, target: Path, progress: Callable[[int], None]) -> Digests:
@@ -119,6 +124,9 @@ class LocalDirectory:
                 raise UpstreamError(f"{self.path / name} is no regular file.")
         return tuple(found)
 
+    def gated(self) -> None:
+        """Nobody guards what lies in the checkout."""
+
     def bring(self, file: RemoteFile, target: Path, progress: Callable[[int], None]) -> Digests:
         """
         Copy one file and hash it in the same pass; on a file system with reflinks, clone it.
@@ -149,6 +157,7 @@ class Fetched:
 
     architecture: str
     license: str | None
+    gated: Gate | None
     checkpoint: Checkpoint
     digests: Mapping[str, Digests]
 
@@ -186,6 +195,7 @@ def run(slice_: FetchSlice, at: Layout) -> records.FetchRecord:
         revision=slice_.revision,
         architecture=fetched.architecture,
         license=fetched.license,
+        gated=fetched.gated,
         parameters_count=fetched.checkpoint.parameters_count,
         dtypes=fetched.checkpoint.dtypes,
         size_bytes=sum(digests.size_bytes for digests in fetched.digests.values()),
@@ -258,6 +268,7 @@ def fetch(  # noqa: PLR0913 - each is one independent fact, named at the call
         return Fetched(
             architecture=architecture,
             license=license_of(part, config),
+            gated=source.gated(),
             checkpoint=checkpoint,
             digests=bringer.digests,
         )

@@ -17,7 +17,8 @@ import hashlib
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pipelines import __version__, atomic, console, hashing
 from pipelines.errors import DigestError, MachineError, RetryLaterError, UpstreamError
@@ -25,6 +26,9 @@ from pipelines.errors import DigestError, MachineError, RetryLaterError, Upstrea
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+# Whoever agrees to the terms gets the files; or somebody of upstream's decides about each.
+Gate = Literal["auto", "manual"]
 
 _LIBRARY: Final = "gguf-fleet"
 _TOO_BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -67,8 +71,7 @@ class HubRepo:
             UpstreamError: Gone, private, gated, disabled or renamed; no such commit.
             RetryLaterError: The Hub cannot be reached, or is too busy.
         """
-        with self._translated("the list of its files"):
-            info = _api().model_info(self.repo, revision=self.revision, files_metadata=True)
+        info = self._info
         if info.id != self.repo:
             raise UpstreamError(
                 f"hf:{self.repo} answers as {console.clean(str(info.id))}: it was renamed or taken "
@@ -82,6 +85,25 @@ class HubRepo:
                 hint="Declare the full id of a commit as `revision`.",
             )
         return tuple(_remote_file(self.repo, sibling) for sibling in info.siblings or ())
+
+    def gated(self) -> Gate | None:
+        """
+        Return how the Hub guards its files; None if everybody may have them.
+
+        Part of the answer that `files` asks for. A word that is not known counts as the strictest.
+
+        Raises:
+            UpstreamError, RetryLaterError: See `files`.
+        """
+        said = getattr(self._info, "gated", None)
+        if not said:
+            return None
+        return "auto" if said == "auto" else "manual"
+
+    @cached_property
+    def _info(self) -> Any:  # noqa: ANN401 - ModelInfo
+        with self._translated("the list of its files"):
+            return _api().model_info(self.repo, revision=self.revision, files_metadata=True)
 
     def bring(
         self, file: RemoteFile, target: Path, progress: Callable[[int], None]

@@ -1,9 +1,10 @@
 """
-params.schema.json and docs/params.md: what the types of `pipelines.params` say, for other readers.
+params.schema.json, docs/params.md, release.schema.json: what the types say, for other readers.
 
-An editor reads the schema (the first line of params.yaml names it) and completes keys; people read
-the page. Both are generated, and `make check` fails when they are stale. The sentences about what
-is allowed are the ones that `pipelines.declaration` puts into its errors.
+An editor reads the first (the first line of params.yaml names it) and completes keys; people read
+the page; whoever reads releases without this template has the third. All are generated, and
+`make check` fails when they are stale. The sentences about what is allowed are the ones that
+`pipelines.declaration` puts into its errors.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA_FILE = "params.schema.json"
 DOCS_FILE = "docs/params.md"
+RELEASE_FILE = "release.schema.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 Fragment = dict[str, Any]
@@ -55,6 +57,10 @@ Between the keys:
   `context_tokens` in each of its `chunks`.
 - `benchmark.repetitions` must leave {min_samples} samples after `dropped_repetitions`.
 - A host has `vram_mib` or `memory_mib`.
+- The registry `local` is `file:`; `mlflow:` keeps no files and names with `blobs` the registry that
+  does. `endpoint` is for `s3:` and `hf:`, `region` for `s3:`. Plain HTTP to another machine needs
+  `insecure: true`.
+- A model has one waiver for each gate at most; one whose last day is over is a warning.
 """
 
 
@@ -254,12 +260,42 @@ def _row(key: str, part: Fragment, *, required: bool) -> str:
 # --- files ------------------------------------------------------------------------------------
 
 
+def generate_release() -> str:
+    """Return the text of release.schema.json: every field is there in every release."""
+    from pipelines.release_records import Release  # noqa: PLC0415 - not for params.yaml
+
+    schema = Release.model_json_schema(mode="serialization")
+    named = {"$schema": DIALECT, "title": "release.json"}
+    return json.dumps(named | _untitled(schema), indent=2, ensure_ascii=False) + "\n"
+
+
+def _untitled(part: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Leave out titles that repeat the key, and the line ends of descriptions."""
+    if isinstance(part, list):
+        return [_untitled(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    tidy = {}
+    for key, value in part.items():
+        if key in {"properties", "$defs"}:
+            tidy[key] = {name: _untitled(inner) for name, inner in value.items()}
+        elif key == "description":
+            tidy[key] = " ".join(value.split())
+        elif key != "title":
+            tidy[key] = _untitled(value)
+    return tidy
+
+
 def _files() -> dict[str, str]:
-    return {SCHEMA_FILE: generate(), DOCS_FILE: generate_docs()}
+    return {
+        SCHEMA_FILE: generate(),
+        DOCS_FILE: generate_docs(),
+        RELEASE_FILE: generate_release(),
+    }
 
 
 def write(root: Path) -> None:
-    """Write both files below `root`."""
+    """Write the files below `root`."""
     for name, text in _files().items():
         atomic.write_text(root / name, text)
 
