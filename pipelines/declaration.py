@@ -10,7 +10,9 @@ that one misspelt key does not hide that a corpus is missing.
 from __future__ import annotations
 
 import json
+import posixpath
 import re
+from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, get_args
 from urllib.parse import urlsplit
@@ -104,13 +106,15 @@ def check_main(at: Layout, *, as_json: bool) -> int:
 
     Args:
         at: The checkout.
-        as_json: Print {file, models, quants, hosts, problems} and return 2 if there are problems.
+        as_json: Print {file, models, quants, hosts, problems, warnings} and return 2 if there are
+            problems.
 
     Raises:
         ParamsError: There are problems and `as_json` is false.
     """
     problems: tuple[Problem, ...] = ()
     counts = {"models": 0, "quants": 0, "hosts": 0}
+    late: list[str] = []
     try:
         declared = check(at)
     except ParamsError as error:
@@ -119,15 +123,18 @@ def check_main(at: Layout, *, as_json: bool) -> int:
         problems = error.problems
     else:
         counts = {name: len(getattr(declared, name)) for name in counts}
+        late = over_waivers(declared, datetime.now(UTC).strftime("%Y-%m-%d"))
     name = marked_yaml.shown_name(at.params)
     if not as_json:
+        for line in late:
+            console.warn(f"{name}: {line}")
         console.out(f"{name}: {', '.join(_count(word, n) for word, n in counts.items())}, all well")
         return 0
     found = [
         {"file": each.file, "line": each.line, "column": each.column, "text": each.text}
         for each in problems
     ]
-    console.out(json.dumps({"file": name, **counts, "problems": found}, indent=2))
+    console.out(json.dumps({"file": name, **counts, "problems": found, "warnings": late}, indent=2))
     return ParamsError.exit_code if problems else 0
 
 
@@ -234,6 +241,8 @@ def _contradictions(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML val
     yield from _gate_flaws(data)
     yield from _benchmark_flaws(_mapping(data, "benchmark"))
     yield from _serving_flaws(data)
+    yield from _registry_flaws(data)
+    yield from _waiver_flaws(data)
     for key, host in _entries(data, "hosts"):
         if host.get("vram_mib") is None and host.get("memory_mib") is None:
             text = "needs `vram_mib` (a GPU host) or `memory_mib` (a CPU host)"
@@ -431,6 +440,118 @@ def _serving_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML valu
             place: Loc = ("models", key, "serving") if "serving" in model else ("serving",)
             text = f"`kv_type: {own['kv_type']}` needs `flash_attention: true`"
             yield Flaw(place, text, on_key=True)
+
+
+def _registry_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """What a kind of registry needs or has not, and two that are one."""
+    registries = _entries(data, "registries")
+    kinds = {key: str(entry.get("url")).partition(":")[0] for key, entry in registries}
+    kinds.setdefault(params.LOCAL_REGISTRY, "file")
+    for key, entry in registries:
+        here: Loc = ("registries", key)
+        kind = kinds[key]
+        if kind not in _REGISTRY_KINDS:
+            continue  # the types say what a URL is
+        if key == params.LOCAL_REGISTRY and kind != "file":
+            text = "must be `file:` and a directory: it is the registry that `dvc repro` keeps"
+            yield Flaw((*here, "url"), text)
+        yield from _blobs_flaws(here, entry, kinds)
+        for option, for_kinds in (("endpoint", ("s3", "hf")), ("region", ("s3",))):
+            if entry.get(option) is not None and kind not in for_kinds:
+                text = f"is for {' and '.join(f'`{each}:`' for each in for_kinds)}; remove it"
+                yield Flaw((*here, option), text, on_key=True)
+        yield from _plain_http_flaws(here, entry)
+    yield from _twin_flaws(registries)
+
+
+_REGISTRY_KINDS = ("file", "s3", "oci", "hf", "mlflow")
+
+
+def _blobs_flaws(here: Loc, entry: dict[str, Any], kinds: dict[str, str]) -> Iterator[Flaw]:
+    """`mlflow:` keeps no files, so another registry has to; the others keep their own."""
+    is_mlflow = kinds[str(here[1])] == "mlflow"
+    blobs = entry.get("blobs")
+    if blobs is None:
+        if is_mlflow:
+            others = ", ".join(quoted(key) for key, kind in kinds.items() if kind != "mlflow")
+            text = f"needs `blobs`: the registry that holds the files. Declared: {others}"
+            yield Flaw(here, text, on_key=True)
+    elif not is_mlflow:
+        text = "is for `mlflow:`; this registry keeps its own files"
+        yield Flaw((*here, "blobs"), text, on_key=True)
+    elif isinstance(blobs, str) and blobs not in kinds:
+        text = f"registry {quoted(blobs)} is not declared{_instead(blobs, kinds)}"
+        yield Flaw((*here, "blobs"), text)
+    elif isinstance(blobs, str) and kinds[blobs] == "mlflow":
+        yield Flaw((*here, "blobs"), f"{quoted(blobs)} is `mlflow:`, which keeps no files either")
+
+
+def _plain_http_flaws(here: Loc, entry: dict[str, Any]) -> Iterator[Flaw]:
+    """Credentials and models that anybody on the way may read or change."""
+    for key in ("url", "endpoint"):
+        text = entry.get(key)
+        address = text.removeprefix("mlflow:") if isinstance(text, str) else ""
+        if not address.startswith("http://") or entry.get("insecure") is True:
+            continue
+        host = urlsplit(address).hostname or ""
+        if not _is_loopback(host):
+            told = f"is plain HTTP to {quoted(host)}: anybody on the way reads and changes what is"
+            yield Flaw((*here, key), f"{told} sent. Take https, or declare `insecure: true`")
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
+
+
+def _twin_flaws(registries: list[tuple[str, dict[str, Any]]]) -> Iterator[Flaw]:
+    """One place under two names would have two histories of one alias."""
+    seen: dict[tuple[str, str], str] = {}
+    if params.LOCAL_REGISTRY not in dict(registries):
+        seen[_place(params.LOCAL_URL, None)] = params.LOCAL_REGISTRY
+    for key, entry in registries:
+        url = entry.get("url")
+        if not isinstance(url, str):
+            continue
+        first = seen.setdefault(_place(url, entry.get("endpoint")), key)
+        if first != key:
+            text = f"is the place of registry {quoted(first)} already; remove one of the two"
+            yield Flaw(("registries", key, "url"), text)
+
+
+def _place(url: str, endpoint: object) -> tuple[str, str]:
+    """Return what is equal for two spellings of one place."""
+    kind, _, rest = url.partition(":")
+    return f"{kind}:{posixpath.normpath(rest)}", str(endpoint or "").rstrip("/")
+
+
+def _waiver_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """Two waivers of one gate: nobody could say which one let a release pass."""
+    for key, model in _entries(data, "models"):
+        seen: set[object] = set()
+        waivers = model.get("waivers")
+        for i, waiver in enumerate(waivers if isinstance(waivers, list) else ()):
+            gate = waiver.get("gate") if isinstance(waiver, dict) else None
+            if isinstance(gate, str) and gate in seen:
+                text = f"{quoted(gate)} has a waiver already; keep the one that counts"
+                yield Flaw(("models", key, "waivers", i, "gate"), text)
+            seen.add(str(gate))
+
+
+def over_waivers(declared: Declaration, today: str) -> list[str]:
+    """
+    Name the waivers whose last day is over; no error, or a day's end would stop the chain.
+
+    Args:
+        declared: The declaration.
+        today: The day in UTC, as 2027-01-31.
+    """
+    return [
+        f"models.{model}.waivers: the waiver of `{waiver.gate}` by {waiver.who} ended on "
+        f"{waiver.until}: nothing new is released by it. Remove it, or decide again."
+        for model, spec in declared.models.items()
+        for waiver in spec.waivers
+        if waiver.until < today
+    ]
 
 
 def _mapping(data: Any, *path: str | int) -> dict[str, Any]:  # noqa: ANN401 - any YAML value

@@ -487,6 +487,7 @@ class Track(Closed):
 
 # The registry that `dvc repro` keeps; the others are published to by name.
 LOCAL_REGISTRY = "local"
+LOCAL_URL = "file:registry"
 
 
 class Registry(Closed):
@@ -549,7 +550,7 @@ class Declaration(Closed):
         description="Where models are served, by name.", min_length=1
     )
     registries: dict[ModelKey, Registry] = Field(
-        default_factory=lambda: {LOCAL_REGISTRY: Registry(url="file:registry")},
+        default_factory=lambda: {LOCAL_REGISTRY: Registry(url=LOCAL_URL)},
         description="Where releases go, by name; `local` is the one that `dvc repro` keeps.",
     )
 
@@ -786,7 +787,7 @@ def load_test_slice(declared: Declaration, model: str) -> LoadTestSlice:
 
 def registry_of(declared: Declaration, name: str) -> Registry | None:
     """Return a declared registry; `local` is there even if nobody declares it."""
-    default = Registry(url="file:registry") if name == LOCAL_REGISTRY else None
+    default = Registry(url=LOCAL_URL) if name == LOCAL_REGISTRY else None
     return declared.registries.get(name, default)
 
 

@@ -81,6 +81,8 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
     from pipelines.serving import engine  # noqa: PLC0415 - the same
 
     declared = declaration.check(at)
+    for line in declaration.over_waivers(declared, datetime.now(UTC).strftime("%Y-%m-%d")):
+        console.warn(line)
     plan = plan_of(declared, targets)
 
     def prepare() -> None:
