@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipelines import console, wording
 from pipelines.errors import DigestError, FleetError, RetryLaterError, StoreError
+from pipelines.params import LOCAL_REGISTRY
 from pipelines.registries import history, ledgers_of, shown
 from pipelines.release_records import STABLE, parse_release, release_id, short
 from pipelines.stores import open_store
@@ -36,12 +37,13 @@ Kind = Literal[
     "unreadable",  # something that is none of ours, or that cannot be read
     "two_stories",  # registry and ledger tell different things of one move
     "behind",  # the ledger knows later moves: restored from a backup, replayed, or lost
+    "empty",  # the same of the local registry that holds nothing of the model: a fresh clone
     "ahead",  # the registry knows moves that are not in the ledger of this checkout
     "unnamed",  # files that no release names
 ]
 _WRONG: frozenset[Kind] = frozenset({"wrong_digest"})
 # Harmless: a publisher who was killed, or one who is at work, leaves them.
-_NOTES: frozenset[Kind] = frozenset({"unnamed", "ahead"})
+_NOTES: frozenset[Kind] = frozenset({"unnamed", "ahead", "empty"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +325,16 @@ def compare(registry: str, model: str, alias: Alias | None, ledger: Ledger) -> I
             f"{ledger.path}.",
         )
     lost = [each for each in told if each.is_lost and numbers.count(each.move.sequence) == 1]
-    if lost:
+    if alias is None and lost and registry == LOCAL_REGISTRY:
+        yield Finding(
+            kind="empty",
+            model=model,
+            what=what,
+            message=f"registry {registry} holds no {what}, as in a fresh clone; the ledger has "
+            f"{wording.counted(len(lost), 'move')} of it.",
+            next=f"fleet repro {model} fills it.",
+        )
+    elif lost:
         last = ledger.last(registry, STABLE)
         assert last is not None, "a lost move is one of the ledger"
         yield Finding(
