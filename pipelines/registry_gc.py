@@ -14,19 +14,24 @@ nothing is removed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
-from pipelines import console, wording
+from pipelines import console, params, wording
 from pipelines.errors import ParamsError, StoreError
-from pipelines.release_records import STABLE, parse_release, short
+from pipelines.registries import ledgers_of, shown
+from pipelines.release_records import STABLE, parse_release, release_id, short
+from pipelines.stores import open_store
 from pipelines.stores.base import NotThereError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
+    from pipelines.layout import Layout
     from pipelines.ledger import Ledger
+    from pipelines.params import Declaration
     from pipelines.release_records import Move, Release
     from pipelines.stores.base import Store, StoredBlob
 
@@ -34,6 +39,8 @@ KEEP_MOVES: Final = 10
 KEEP_DAYS: Final = 90
 # Younger than this may belong to a publisher who is still at work.
 YOUNG_S: Final = 24 * 3600.0
+
+_MIB: Final = 2**20
 
 _Key = tuple[str, str]  # model, release id
 
@@ -132,6 +139,124 @@ def collect(  # noqa: PLR0913 - each of them decides what stays
     sweep.read()
     plan = sweep.plan()
     return sweep.apply(plan) if apply else plan
+
+
+# --- the verb ---------------------------------------------------------------------------------
+
+# Kinds of registries of which we can remove nothing, and what their owner can do.
+_OTHERS_FREE: Final = {
+    "hf": (
+        "the Hub keeps every commit of a repository, so removing files there frees nothing",
+        "Delete branches or squash history in the repository's settings, knowing that no rollback "
+        "to what is gone is possible then.",
+    ),
+}
+
+
+def main(  # noqa: PLR0913 - one for each option
+    declared: Declaration,
+    at: Layout,
+    *,
+    name: str,
+    keep_moves: int,
+    keep_days: int,
+    apply: bool,
+    as_json: bool,
+) -> int:
+    """
+    Collect one registry, or say what would be collected.
+
+    Returns:
+        0.
+
+    Raises:
+        ParamsError: The registry is not declared, or nothing can be freed there by us.
+        StoreError: Something there cannot be read; nothing was removed.
+        LedgerError: A ledger is broken; nothing was removed.
+    """
+    store = open_store(name, declared, at.root)
+    _require_freeable(name, declared)
+    plan = collect(
+        store,
+        ledgers_of(declared, at),
+        now=datetime.now(UTC),
+        keep_moves=keep_moves,
+        keep_days=keep_days,
+        pinned=_pinned(declared, at, name),
+        apply=apply,
+    )
+    if as_json:
+        console.out(json.dumps(asdict(plan), indent=2, ensure_ascii=False))
+    else:
+        _print(plan)
+    return 0
+
+
+def _require_freeable(name: str, declared: Declaration) -> None:
+    """
+    Refuse to collect where that frees nothing.
+
+    Raises:
+        ParamsError: It does not; the hint says what does.
+    """
+    registry = params.registry_of(declared, name)
+    assert registry is not None, "it was opened"
+    kind = registry.url.partition(":")[0]
+    if registry.blobs is not None:
+        raise ParamsError(
+            f"registry {name} keeps no files: they are in {registry.blobs}.",
+            hint=f"fleet gc --registry {registry.blobs}",
+        )
+    if kind in _OTHERS_FREE:
+        why, hint = _OTHERS_FREE[kind]
+        raise ParamsError(f"nothing can be collected in {name}: {why}.", hint=hint)
+
+
+def _pinned(declared: Declaration, at: Layout, name: str) -> set[str]:
+    """
+    Return the releases that this checkout names, and those of registries whose files lie here.
+
+    Raises:
+        StoreError: Such a registry cannot be read: what it needs is then not known.
+    """
+    pinned = {model.stable for model in declared.models.values()}
+    pinned |= {release_id(path.read_bytes()) for path in at.root.glob("results/*/release.json")}
+    ledgers = ledgers_of(declared, at)
+    for other, registry in declared.registries.items():
+        if registry.blobs != name:
+            continue
+        store = open_store(other, declared, at.root)
+        for model, ledger in ledgers.items():
+            alias, _token = store.read_alias(model, STABLE)
+            moves = (*(alias.moves if alias else ()), *ledger.moves(other, STABLE))
+            pinned |= {move.release for move in moves}
+    return pinned
+
+
+def _print(plan: GcPlan) -> None:
+    size = f"{wording.number(plan.freed_bytes / _MIB)} MiB"
+    kept = f"{wording.number(plan.kept_bytes / _MIB)} MiB"
+    for each in plan.releases:
+        console.out(f"  {shown(each.model, each.id)}: {each.why}")
+    verb = "removed" if plan.applied else "would remove"
+    console.out(
+        f"{plan.registry}: {verb} {wording.counted(len(plan.releases), 'release')} and "
+        f"{wording.counted(len(plan.blobs), 'file')} ({size}); "
+        f"{wording.counted(len(plan.kept), 'release')} and "
+        f"{wording.counted(plan.kept_blobs_count, 'file')} ({kept}) stay."
+    )
+    if plan.waiting_count:
+        console.info(
+            f"  {wording.counted(plan.waiting_count, 'file')} that no release names: younger than "
+            "a day, so a publisher may be at work"
+        )
+    for note in plan.notes:
+        console.info(f"  {note}")
+    if not plan.applied and (plan.releases or plan.blobs):
+        console.info("  next: the same command with --apply")
+
+
+# --- mark and sweep ---------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
