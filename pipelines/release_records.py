@@ -93,7 +93,7 @@ class ReleasedQuant(Part):
 
 
 class ReleasedHost(Part):
-    """The final verdict for one declared host and the quant that is chosen for it."""
+    """The final verdict for one declared host, and the type of the quant that is chosen for it."""
 
     verdict: Literal["PROMOTE", "HOLD", "REJECT", "INVALID"]
     winner: str | None

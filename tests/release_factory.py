@@ -124,7 +124,7 @@ def composed(  # noqa: PLR0913 - each is one independent fact, named at the call
         stable_quant=types[0],
         hosts={
             "local": ReleasedHost(
-                verdict="PROMOTE", winner=f"{model}-{types[0]}", sentence="It kept every limit."
+                verdict="PROMOTE", winner=types[0], sentence="It kept every limit."
             )
         },
         quants=tuple(quants),
