@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 # Started only where a test asks for one by name.
-from registry_servers import moto_s3, s3_server, versitygw
+from registry_servers import moto_s3, oci, oci_tls, s3_server, versitygw
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.serving.engine import Engine
     from pipelines.toolchain import Toolchain
 
-__all__ = ["moto_s3", "s3_server", "versitygw"]
+__all__ = ["moto_s3", "oci", "oci_tls", "s3_server", "versitygw"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
