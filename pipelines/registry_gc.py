@@ -110,7 +110,7 @@ def collect(  # noqa: PLR0913 - each of them decides what stays
         store: The registry.
         ledgers: Of each model that this checkout knows. Releases of other models stay: what their
             fleet still names cannot be seen from here.
-        now: UTC; moves of the last `keep_days` before it are kept.
+        now: UTC; moves of the last `keep_days` before it are kept, and ages are counted up to it.
         keep_moves: Last moves of each alias whose releases are kept.
         keep_days: Days whose moves are kept.
         pinned: Ids of releases that stay in any case.
@@ -132,6 +132,7 @@ def collect(  # noqa: PLR0913 - each of them decides what stays
         store=store,
         ledgers=ledgers,
         since=now - timedelta(days=keep_days),
+        ahead_s=(now - datetime.now(UTC)).total_seconds(),
         keep_moves=keep_moves,
         keep_days=keep_days,
         pinned=frozenset(pinned),
@@ -143,14 +144,8 @@ def collect(  # noqa: PLR0913 - each of them decides what stays
 
 # --- the verb ---------------------------------------------------------------------------------
 
-# Kinds of registries of which we can remove nothing, and what their owner can do.
-_OTHERS_FREE: Final = {
-    "hf": (
-        "the Hub keeps every commit of a repository, so removing files there frees nothing",
-        "Delete branches or squash history in the repository's settings, knowing that no rollback "
-        "to what is gone is possible then.",
-    ),
-}
+# The Hub keeps every commit of a repository; see `_require_freeable`.
+_KEEPS_EVERYTHING: Final = "hf"
 
 
 def main(  # noqa: PLR0913 - one for each option
@@ -201,15 +196,18 @@ def _require_freeable(name: str, declared: Declaration) -> None:
     """
     registry = params.registry_of(declared, name)
     assert registry is not None, "it was opened"
-    kind = registry.url.partition(":")[0]
     if registry.blobs is not None:
         raise ParamsError(
             f"registry {name} keeps no files: they are in {registry.blobs}.",
             hint=f"fleet gc --registry {registry.blobs}",
         )
-    if kind in _OTHERS_FREE:
-        why, hint = _OTHERS_FREE[kind]
-        raise ParamsError(f"nothing can be collected in {name}: {why}.", hint=hint)
+    if registry.url.startswith(f"{_KEEPS_EVERYTHING}:"):
+        raise ParamsError(
+            f"nothing can be collected in {name}: the Hub keeps every commit of a repository, so "
+            "removing a file there frees nothing.",
+            hint="Squash the history in the repository's settings if you must: no rollback to what "
+            "was there is possible then.",
+        )
 
 
 def _pinned(declared: Declaration, at: Layout, name: str) -> set[str]:
@@ -266,6 +264,8 @@ class _Sweep:
     store: Store
     ledgers: Mapping[str, Ledger]
     since: datetime
+    # By how much `now` is later than the clock by which stores count ages.
+    ahead_s: float
     keep_moves: int
     keep_days: int
     pinned: frozenset[str]
@@ -317,7 +317,7 @@ class _Sweep:
             StoreError: An alias cannot be read, or means a release that is not there.
         """
         there = set(keys)
-        young = {x.sha256 for x in self.store.list_blobs() if x.age_s is None or x.age_s < YOUNG_S}
+        young = {x.sha256 for x in self.store.list_blobs() if self._too_young(x.age_s)}
         marks: dict[_Key, str] = {}
         for model in sorted({model for model, _ in there} | set(self.ledgers)):
             for alias in self._aliases(model):
@@ -376,10 +376,12 @@ class _Sweep:
     def _is_young(self, model: str, id_: str, young_blobs: Collection[str]) -> bool:
         """Tell whether a release may belong to a publisher who is still at work."""
         if isinstance(self.store, _DatesReleases):
-            age_s = self.store.release_age_s(model, id_)
-            return age_s is None or age_s < YOUNG_S
+            return self._too_young(self.store.release_age_s(model, id_))
         # The files of a release are put right before it; those that it shares are older.
         return any(file.sha256 in young_blobs for file in self.read_releases[model, id_][0].files)
+
+    def _too_young(self, age_s: float | None) -> bool:
+        return age_s is None or age_s + self.ahead_s < YOUNG_S
 
     def plan(self) -> GcPlan:
         """Say what would be removed now."""
@@ -388,7 +390,7 @@ class _Sweep:
         named = self._named(marks)
         blobs = list(self.store.list_blobs())
         unnamed = [blob for blob in blobs if blob.sha256 not in named]
-        doomed = tuple(blob for blob in unnamed if blob.age_s is not None and blob.age_s >= YOUNG_S)
+        doomed = tuple(blob for blob in unnamed if not self._too_young(blob.age_s))
         kept = [blob for blob in blobs if blob.sha256 in named]
         return GcPlan(
             registry=self.store.name,
@@ -434,9 +436,7 @@ class _Sweep:
         before = self.read()
         named = self._named(before)
         blobs = tuple(
-            blob
-            for blob in listed
-            if blob.sha256 not in named and blob.age_s is not None and blob.age_s >= YOUNG_S
+            blob for blob in listed if blob.sha256 not in named and not self._too_young(blob.age_s)
         )
         with console.Progress("removing files", total=len(blobs), unit="files") as progress:
             for done, blob in enumerate(blobs):
