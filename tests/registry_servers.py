@@ -4,6 +4,7 @@ Real registry servers for the tests: each starts when a test asks for it and end
     versitygw    S3 on a POSIX directory; conditional writes that hold under races
     moto_s3      S3 in this process; a second opinion, wrong in places that the tests name
     oci          docker-registry behind nginx with the files of deploy/registry; oci_tls over TLS
+    mlflow_http  MLflow's tracking server on a database of its own
 
 A server listens on a free port of loopback, writes what it prints to a log, and is handed over when
 it answers. It ends with its process group, however the session ends (pipelines.proc.background).
@@ -18,6 +19,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import filelock
 import pytest
+import requests
 
 from pipelines import atomic, params, proc, toolchain
 
@@ -513,3 +516,55 @@ def oci_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OciServer]:
 
 
 # --- MLflow: a tracking server ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlflowServer:
+    """
+    A running tracking server.
+
+    Attributes:
+        url: Its address.
+        process: It; a test may end it.
+        log: What it prints.
+    """
+
+    url: str
+    process: proc.Background
+    log: Path
+
+    def forget_all(self) -> None:
+        """Delete every registered model, so that the next test finds none."""
+        api = f"{self.url}/api/2.0/mlflow/registered-models"
+        told = requests.get(f"{api}/search", timeout=30).json()
+        for model in told.get("registered_models", []):
+            answer = requests.delete(f"{api}/delete", json={"name": model["name"]}, timeout=30)
+            answer.raise_for_status()
+
+
+@contextmanager
+def mlflow_server(directory: Path, *, port: int | None = None) -> Iterator[MlflowServer]:
+    """Run `mlflow server` on a database below `directory`, as its documentation says."""
+    port = port or free_port()
+    url = f"http://127.0.0.1:{port}"
+    log = directory / "mlflow.log"
+    argv = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--workers", "1", "--backend-store-uri", f"sqlite:///{directory}/mlflow.db"),
+        *("--artifacts-destination", str(directory / "artifacts")),
+    ]
+    environment = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        # It runs jobs of prompts and judges otherwise, in further processes.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    with serving(argv, f"{url}/health", log, env=environment, cwd=directory) as process:
+        yield MlflowServer(url=url, process=process, log=log)
+
+
+@pytest.fixture(scope="session")
+def mlflow_http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """One tracking server for the session: it takes seconds to start, and half a gigabyte."""
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server
