@@ -551,10 +551,12 @@ def _leaks(
     # What the operator has named himself is his to tell.
     declared = {release.model, *release.hosts, *slice_.quants}
     private = _private_names(declared, at)
-    for place, text in _strings(json.loads(release.model_dump_json()), ""):
+    for place, text in _strings(json.loads(release.model_dump_json())):
         what = leak(text, private)
         if what:
-            yield _leaked(f"release.json, {place.lstrip('.')}", what)
+            # A key may be the very secret; it is named by where it stands.
+            shown = ["…" if leak(part, private) else part for part in place]
+            yield _leaked(f"release.json, {'.'.join(shown)}", what)
     for name, text in texts.items():
         # Paths may be a model's business; a system text speaks of /etc at will.
         what = leak(text, private, paths=False)
@@ -620,14 +622,17 @@ def host_pattern(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?<![\w.-]){word}(?![\w-])", re.IGNORECASE)
 
 
-def _strings(value: Any, place: str) -> Iterator[tuple[str, str]]:  # noqa: ANN401 - any JSON value
+def _strings(
+    value: Any,  # noqa: ANN401 - any JSON value
+    place: tuple[str, ...] = (),
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield every string of a JSON value with its place; keys are strings, too."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, dict):
         for key, each in value.items():
-            yield f"{place}.{key} (a key)", key
-            yield from _strings(each, f"{place}.{key}")
+            yield (*place, "a key"), key
+            yield from _strings(each, (*place, key))
     elif isinstance(value, list):
         for i, each in enumerate(value):
-            yield from _strings(each, f"{place}.{i}")
+            yield from _strings(each, (*place, str(i)))
