@@ -14,14 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipelines import verdict, wording
+from pipelines import golden, verdict, wording
 from pipelines.console import clean
 from pipelines.release_records import ReleaseWaiver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from pipelines.load_records import LoadTestRecord, Served
+    from pipelines.load_records import LoadTestRecord, Served, WinnerTest
     from pipelines.params import PublishSlice, Waivable
     from pipelines.records import (
         BenchmarkRecord,
@@ -319,7 +319,8 @@ def _types(slice_: PublishSlice, papers: Papers, released: Sequence[str]) -> tup
     """
     Return what passed its gates on a released host and was served, in the order of declaration.
 
-    A quant that failed its smoke makes its host HOLD; a waiver of that does not bring it in.
+    A quant that failed its smoke makes its host HOLD; a waiver of that does not bring it in. One
+    that won for another host and failed there at more than that host's levels stays out as well.
     """
     passed = {
         each.type
@@ -330,7 +331,20 @@ def _types(slice_: PublishSlice, papers: Papers, released: Sequence[str]) -> tup
     return tuple(
         type_
         for type_ in slice_.quants.values()
-        if type_ in passed and served_of(papers.tested, type_) is not None
+        if type_ in passed
+        and served_of(papers.tested, type_) is not None
+        and all(_is_sound(test) for test in papers.tested.winners if test.type == type_)
+    )
+
+
+def _is_sound(test: WinnerTest) -> bool:
+    """Tell whether a test found nothing wrong with the quant itself, whatever its host asks for."""
+    return (
+        not test.failures
+        and not test.invalid
+        and (test.golden is None or golden.objection(test.golden) is None)
+        and (test.degenerate is None or test.degenerate.outcome != "FAIL")
+        and all(one.outcome != "FAIL" for one in test.regressions)
     )
 
 

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped] # has no types of its own
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,7 +129,7 @@ def test_what_ollama_pulls_is_what_was_load_tested(at: Layout) -> None:
     found = composed(at)
 
     tested = records.read(at.model_record("load-test", MODEL), LoadTestRecord)
-    served = [one.served for one in (*tested.winners, *tested.smokes)]
+    served = [*(one.served for one in tested.winners), *(one.served for one in tested.smokes)]
     wanted = {one.type: one.manifest_sha256 for one in served if one is not None}
     (q8, q4) = found.release.of("ollama-manifest")
     assert {q8.type: q8.sha256, q4.type: q4.sha256} == wanted
