@@ -126,6 +126,7 @@ class Checkout:
         *registries: str,
         stable: str = "latest",
         model: str = MODEL,
+        year: int = 2025,
         **options: Any,
     ) -> str:
         """Publish a release as the stage does, to `local` if none is named; return its id."""
@@ -136,7 +137,7 @@ class Checkout:
                 self.store(registry),
                 self.ledger(model),
                 stable=stable,
-                by=factory.by(f"release {seed}", at=f"2027-01-{seed:02}T12:00:00Z"),
+                by=factory.by(f"release {seed}", at=f"{year}-01-{seed:02}T12:00:00Z"),
             )
         self.at.release(model).parent.mkdir(parents=True, exist_ok=True)
         self.at.release(model).write_bytes(made.data)
