@@ -67,7 +67,6 @@ MIN_PREFIX_CHARACTERS: Final = 8
 _MAX_ROUNDS: Final = 50
 _LONGEST_PAUSE_S: Final = 1.0
 _MAX_WORDS: Final = 300
-_MIB: Final = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +183,7 @@ def publish(  # noqa: PLR0913 - each is one independent fact, named at the call
         return _planned_publish(composed, store, ledger, stable, by)
     store.prepare(model)
     with _serialised(store, model):
-        count, sent_bytes = _send(composed, store)
+        sent = _send(composed, store)
         target = composed.id if stable == LATEST else stable
         release = (
             composed.release if target == composed.id else _whole_release(store, model, target)[1]
@@ -193,10 +192,10 @@ def publish(  # noqa: PLR0913 - each is one independent fact, named at the call
     return Outcome(
         release=composed.id,
         moved=settled.moved,
-        uploaded_bytes=sent_bytes,
-        uploaded_count=count,
+        uploaded_bytes=sent.sent_bytes,
+        uploaded_count=sent.count,
         restored=settled.restored,
-        sentence=_sentence(composed.id, store, count, sent_bytes, settled),
+        sentence=_sentence(composed.id, store, sent, settled),
     )
 
 
@@ -248,7 +247,7 @@ def point(  # noqa: PLR0913 - each is one independent fact, named at the call
         uploaded_bytes=0,
         uploaded_count=0,
         restored=settled.restored,
-        sentence=_sentence(id_, store, 0, 0, settled),
+        sentence=_sentence(id_, store, _Sent(), settled),
     )
 
 
@@ -259,15 +258,26 @@ def _require_sizes(composed: Composed, store: Store) -> None:
         return
     too_large = [blob for blob in composed.blobs if blob.size_bytes > limit_bytes]
     if too_large:
-        names = wording.first_few([f"{blob.name} ({_mib(blob.size_bytes)})" for blob in too_large])
+        names = wording.first_few(
+            [f"{blob.name} ({_shown(blob.size_bytes)})" for blob in too_large]
+        )
         raise GateError(
-            f"{store.shown} takes files up to {_mib(limit_bytes)}; larger: {names}. Nothing was "
+            f"{store.shown} takes files up to {_shown(limit_bytes)}; larger: {names}. Nothing was "
             "sent.",
             hint="Remove those quants from params.yaml, or publish to another registry.",
         )
 
 
-def _send(composed: Composed, store: Store) -> tuple[int, int]:
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """Blobs that were not there, their size, and what of it was sent: less where they are linked."""
+
+    count: int = 0
+    size_bytes: int = 0
+    sent_bytes: int = 0
+
+
+def _send(composed: Composed, store: Store) -> _Sent:
     """
     Store what is missing, prove what was stored, then the release.
 
@@ -290,7 +300,8 @@ def _send(composed: Composed, store: Store) -> tuple[int, int]:
             store.prove_blob(model, blob, progress.of(name, blob.size_bytes))
     if not known:
         store.put_release(composed.release, composed.data)
-    return len(missing), sent_bytes
+    missing_bytes = sum(blob.size_bytes for blob in missing)
+    return _Sent(count=len(missing), size_bytes=missing_bytes, sent_bytes=sent_bytes)
 
 
 def _knows(store: Store, composed: Composed) -> bool:
@@ -589,8 +600,12 @@ def _serialised(store: Store, model: str) -> Iterator[None]:
 # --- sentences --------------------------------------------------------------------------------
 
 
-def _mib(size_bytes: int) -> str:
-    return f"{wording.number(size_bytes / _MIB)} MiB"
+def _shown(size_bytes: int) -> str:
+    """Write a size so that a Modelfile and a GGUF both read well."""
+    for unit, unit_bytes in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= unit_bytes:
+            return f"{wording.number(size_bytes / unit_bytes)} {unit}"
+    return wording.counted(size_bytes, "byte")
 
 
 def _planned_publish(
@@ -621,7 +636,7 @@ def _planned_sentence(
 ) -> str:
     if not count and planned.alias is None:
         return f"Release {short(id_)} is in {store.name}, and {STABLE} is right: nothing to do."
-    files = f"{wording.counted(count, 'file')} ({_mib(size_bytes)})"
+    files = f"{wording.counted(count, 'file')} ({_shown(size_bytes)})"
     sent = f"send {files}" if count else "send nothing"
     return f"Would {sent} to {store.shown} and {_move_words(planned, store, past=False)}."
 
@@ -640,18 +655,22 @@ def _move_words(settled: _Settled, store: Store, *, past: bool) -> str:
     return f"{verb} {STABLE}{origin} to {short(move.release)} (move {move.sequence}){restored}"
 
 
-def _sentence(id_: str, store: Store, count: int, sent_bytes: int, settled: _Settled) -> str:
+def _sentence(id_: str, store: Store, sent: _Sent, settled: _Settled) -> str:
     """Say in one or two sentences what was done."""
-    if not count and settled.moved is None and not settled.restored:
+    if not sent.count and settled.moved is None and not settled.restored:
         return (
             f"Release {short(id_)} is in {store.name} already, and {STABLE} means "
             f"{short(settled.before)}: nothing changed."
         )
-    sent = ""
-    if count:
-        size = _mib(sent_bytes) if sent_bytes else "linked, nothing copied"
-        sent = f"Stored {wording.counted(count, 'file')} of release {short(id_)} ({size}) and "
-    text = wording.sentence(f"{sent}{_move_words(settled, store, past=True)} in {store.name}")
+    stored = ""
+    if sent.count:
+        size = _shown(sent.sent_bytes)
+        if sent.sent_bytes < sent.size_bytes:
+            size += " copied, the rest linked"
+        stored = (
+            f"Stored {wording.counted(sent.count, 'file')} of release {short(id_)} ({size}) and "
+        )
+    text = wording.sentence(f"{stored}{_move_words(settled, store, past=True)} in {store.name}")
     if settled.moved is not None and not store.guarantees.compare_and_set:
         text += (
             " This registry cannot refuse a move that comes too late: moves from this machine were "
