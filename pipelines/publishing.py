@@ -49,7 +49,7 @@ from pipelines.release_records import (
     parse_release,
     short,
 )
-from pipelines.stores.base import AliasMovedError, NotThereError
+from pipelines.stores.base import AliasMovedError, NotThereError, Repairs
 from pipelines.stores.transfer import Progress
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def _require_sizes(composed: Composed, store: Store) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sent:
-    """Blobs that were not there, their size, and what of it was sent: less where they are linked."""
+    """Blobs that were not there, their size, and what of it was sent: not what is linked."""
 
     count: int = 0
     size_bytes: int = 0
@@ -407,6 +407,8 @@ def _settle(
         for move in settled.missing:
             ledger.append(store.name, STABLE, move)
         if settled.alias is None:
+            if now is not None and isinstance(store, Repairs):
+                store.repair(now, release)
             return settled
         try:
             store.write_alias(settled.alias, release, token)
@@ -667,10 +669,10 @@ def _sentence(id_: str, store: Store, sent: _Sent, settled: _Settled) -> str:
         size = _shown(sent.sent_bytes)
         if sent.sent_bytes < sent.size_bytes:
             size += " copied, the rest linked"
-        stored = (
-            f"Stored {wording.counted(sent.count, 'file')} of release {short(id_)} ({size}) and "
-        )
+        files = wording.counted(sent.count, "file")
+        stored = f"stored {files} of release {short(id_)} ({size}) and "
     text = wording.sentence(f"{stored}{_move_words(settled, store, past=True)} in {store.name}")
+    text = text[0].upper() + text[1:]
     if settled.moved is not None and not store.guarantees.compare_and_set:
         text += (
             " This registry cannot refuse a move that comes too late: moves from this machine were "
