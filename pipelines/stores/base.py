@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from pipelines.errors import StoreError
 
@@ -203,6 +203,19 @@ class Store(Protocol):
         Raises:
             AliasMovedError: It is no longer what was read.
         """
+        ...
+
+
+@runtime_checkable
+class Repairs(Protocol):
+    """
+    A store with pointers of its own beside an alias, which no single step moves with it.
+
+    A publisher that was killed between them leaves some on the wrong release.
+    """
+
+    def repair(self, alias: Alias, release: Release) -> tuple[str, ...]:
+        """Make them mean the release that the alias means; return those that were wrong."""
         ...
 
 

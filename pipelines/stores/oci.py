@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import console
@@ -96,6 +97,7 @@ class OciStore:
         """
         self.name = name
         self._client = client or OciClient(name, registry)
+        self._has_empty: set[str] = set()
         limit = _GHCR_LIMIT_BYTES if self._client.host.split(":")[0] == _GHCR else None
         declared = registry.max_file_mib
         self._max_file_bytes = declared * _MIB if declared else limit
@@ -221,7 +223,7 @@ class OciStore:
             manifest = self._small(release.model, file.sha256, file.size_bytes)
             self._put_once(repository, tag, manifest, file.media_type)
         self._put_small(release.model, "release.json", data)
-        self._put_small(release.model, "an empty config", _EMPTY)
+        self._put_empty(release.model)
         artifact = _artifact(
             RELEASE_TYPE,
             [_descriptor(RELEASE_TYPE, data, "release.json"), *_descriptors(release)],
@@ -234,7 +236,7 @@ class OciStore:
         found = self._client.manifest_sha256(repository, tag)
         if found is None:
             self._client.put_manifest(repository, tag, data, media_type)
-            found = self._client.manifest_sha256(repository, tag)
+            return
         if found != wanted:
             raise StoreError(
                 f"{self.shown} has something else under {repository}:{tag}, which is never moved: "
@@ -307,6 +309,20 @@ class OciStore:
             else:
                 self._client.delete_manifest(repository, file.sha256)
 
+    def release_age_s(self, model: str, id_: str) -> float | None:
+        """
+        Seconds since the alias was moved to a release last; None if it never was.
+
+        Registries tell no times. What is of unknown age counts as young.
+        """
+        alias, _token = self.read_alias(model, STABLE)
+        times = [move.at for move in (alias.moves if alias else ()) if move.release == id_]
+        try:
+            last = max(datetime.fromisoformat(at) for at in times)
+            return max(0.0, (datetime.now(UTC) - last).total_seconds())
+        except (ValueError, TypeError):  # no move, or a time without a zone
+            return None
+
     # aliases
 
     def read_alias(self, model: str, alias: str) -> tuple[Alias | None, Token]:
@@ -343,7 +359,7 @@ class OciStore:
         data = alias_bytes(alias)
         document = _artifact(ALIAS_TYPE, [_descriptor(ALIAS_TYPE, data, "alias.json")])
         self._put_small(alias.model, "alias.json", data)
-        self._put_small(alias.model, "an empty config", _EMPTY)
+        self._put_empty(alias.model)
         self._move_tags(
             alias, release, lambda: self._client.manifest_sha256(repository, tag), expected
         )
@@ -414,7 +430,7 @@ class OciStore:
         digest = hashlib.sha256(data).hexdigest()
         stale = [tag for tag in stale if self._client.manifest_sha256(repository, tag) != digest]
         if stale:
-            self._put_small(model, "an empty config", _EMPTY)
+            self._put_empty(model)
         for tag in stale:
             self._client.put_manifest(repository, tag, data, OCI_MANIFEST)
         return stale
@@ -439,21 +455,21 @@ class OciStore:
         )
         self.put_blob(model, blob, lambda _: None)
 
+    def _put_empty(self, model: str) -> None:
+        """Store the config that every artifact has; once, as far as we know."""
+        if model not in self._has_empty:
+            self._put_small(model, "an empty config", _EMPTY)
+            self._has_empty.add(model)
+
     def _small(self, model: str, sha256: str, size_bytes: int) -> bytes:
         """Read a small blob and hash it."""
-        there_bytes = self.blob_size(model, sha256)
-        if there_bytes is None:
-            raise NotThereError(
-                f"{self.shown} has no blob sha256:{sha256} of {model}.",
-                hint=f"`fleet verify-registry {self.name}` names everything that is missing.",
-            )
-        if there_bytes != size_bytes or size_bytes > _MAX_DOCUMENT_BYTES:
-            raise StoreError(
-                f"{self.shown} has {there_bytes} bytes under sha256:{sha256} of {model}; "
-                f"{size_bytes} are meant.",
-                hint=f"`fleet verify-registry {self.name}` names everything that is wrong.",
-            )
-        data = b"".join(self.read_blob(model, sha256))
+        if size_bytes > _MAX_DOCUMENT_BYTES:
+            raise StoreError(f"{self.shown}: sha256:{sha256} is larger than any release.")
+        data = b""
+        for chunk in self.read_blob(model, sha256):
+            data += chunk
+            if len(data) > size_bytes:
+                break
         if hashlib.sha256(data).hexdigest() != sha256:
             raise DigestError(
                 f"{self.shown} gives other bytes under sha256:{sha256} of {model}.",

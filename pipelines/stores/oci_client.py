@@ -65,6 +65,8 @@ _ACCEPT: Final = f"{OCI_MANIFEST}, {DOCKER_MANIFEST}"
 _OCTETS: Final = "application/octet-stream"
 
 PART_BYTES: Final = 64 << 20
+# Up to this a file goes with the request that names it.
+_SMALL_BYTES: Final = 1 << 16
 # What distribution itself refuses beyond (4 MiB), with room for a registry that does not.
 _MAX_MANIFEST_BYTES: Final = 16 << 20
 _MAX_ANSWER_BYTES: Final = 16 << 20
@@ -85,6 +87,7 @@ _PARTIAL: Final = 206
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _UNAUTHORIZED: Final = 401
 _NOT_FOUND: Final = 404
+_BEYOND: Final = 416
 _SUCCESSES: Final = frozenset({200, 201, 202, 204})
 # An upload is not known any more, or not at the place that was meant.
 _LOST: Final = frozenset({400, 404, 409, 410, 416})
@@ -369,17 +372,11 @@ class OciClient:
             NotThereError: There is no such blob.
             StoreError: The registry gives another number of bytes than it said.
         """
-        size = self.blob_size(repository, sha256)
-        if size is None:
-            raise NotThereError(
-                f"{self.shown} has no blob sha256:{sha256} in {repository}.",
-                hint=f"`fleet verify-registry {self._name}` names everything that is missing.",
-            )
         what = f"{self.shown}: reading sha256:{short(sha256)} of {repository}"
-        position = offset
+        position, size = offset, offset + 1
         while position < size:
-            opened = functools.partial(self._opened, repository, sha256, position, size)
-            reader = self._retried(what, opened)
+            opened = functools.partial(self._opened, repository, sha256, position)
+            reader, size = self._retried(what, opened)
             with contextlib.closing(reader):
                 while True:
                     try:
@@ -395,9 +392,9 @@ class OciClient:
                     yield chunk
 
     def _opened(
-        self, repository: str, sha256: str, offset: int, size: int
-    ) -> Generator[bytes, None, None]:
-        """Ask for a blob from an offset on; return its bytes, the first of which is there."""
+        self, repository: str, sha256: str, offset: int
+    ) -> tuple[Generator[bytes, None, None], int]:
+        """Ask for a blob from an offset on; return its bytes, the first being there, its size."""
         what = f"{self.shown}: reading sha256:{short(sha256)} of {repository}"
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         path = f"/v2/{repository}/blobs/sha256:{sha256}"
@@ -405,39 +402,37 @@ class OciClient:
         # Open until the last byte was read, beyond this call.
         answer = asked.__enter__()
         try:
-            first, chunks = self._first_of(answer, sha256, offset, size, what)
+            if answer.status_code in {_NOT_FOUND, _BEYOND} and not _is_page(answer):
+                size = self._size_below(repository, sha256, offset)
+                first, chunks = b"", iter(())
+            else:
+                self._require(answer, {_OK, _PARTIAL} if offset else {_OK}, what)
+                _require_digest(answer, sha256, what)
+                size = _size_of(answer, offset, what) or self.blob_size(repository, sha256) or 0
+                first, chunks = _first_of(answer, offset, size, what)
         except BaseException:
             asked.__exit__(None, None, None)
             raise
 
         def rest() -> Generator[bytes, None, None]:
             try:
-                yield first
+                if first:
+                    yield first
                 yield from chunks
             finally:
                 asked.__exit__(None, None, None)
 
-        return rest()
+        return rest(), size
 
-    def _first_of(
-        self, answer: requests.Response, sha256: str, offset: int, size: int, what: str
-    ) -> tuple[bytes, Iterator[bytes]]:
-        """Hold an answer against what was asked; return its first bytes and the rest."""
-        if answer.status_code == _NOT_FOUND and not _is_page(answer):
-            raise NotThereError(f"{what}: it is gone.")
-        self._require(answer, {_OK, _PARTIAL} if offset else {_OK}, what)
-        _require_digest(answer, sha256, what)
-        skip = offset if answer.status_code == _OK else 0
-        told = answer.headers.get("Content-Range", "")
-        if answer.status_code == _PARTIAL and not told.startswith(f"bytes {offset}-"):
-            raise StoreError(f"{what}: other bytes came than were asked for.")
-        _require_length(answer, size - offset + skip, what)
-        chunks = _bytes_of(answer, size - offset + skip, what)
-        first = b""
-        while not first:
-            first = next(chunks)
-            first, skip = first[skip:], max(0, skip - len(first))
-        return first, chunks
+    def _size_below(self, repository: str, sha256: str, offset: int) -> int:
+        """Return the size of a blob that ends before an offset; there is none of another size."""
+        size = self.blob_size(repository, sha256)
+        if size is None or size > offset:
+            raise NotThereError(
+                f"{self.shown} has no blob sha256:{sha256} in {repository}.",
+                hint=f"`fleet verify-registry {self._name}` names everything that is missing.",
+            )
+        return size
 
     def delete_blob(self, repository: str, sha256: str) -> None:
         """
@@ -481,7 +476,10 @@ class OciClient:
         what = f"{self.shown}: sending {blob.name} (sha256:{short(blob.sha256)}) to {repository}"
         key = f"{self.shown} {repository} {blob.sha256}"
         with remembered(key) as memory, Source(blob) as source:
-            upload = Upload(url=memory.read(self._connected()))
+            upload = Upload(
+                url=memory.read(self._connected()),
+                in_one_request=blob.size_bytes <= _SMALL_BYTES,
+            )
             while not self._retried(
                 what, lambda: self._attempt(repository, upload, source, memory, on_bytes, what)
             ):
@@ -512,7 +510,8 @@ class OciClient:
                 memory.write(upload.url)
                 self._send_part(repository, upload, source, on_bytes, what)
             source.require_right()
-            memory.write(upload.url)
+            if not upload.in_one_request:
+                memory.write(upload.url)
             self._finish(repository, upload, source, on_bytes, what)
         except DigestError:
             memory.forget()
@@ -945,6 +944,35 @@ def _bytes_of(answer: requests.Response, size: int, what: str) -> Iterator[bytes
             f"{what}: more bytes came than the {size} that it has. What came was not used.",
             hint="Something between the registry and here answers in its place.",
         )
+
+
+def _size_of(answer: requests.Response, offset: int, what: str) -> int | None:
+    """Return the size of the whole blob by the answer to a GET; None if it does not say."""
+    if answer.status_code == _PARTIAL:
+        told = re.fullmatch(
+            r"bytes ([0-9]+)-[0-9]+/([0-9]+)", answer.headers.get("Content-Range", "")
+        )
+        if told is None or int(told[1]) != offset:
+            raise StoreError(f"{what}: other bytes came than were asked for.")
+        return int(told[2])
+    told_length = answer.headers.get("Content-Length", "")
+    return int(told_length) if told_length.isdigit() else None
+
+
+def _first_of(
+    answer: requests.Response, offset: int, size: int, what: str
+) -> tuple[bytes, Iterator[bytes]]:
+    """Return the first bytes of a blob from an offset on, and the rest."""
+    skip = offset if answer.status_code == _OK else 0
+    _require_length(answer, size - offset + skip, what)
+    chunks = _bytes_of(answer, size - offset + skip, what)
+    first = b""
+    while not first:
+        first = next(chunks, b"")
+        if not first:
+            break  # nothing is left from there on
+        first, skip = first[skip:], max(0, skip - len(first))
+    return first, chunks
 
 
 def _require_length(answer: requests.Response, size: int, what: str) -> None:
