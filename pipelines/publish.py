@@ -92,9 +92,15 @@ def local_store(slice_: PublishSlice, at: Layout) -> LocalStore:
 
 
 def _publish(composed: Composed, slice_: PublishSlice, at: Layout) -> tuple[str, ...]:
-    """Publish; return why the registry does not take it, a file that is too large for it say."""
+    """
+    Publish; return why the registry does not take it.
+
+    That is a file that is too large for it; or a declared `stable` that it does not hold, as in a
+    fresh clone of a fleet that was rolled back.
+    """
     from pipelines import publishing  # noqa: PLC0415 - not for the probe
     from pipelines.ledger import Ledger  # noqa: PLC0415 - the same
+    from pipelines.stores.base import NotThereError  # noqa: PLC0415 - the same
 
     why = "it passed its gates" if slice_.stable == "latest" else "declared as `stable`"
     try:
@@ -105,7 +111,9 @@ def _publish(composed: Composed, slice_: PublishSlice, at: Layout) -> tuple[str,
             stable=slice_.stable,
             by=publishing.By.from_environment(why),
         )
-    except GateError as error:
+    except (GateError, NotThereError) as error:
+        if isinstance(error, NotThereError) and slice_.stable in {"latest", composed.id}:
+            raise
         return (" ".join(filter(None, (error.message, error.hint))),)
     console.info(outcome.sentence)
     # Last: what it names is in the registry.
@@ -129,6 +137,7 @@ def observe(slice_: PublishSlice, at: Layout) -> Observed:
     """
     store = local_store(slice_, at)
     ours = _digest(at.release(slice_.model))
+    declared = slice_.stable if slice_.stable != "latest" else None
     stable: str | None = None
     sequence: int | None = None
     ledger_sequence: int | None = None
@@ -138,7 +147,7 @@ def observe(slice_: PublishSlice, at: Layout) -> Observed:
         alias, _ = store.read_alias(slice_.model, STABLE)
         if alias is not None:
             stable, sequence = alias.release, alias.sequence
-        for id_ in dict.fromkeys(filter(None, (stable, ours))):
+        for id_ in dict.fromkeys(filter(None, (stable, ours, declared))):
             missing += _missing(store, slice_.model, id_)
         ledger_sequence = _ledger_sequence(slice_, at)
     except (FleetError, OSError, ValueError) as error:
