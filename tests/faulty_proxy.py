@@ -183,6 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    _cut = False
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -190,6 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
         seen = self.server.proxy._arrived(self.command, self.path, headers)
+        self._cut = seen.fault is not None and seen.fault.kind == "cut"
         try:
             self._handle(seen)
         except (_BrokenError, OSError, http.client.HTTPException):
@@ -319,12 +321,13 @@ class _Handler(BaseHTTPRequestHandler):
         return piece
 
     def _break(self) -> None:
-        """End the connection by a reset, as a crashed server or a firewall does."""
+        """End the connection; by a reset, unless what was sent before has to arrive."""
         self.close_connection = True
         with contextlib.suppress(OSError):
             self.wfile.flush()
-        with contextlib.suppress(OSError):
-            linger = struct.pack("ii", 1, 0)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        if not self._cut:
+            with contextlib.suppress(OSError):
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)

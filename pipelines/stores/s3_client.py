@@ -12,6 +12,7 @@ machine's role), never from params.yaml. Attempts and pauses: `pipelines.stores.
 from __future__ import annotations
 
 import email.utils
+import functools
 import ipaddress
 import os
 import threading
@@ -70,7 +71,9 @@ _EXPIRED: Final = frozenset(
         "TokenRefreshRequired",
     }
 )
-_WRONG_LOGIN: Final = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity"})
+_WRONG_LOGIN: Final = frozenset({
+    "InvalidAccessKeyId", "InvalidSecurity", "SignatureDoesNotMatch", "XAdminUserNotFound",
+})  # fmt: skip
 _DENIED: Final = frozenset({"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden"})
 _FULL: Final = frozenset(
     {
@@ -274,13 +277,13 @@ class Bucket:
             # An answer to HEAD has no body that would say which error it is.
             code = self._why(code, what)
         found = _failure(error)
-        if code == "404":
-            return self._no_s3(what, "404, and not in S3's words")
         known = self._known(code, status, error, where)
-        if known is None and (found is None or not found.passing):
-            detail = f"{code}: {_said(error)}"
-            return StoreError(f"{where} was refused: {detail}.", hint=self._look_hint())
-        return known
+        if known is not None or (found is not None and found.passing):
+            return known
+        if code in {"", "404"}:
+            return self._no_s3(what, f"{status}, and not in S3's words")
+        detail = f"{code}: {_said(error)}"
+        return StoreError(f"{where} was refused: {detail}.", hint=self._look_hint())
 
     def _known(
         self, code: str, status: int | None, error: Exception, where: str
@@ -375,6 +378,7 @@ def _connect(registry: Registry, read_timeout_s: int) -> Answer:
     import botocore.session  # noqa: PLC0415 - the same
 
     session = botocore.session.Session()
+    session.register_component("data_loader", _descriptions())
     declared = session.get_scoped_config()
     options: dict[str, Any] = {
         "connect_timeout": _CONNECT_TIMEOUT_S,
@@ -405,6 +409,14 @@ def _connect(registry: Registry, read_timeout_s: int) -> Answer:
         endpoint_url=registry.endpoint,
         config=botocore.config.Config(**options),
     )
+
+
+@functools.cache
+def _descriptions() -> Answer:
+    """Return botocore's descriptions of services: a megabyte of JSON, read once."""
+    import botocore.loaders  # noqa: PLC0415 - with the rest of it
+
+    return botocore.loaders.create_loader()
 
 
 def _failure(error: Exception) -> transfer.Failure | None:
