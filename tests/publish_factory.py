@@ -77,18 +77,19 @@ def waiver(gate: str, until: str = TODAY, **changes: str) -> params.Waiver:
     return params.Waiver.model_validate(fields | changes)
 
 
-def finished(
+def finished(  # noqa: PLR0913 - each is one independent fact, named at the call
     root: Path,
     *,
     model: str = MODEL,
     speeds: Mapping[str, float] | None = None,
     hosts: dict[str, dict[str, int]] | None = None,
     template: str | None = "{{ messages[0]['content'] }}",
+    modelfile: str = MODELFILE,
 ) -> Layout:
     """Write a checkout below `root` that is ready to be published; Q4_K_M has a matrix."""
     at = Layout(root)
     speeds = SPEEDS if speeds is None else speeds
-    _write(at.root / "modelfiles/chat.Modelfile.j2", MODELFILE)
+    _write(at.root / "modelfiles/chat.Modelfile.j2", modelfile)
     _write(at.source(model) / "LICENSE", LICENSE)
     matrix = _write(at.imatrix(model), "a matrix")
     records.write(
@@ -108,6 +109,11 @@ def finished(
         _write_quant(at, model, type_, path, speeds[type_])
     _choose_and_serve(at, model, tuple(speeds), hosts or {"local": {"memory_mib": 2048}})
     return at
+
+
+def served_again(at: Layout, model: str = MODEL) -> None:
+    """Write the choice and the load test anew, as after a change of the Modelfile."""
+    _choose_and_serve(at, model, tuple(SPEEDS), {"local": {"memory_mib": 2048}})
 
 
 def _write_quant(at: Layout, model: str, type_: str, path: Path, decode_tok_s: float) -> None:

@@ -33,6 +33,7 @@ def store(registry: Registry, name: str = "production") -> OciStore:
 
 
 def logged_in(server: OciServer, monkeypatch: pytest.MonkeyPatch, name: str = "production") -> None:
+    """Put the publisher's login into the environment."""
     for variable, value in server.environment(name).items():
         monkeypatch.setenv(variable, value)
 
