@@ -408,8 +408,14 @@ def _name(part: Path, path: Path) -> None:
     """Give a finished file its final name, which must not be taken; both are on the disk then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.sync(part)
-    path.hardlink_to(part)
-    part.unlink()
+    try:
+        path.hardlink_to(part)
+    except FileExistsError:
+        raise
+    except OSError:  # a share without hard links; nobody else writes as long as we have the lock
+        part.rename(path)
+    else:
+        part.unlink()
     atomic.sync(path.parent)
 
 
@@ -465,5 +471,19 @@ def _copy(source: IO[bytes], part: Path, on_bytes: OnBytes) -> str:
 
 
 def _hash(path: Path, on_bytes: OnBytes) -> str:
+    """
+    Hash a linked file.
+
+    Raises:
+        DigestError: Somebody wrote to it meanwhile.
+    """
     with path.open("rb", buffering=0) as file:
-        return hash_blob(iter(lambda: file.read(hashing.CHUNK_BYTES), b""), on_bytes)[0]
+        before = os.fstat(file.fileno())
+        found, _ = hash_blob(iter(lambda: file.read(hashing.CHUNK_BYTES), b""), on_bytes)
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise DigestError(
+            "a file was written to while it was published. Nothing of it was stored.",
+            hint="Publish when nothing else works on the model.",
+        )
+    return found
