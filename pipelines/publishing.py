@@ -866,6 +866,9 @@ def read_to(store: Store, model: str, file: ReleaseFile, target: Path, on_bytes:
         part = atomic.part_name(target.with_name(f"{target.name}.{file.sha256[:SHORT_CHARACTERS]}"))
         disk.require(target.parent, file.size_bytes - _size_of(part), file.name)
         with _alone(part) as opened:
+            if _is_already(target, file, on_bytes):  # by the process for which we waited
+                part.unlink()
+                return
             found = _fill(store, model, file, opened, on_bytes)
             if found != file.sha256:
                 part.unlink(missing_ok=True)
@@ -945,7 +948,11 @@ def _alone(part: Path) -> Iterator[IO[bytes]]:
     """Open a part that no other process writes to."""
     while True:
         with part.open("a+b", buffering=0) as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                console.info(f"Waiting for another process that brings {part.name}.")
+                fcntl.flock(opened, fcntl.LOCK_EX)
             # Whoever had it before us may have given it its final name.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(opened.fileno()), part.stat()):

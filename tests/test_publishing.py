@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -510,6 +511,24 @@ def test_a_file_that_is_right_already_is_not_read_again(
     target.write_bytes(b"x" * file.size_bytes)
     publishing.read_to(counted, MODEL, file, target, lambda _: None)
     assert factory.sha256(target.read_bytes()) == file.sha256
+
+
+def test_two_who_bring_the_same_file_read_it_once(
+    tmp_path: Path, store: LocalStore, one: Composed
+) -> None:
+    """The second one waits, and takes what the first one has brought."""
+    publish(tmp_path, one, store)
+    file = one.release.of("gguf")[0]
+    counted = Wrapped(store)
+
+    def pull(_: int) -> None:
+        publishing.read_to(counted, MODEL, file, tmp_path / "pulled/x.gguf", lambda _: None)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(pull, range(16)))
+
+    assert counted.read_bytes == file.size_bytes
+    assert [path.name for path in (tmp_path / "pulled").iterdir()] == ["x.gguf"]
 
 
 def test_what_an_earlier_run_left_wrong_is_read_anew(
