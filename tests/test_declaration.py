@@ -93,6 +93,8 @@ def test_every_key_of_the_declaration_can_be_used(tmp_path: Path) -> None:
     assert declared.benchmark.depths == (0, 4096)
     assert declared.load_test.concurrency == (1, 8)
     assert list(declared.hosts) == ["laptop", "rtx-4090"]
+    assert declared.models["tiny-llama"].waivers[1].until == "2999-01-31"
+    assert list(declared.registries) == ["local", "bucket", "lan", "hub", "shown"]
 
 
 def test_a_service_level_is_that_of_the_model_then_of_the_host_then_of_the_fleet(
@@ -390,6 +392,91 @@ MISTAKES = {
         "",
         "hosts.laptop: needs `vram_mib` (a GPU host) or `memory_mib`",
     ),
+    "files of MLflow in an unknown registry": (
+        "blobs: bucket",
+        "blobs: buckets",
+        'registries.shown.blobs: registry "buckets" is not declared; did you mean "bucket"?',
+    ),
+    "files of MLflow in MLflow": (
+        "blobs: bucket",
+        "blobs: shown",
+        'registries.shown.blobs: "shown" is `mlflow:`, which keeps no files either',
+    ),
+    "MLflow without a registry for its files": (
+        ", blobs: bucket",
+        "",
+        'registries.shown: needs `blobs`: the registry that holds the files. Declared: "local"',
+    ),
+    "a registry for the files of one that keeps its own": (
+        "private: false",
+        "blobs: bucket",
+        "registries.hub.blobs: is for `mlflow:`; this registry keeps its own files",
+    ),
+    "endpoint of a kind that has none": (
+        "insecure: true",
+        "endpoint: 'http://localhost:5000'",
+        "registries.lan.endpoint: is for `s3:` and `hf:`; remove it",
+    ),
+    "region of a kind that has none": (
+        "private: false",
+        "region: eu-1",
+        "registries.hub.region: is for `s3:`; remove it",
+    ),
+    "plain HTTP to another machine": (
+        "endpoint: 'http://127.0.0.1:9000'",
+        "endpoint: 'http://minio.lan:9000'",
+        'registries.bucket.endpoint: is plain HTTP to "minio.lan": anybody on the way',
+    ),
+    "plain HTTP to another MLflow": (
+        "mlflow:https:",
+        "mlflow:http:",
+        'registries.shown.url: is plain HTTP to "mlflow.lan": anybody on the way',
+    ),
+    "plain HTTP to a name that only looks like this machine": (
+        "endpoint: 'http://127.0.0.1:9000'",
+        "endpoint: 'http://127.0.0.1.example.org'",
+        'registries.bucket.endpoint: is plain HTTP to "127.0.0.1.example.org"',
+    ),
+    "local registry somewhere else": (
+        "'file:registry'",
+        "'s3://other/fleet'",
+        "registries.local.url: must be `file:` and a directory",
+    ),
+    "one place under two names": (
+        "hub: {url: 'hf:acme'",
+        "hub: {url: 'oci://registry.lan:5000/models'",
+        'registries.hub.url: is the place of registry "lan" already; remove one of the two',
+    ),
+    "one place under two spellings": (
+        "hub: {url: 'hf:acme'",
+        "hub: {url: 'file:./registry'",
+        'registries.hub.url: is the place of registry "local" already',
+    ),
+    "a user in the address of a registry": (
+        "'hf:acme'",
+        "'s3://me:secret@bucket'",
+        "registries.hub.url:",
+    ),
+    "two waivers of one gate": (
+        "gate: gated",
+        "gate: hold",
+        'models.tiny-llama.waivers[1].gate: "hold" has a waiver already',
+    ),
+    "a waiver of something that nobody may let pass": (
+        "gate: gated",
+        "gate: invalid",
+        "models.tiny-llama.waivers[1].gate:",
+    ),
+    "a waiver until no day": (
+        "until: '2999-01-31'",
+        "until: '2999-02-32'",
+        "models.tiny-llama.waivers[1].until:",
+    ),
+    "a waiver without a reason": (
+        "why: terms allow it",
+        "why: '--'",
+        "models.tiny-llama.waivers[1].why:",
+    ),
     "path out of the repository": (
         "corpora/evaluation.txt",
         "../evaluation.txt",
@@ -462,8 +549,8 @@ def test_a_mistake_is_told_on_its_line(tmp_path: Path, name: str) -> None:
     [
         ("recipe: 3", "recipe: x", (6, 11)),
         ("backend: cpu", "bakend: cpu", (5, 3)),
-        ("[0, 4096]", "[0, -1]", (59, 15)),
-        ("type: q4_k}", "type: q4}", (38, 47)),
+        ("[0, 4096]", "[0, -1]", (64, 15)),
+        ("type: q4_k}", "type: q4}", (43, 47)),
     ],
 )
 def test_line_and_column_point_at_the_very_value(
@@ -834,10 +921,50 @@ def test_check_gives_problems_as_json(at: Layout, fleet: Fleet) -> None:
 
     assert json.loads(good.stdout) == {
         "file": "params.yaml", "models": 2, "quants": 3, "hosts": 2, "problems": [],
+        "warnings": [],
     }  # fmt: skip
     assert (good.returncode, bad.returncode) == (0, 2)
     [problem] = json.loads(bad.stdout)["problems"]
     assert problem["line"] == line_of("corpora/evaluation.txt")
+
+
+def test_a_waiver_that_is_over_is_a_warning_and_stops_nothing(at: Layout, fleet: Fleet) -> None:
+    """At midnight the chain goes on; who let what pass, and until when, is told."""
+    text = at.params.read_text()
+    at.params.write_text(text.replace("2999-12-31", "2026-01-31"))
+
+    shown = fleet("check", cwd=at.root)
+    told = fleet("check", "--json", cwd=at.root)
+
+    said = (
+        "models.tiny-llama.waivers: the waiver of `hold` by Ada Lovelace ended on 2026-01-31: "
+        "nothing new is released by it. Remove it, or decide again."
+    )
+    assert shown.returncode == told.returncode == 0
+    assert f"warning: params.yaml: {said}" in shown.stderr
+    assert json.loads(told.stdout)["warnings"] == [said]
+
+
+def test_a_waiver_counts_on_its_last_day(tmp_path: Path) -> None:
+    """`until` is a day, and that day is inside."""
+    declared = declaration.load(write(tmp_path, VALID))
+
+    assert not declaration.over_waivers(declared, "2999-01-31")
+    assert len(declaration.over_waivers(declared, "2999-02-01")) == 1
+    assert len(declaration.over_waivers(declared, "3000-01-01")) == 2
+
+
+def test_the_local_registry_is_there_even_if_nobody_declares_it(tmp_path: Path) -> None:
+    """Another one cannot take its place; MLflow may keep its files in it."""
+    text = VALID.replace("  local: {url: 'file:registry'}\n", "")
+    declared = declaration.load(write(tmp_path, text.replace("blobs: bucket", "blobs: local")))
+    local = params.registry_of(declared, "local")
+
+    assert local is not None
+    assert local.url == "file:registry"
+    assert params.publish_slice(declared, "tiny-llama").registry == local
+    (found,) = refused(tmp_path, text.replace("'hf:acme'", "'file:registry'"))
+    assert 'is the place of registry "local" already' in found
 
 
 # --- slices -----------------------------------------------------------------------------------
@@ -850,7 +977,7 @@ def test_every_stage_has_a_slice_for_each_of_its_keys(tmp_path: Path) -> None:
     models, quants = ["tiny-llama", "qwen3-8b"], ["tiny-llama-Q8_0", "tiny-llama-IQ2_XS",
                                                   "qwen3-8b-Q4_K_M"]  # fmt: skip
     expected = {(stage, key) for stage in ("fetch", "convert", "calibrate", "choose",
-                                                "load-test", "track")
+                                                "load-test", "publish", "track")
                 for key in models}  # fmt: skip
     expected |= {(stage, key) for stage in ("quantize", "benchmark") for key in quants}
     assert set(found) == expected | {("report", "fleet")}

@@ -112,8 +112,39 @@ def test_a_load_test_follows_what_it_serves(stages: dict[str, Any], checkout: Pa
         assert str(at.model_record("load-test", model)) in told
 
 
+def test_a_release_follows_what_it_holds_and_the_registry(
+    stages: dict[str, Any], checkout: Path
+) -> None:
+    """Every record and file of it, the Modelfile, and what the probe saw in the registry."""
+    at = Layout()
+    for model in declaration.load(checkout / "params.yaml").models:
+        stage = stages[f"publish@{model}"]
+        deps = {d.def_path for d in stage.deps if type(d).__name__ != "ParamsDependency"}
+        records = ("fetch", "convert", "calibrate", "choose", "load-test")
+        assert deps == {
+            str(at.source(model)),
+            str(at.imatrix_dir(model)),
+            str(at.gguf(model, "x").parent),
+            *(str(at.model_record(name, model)) for name in records),
+            *(str(at.quant_record(n, model, "x").parent) for n in ("quantize", "benchmark")),
+            "modelfiles",
+            str(at.observed(model)),
+        }
+        # Not release.json, which a refusal leaves alone, nor the ledger, which only grows.
+        assert {out.def_path for out in stage.outs} == {str(at.model_record("publish", model))}
+        # Nor is what the probe saw anybody's output: it would stand in a lock as it was before.
+        assert not any(
+            out.def_path.startswith("work/published") for each in stages.values()
+            for out in each.outs
+        )  # fmt: skip
+        told = {dep.def_path for dep in stages[f"track@{model}"].deps}
+        assert str(at.model_record("publish", model)) in told
+
+
 def test_a_measurement_is_never_brought_back(stages: dict[str, Any], tmp_path: Path) -> None:
     """A load test seen before is made again after a revert: DVC keeps no run of one."""
+    (release,) = (s for a, s in stages.items() if a.partition("@")[0] == "publish")
+    assert not any(out.use_cache or out.metric for out in release.outs)
     (entry,) = (s for a, s in stages.items() if a.partition("@")[0] == "load-test")
     kinds = {out.def_path: "metrics" if out.metric else "outs" for out in entry.outs}
     assert not any(out.use_cache for out in entry.outs)

@@ -46,6 +46,7 @@ except FleetError as error:
     print(json.dumps({"code": error.exit_code, "message": error.message, "hint": error.hint}))
 else:
     print(json.dumps({"code": 0, "parameters": fetched.checkpoint.parameters_count,
+                      "gated": fetched.gated,
                       "files": {n: d.sha256 for n, d in fetched.digests.items()}}))
 """
 
@@ -64,6 +65,7 @@ class Hub:
     files: dict[str, bytes]
     revision: str = REVISION
     repo: str = REPO
+    gated: Any = False
     sent: dict[str, bytes] = field(default_factory=dict)
     status: dict[str, int] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
@@ -81,7 +83,8 @@ class Hub:
                 entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
             siblings.append(entry)
         return {"_id": "1", "id": self.repo, "modelId": self.repo, "sha": self.revision,
-                "private": False, "tags": [], "downloads": 0, "siblings": siblings}  # fmt: skip
+                "private": False, "gated": self.gated, "tags": [], "downloads": 0,
+                "siblings": siblings}  # fmt: skip
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a path."""
@@ -199,6 +202,22 @@ def test_a_good_repository_is_fetched_whole_and_verified(hub: Hub, tmp_path: Pat
     assert left(into) == ["source", *(f"source/{name}" for name in taken)]
     assert sum("/api/" in line for line in hub.asked) == 1
     assert all(f"/{REVISION}" in line for line in hub.asked)
+
+
+@pytest.mark.parametrize(
+    ("listed", "taken"),
+    [(False, None), (None, None), ("auto", "auto"), ("manual", "manual"), (True, "manual")],
+)
+def test_how_upstream_guards_its_files_is_part_of_the_listing(
+    hub: Hub, tmp_path: Path, listed: Any, taken: str | None
+) -> None:
+    """A token that may read a gated model fetches it; the record says that it is one."""
+    hub.gated = listed
+
+    answer = fetch(hub, tmp_path / "work/source")
+
+    assert (answer["code"], answer["gated"]) == (0, taken)
+    assert sum("/api/" in line for line in hub.asked) == 1
 
 
 def test_the_size_of_a_model_is_asked_without_its_weights(hub: Hub, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from record_factory import fetch_record
 
 from pipelines import records
 
@@ -84,3 +85,17 @@ def test_no_record_can_hold_a_number_that_is_not_one() -> None:
             context_tokens=1, estimate_mib=float("nan"), measured_mib=1, method="rss",
             model_mib=1, context_mib=1, compute_mib=1,
         )  # fmt: skip
+
+
+def test_a_fetch_record_of_before_there_were_gates_reads_and_stays_as_it_is(tmp_path: Path) -> None:
+    """Nothing is written of a model that everybody may have, so no lock and no review changes."""
+    path = tmp_path / "fetch.json"
+    records.write(path, fetch_record())
+    old = path.read_bytes()
+    assert b"gated" not in old
+
+    records.write(path, records.read(path, records.FetchRecord))
+
+    assert path.read_bytes() == old
+    records.write(path, fetch_record(gated="manual"))
+    assert records.read(path, records.FetchRecord).gated == "manual"

@@ -192,13 +192,13 @@ def test_the_reference_names_every_key_with_its_default_and_its_limits() -> None
 
 
 def test_the_committed_files_are_up_to_date() -> None:
-    """params.schema.json and docs/params.md say what the types say now."""
+    """params.schema.json, docs/params.md and release.schema.json say what the types say now."""
     assert schema.in_sync(ROOT) == []
 
 
 def test_a_stale_or_missing_file_is_named(tmp_path: Path) -> None:
-    """Both are missing at first; after writing none; after an edit the one that was edited."""
-    assert schema.in_sync(tmp_path) == [schema.SCHEMA_FILE, schema.DOCS_FILE]
+    """All are missing at first; after writing none; after an edit the one that was edited."""
+    assert schema.in_sync(tmp_path) == [schema.SCHEMA_FILE, schema.DOCS_FILE, schema.RELEASE_FILE]
 
     schema.write(tmp_path)
     assert schema.in_sync(tmp_path) == []
