@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from pipelines.params import Registry
     from pipelines.release import Composed
     from pipelines.release_records import Alias, ReleaseWaiver
     from pipelines.stores.base import Store
@@ -86,7 +87,6 @@ class Checkout:
         if not self.at.params.exists():
             self.at.params.write_text(PARAMS)
         monkeypatch.setenv("XDG_STATE_HOME", str(root / "state"))
-        monkeypatch.setenv("GGUF_FLEET_CACHE", str(root / "cache"))
         monkeypatch.setenv("GITHUB_ACTOR", "Ada")
         for name in ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_RUN_ID"):
             monkeypatch.delenv(name, raising=False)
@@ -152,6 +152,12 @@ class Checkout:
     def blob_path(self, sha256: str, registry: str = "registry") -> Path:
         """Where a `file:` registry keeps a file."""
         return self.root / registry / "blobs/sha256" / sha256
+
+    def declare(self, name: str, registry: Registry) -> None:
+        """Add a registry to params.yaml."""
+        fields = registry.model_dump(exclude_defaults=True)
+        with self.at.params.open("a", encoding="utf-8") as file:
+            file.write(f"  {name}: {json.dumps(fields)}\n")
 
     def copy(self, name: str) -> None:
         """Keep what the folder `name` holds now, for `put_back`."""
