@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import release_factory as factory
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_disk import fill, small_disk
 
@@ -129,6 +129,7 @@ def test_each_line_names_the_one_before_it_of_its_registry(path: Path) -> None:
     assert json.loads(second)["after"] == factory.sha256(first)
 
 
+@settings(deadline=None, max_examples=50)
 @given(why=st.text(st.characters(codec="utf-8"), max_size=60))
 def test_any_reason_fits_in_one_line(why: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Line ends, controls and other scripts in a reason break nothing."""
