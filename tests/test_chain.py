@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -35,7 +36,10 @@ FEW = """\
   smoke_requests: 1
   degenerate_prompts: 8
 """
-CHOICE_AND_AFTER = {f"choose@{MODEL}", f"load-test@{MODEL}", f"track@{MODEL}", "report"}
+CHOICE_AND_AFTER = {
+    *(f"{stage}@{MODEL}" for stage in ("choose", "load-test", "publish", "track")),
+    "report",
+}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -160,6 +164,26 @@ def test_the_chosen_quant_was_served_by_a_real_engine_byte_for_byte(
     assert not list((root / "work/serving").iterdir())
 
 
+def test_the_run_ends_with_a_release_or_says_why_not(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    """What was promoted is in the local registry, every byte, under the id that is printed."""
+    root, done = finished
+    record = json.loads((root / "results" / MODEL / "publish.json").read_text())
+    (said,) = re.findall(rf"^{MODEL}: ((?:not )?released .*)$", done.stdout, re.MULTILINE)
+
+    if record["status"] == "refused":  # a busy machine may have disturbed a measurement
+        assert said.startswith("not released: ")
+        assert record["reasons"]
+        return
+    data = (root / "results" / MODEL / "release.json").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == record["release"] == record["stable"]
+    assert said == f"released {record['release'][:12]} (stable) in local, file:registry."
+    for file in json.loads(data)["files"]:
+        blob = (root / "registry/blobs/sha256" / file["sha256"]).read_bytes()
+        assert hashlib.sha256(blob).hexdigest() == file["sha256"]
+
+
 def test_mlflow_holds_one_run_for_each_quant(finished: tuple[Path, object]) -> None:
     """Every measured quant is a run in the tracking store, found by the digest of its GGUF."""
     root, _ = finished
@@ -249,6 +273,7 @@ def test_a_new_recipe_makes_everything_after_fetch_again(fork: Path) -> None:
         "benchmark",
         "choose",
         "load-test",
+        "publish",
         "track",
     }
     assert "fetch" not in stages

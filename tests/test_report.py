@@ -43,6 +43,7 @@ from pipelines.errors import GateError
 from pipelines.layout import Layout
 from pipelines.load_records import GoldenPrompt
 from pipelines.params import ReportSlice
+from pipelines.release_records import PublishRecord, ReleaseWaiver
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -433,6 +434,116 @@ def test_without_a_load_test_nothing_is_promoted(tmp_path: Path) -> None:
     assert "load-test.json does not exist" in said["missing"]
     with pytest.raises(GateError, match="not served under load"):
         report.require_promote(slice_, at)
+
+
+# --- releases ---------------------------------------------------------------------------------
+
+
+def publish_record(**changes: Any) -> PublishRecord:
+    """Build what `publish` left of a release."""
+    fields: dict[str, Any] = {
+        "model": MODEL, "status": "released", "registry": "file:registry",
+        "release": sha256("release"), "stable": sha256("release"), "sequence": 1,
+        "files_count": 20, "size_bytes": 1 << 20, "reasons": (), "waivers": (),
+    }  # fmt: skip
+    return PublishRecord(**(fields | changes))
+
+
+def released_report(tmp_path: Path, *, evidence: bool = True, **changes: Any) -> Report:
+    """Build the report of one model with a release of it, older than its records or not."""
+    at = Layout(tmp_path)
+    quants = write_fleet(at)
+    named = {
+        f"{name}.json": hashlib.sha256(at.model_record(stage, MODEL).read_bytes()).hexdigest()
+        for stage, name in (("choose", "choice"), ("load-test", "load-test"))
+    }
+    data = json.dumps({"evidence": named if evidence else named | {"choice.json": "0" * 64}})
+    at.release(MODEL).write_text(data)
+    told = {"release": hashlib.sha256(data.encode()).hexdigest()}
+    told["stable"] = told["release"]
+    records.write(at.model_record("publish", MODEL), publish_record(**(told | changes)))
+    return report.build(ReportSlice(models={MODEL: quants}), at)
+
+
+def in_every_form(built: Report) -> list[str]:
+    """Return the report as text without markup, three times."""
+    page = unescape(re.sub(r"<[^>]+>", "", render.html(built)))
+    return [render.terminal(built, 400), unescape(render.markdown(built)), page]
+
+
+def test_the_release_is_told_with_its_id(tmp_path: Path) -> None:
+    """At the end in a terminal, under the verdict elsewhere."""
+    built = released_report(tmp_path)
+    (said,) = built.models[0].released
+
+    assert re.fullmatch(r"released [0-9a-f]{12} \(stable\) in local, file:registry\.", said)
+    for text in in_every_form(built):
+        assert said[1:] in text
+    assert f"{MODEL}: {said}" in render.terminal(built, 400).splitlines()[-2]
+
+
+def test_a_pinned_release_is_told_beside_the_newest(tmp_path: Path) -> None:
+    """What is served is not what was built last."""
+    built = released_report(tmp_path, stable=sha256("older"))
+
+    assert built.models[0].released[0].endswith(f"; stable is {sha256('older')[:12]}.")
+
+
+def test_a_refusal_is_told_with_its_reason_and_its_next_step(tmp_path: Path) -> None:
+    """The first reason in full, how many more there are, and what stays stable."""
+    why = ("Upstream states no licence. Read it.", "It is gated.")
+    built = released_report(tmp_path, status="refused", release=None, reasons=why)
+
+    (said,) = built.models[0].released
+    assert said.startswith("not released: Upstream states no licence. Read it.")
+    assert "And 1 further reason: publish.json" in said
+    for text in in_every_form(built):
+        assert "ot released: Upstream states no licence. Read it." in text
+
+
+def test_a_waiver_is_shown_wherever_the_release_is(tmp_path: Path) -> None:
+    """Who let pass what, why, and until when."""
+    one = ReleaseWaiver(gate="hold", who="Ada", why="seen", until="2027-01-31")
+    built = released_report(tmp_path, waivers=(one,))
+
+    for text in in_every_form(built):
+        assert "aiver of `hold` until 2027-01-31 by Ada: seen." in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ("evidence", "is older than the choice and the load test; `fleet repro tiny-llama`"),
+        ("bytes", "release.json is another one than was published"),
+        ("gone", "release.json cannot be read"),
+        ("record", "publish.json is not a PublishRecord of this version"),
+    ],
+)
+def test_a_release_that_does_not_speak_of_the_records_is_none(
+    tmp_path: Path, spoil: str, said: str
+) -> None:
+    """The report never calls released what is not what the records show."""
+    at = Layout(tmp_path)
+    quants = released_report(tmp_path, evidence=spoil != "evidence").models[0].rows
+    if spoil == "bytes":
+        text = at.release(MODEL).read_text()
+        at.release(MODEL).write_text(f"{text} ")
+    elif spoil == "gone":
+        at.release(MODEL).unlink()
+    elif spoil == "record":
+        at.model_record("publish", MODEL).write_text("{}")
+    declared: Any = {f"{MODEL}-{row.type}": row.type for row in quants}
+
+    built = report.build(ReportSlice(models={MODEL: declared}), at)
+
+    (told,) = built.models[0].released
+    assert told.startswith("not released: ")
+    assert said in told
+
+
+def test_a_model_that_never_came_so_far_says_nothing_of_releases(tmp_path: Path) -> None:
+    """Its verdict says what is missing."""
+    assert small_report(tmp_path).models[0].released == ()
 
 
 def test_the_other_quants_are_told_with_their_smoke(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import sqlite3
@@ -289,6 +290,21 @@ def test_the_load_test_of_the_winner_is_on_its_run(tmp_path: Path) -> None:
     assert tag(at, second, "tiny-Q4_0", "fleet.engine") == "ollama"
     assert tag(at, second, "tiny-Q4_0", "fleet.engine_version") == "0.33.0"
     assert tag(at, second, "tiny-Q8_0", "fleet.engine") == "none"
+
+
+def test_a_receipt_follows_what_was_published(tmp_path: Path) -> None:
+    """The report depends on receipts alone, and says what was released."""
+    at = Layout(tmp_path)
+    write_records(at)
+    before = track.run(slice_of(), at)
+    path = at.model_record("publish", "tiny")
+    path.write_text("{}")
+
+    after = track.run(slice_of(), at)
+
+    assert before.publish_sha256 is None
+    assert after.publish_sha256 == hashlib.sha256(b"{}").hexdigest()
+    assert after.runs == before.runs
 
 
 def test_a_load_test_that_came_back_is_shown_again(tmp_path: Path) -> None:
