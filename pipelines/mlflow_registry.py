@@ -48,7 +48,9 @@ _READY: Final = "READY"
 _PENDING: Final = "PENDING_REGISTRATION"
 _READY_POLL_S: Final = 0.2
 _PAGE: Final = 200
-_STATUS: Final = re.compile(r"failed with error code (\d{3}) ")
+_STATUS: Final = re.compile(r"failed with error code (\d{3}) |too many (\d{3}) error responses")
+# The innermost cause, which urllib3 puts at the end of a long line.
+_CAUSE: Final = re.compile(r"Caused by (.+)$", re.DOTALL)
 _NO_ANSWER: Final = ("failed with exception", "failed with timeout", "Retry", "Max retries")
 _DENIED: Final = frozenset({401, 403})
 _TOO_MANY: Final = 429
@@ -105,16 +107,17 @@ class _Server:
         uri = told["uri"]
         for variable, value in told["secrets"].items():
             os.environ[variable] = value
-        signal.alarm(int(told["answer_within_s"]))
-        mlflow_runs.ask_server(uri)
-        signal.alarm(0)
         # A database that was removed and made again is another one.
         file = Path(uri.removeprefix(SQLITE))
-        inode = file.stat().st_ino if uri.startswith(SQLITE) and file.exists() else 0
+        is_file = uri.startswith(SQLITE)
+        inode = file.stat().st_ino if is_file and file.exists() else 0
         if (uri, inode) not in self._clients:
+            signal.alarm(int(told["answer_within_s"]))
+            mlflow_runs.ask_server(uri)
+            signal.alarm(0)
             client = mlflow_runs.client_of(uri)
-            inode = file.stat().st_ino if uri.startswith(SQLITE) else 0
-            self._clients[uri, inode] = client
+            self._clients[uri, file.stat().st_ino if is_file else 0] = client
+            return client
         return self._clients[uri, inode]
 
 
@@ -353,12 +356,18 @@ def _status(error: Exception, text: str) -> int | None:
 
     found = _STATUS.search(text)
     if found is not None:
-        return int(found[1])
+        return int(found[1] or found[2])
     return int(error.get_http_status_code()) if isinstance(error, RestException) else None
 
 
 def _text(error: Exception) -> str:
-    return f"{error}".removeprefix(_ENDPOINT) or type(error).__name__
+    """Say in a few words what an error says in many."""
+    text = str(error)
+    status = _STATUS.search(text)
+    if status is not None and status[2]:
+        return f"the server answers {status[2]}"
+    cause = _CAUSE.search(text)
+    return (cause[1] if cause else text.removeprefix(_ENDPOINT)) or type(error).__name__
 
 
 def _shown(text: str) -> str:

@@ -514,10 +514,11 @@ def _remove_older(plan: _Plan) -> tuple[str, ...]:
 def _unload(plan: _Plan, replaced: tuple[str, ...]) -> None:
     """Have wrong bytes taken out of memory: what was loaded from them would answer for the new."""
     for entry in plan.ollama.loaded():
-        name = own_ollama.name_of(str(entry["name"]))
-        data = own_ollama.meaning(plan.folder, name)
-        if data is None or any(sha256 in data.decode(errors="replace") for sha256 in replaced):
-            plan.ollama.unload(name)
+        with contextlib.suppress(ParamsError):
+            name = own_ollama.name_of(str(entry["name"]))
+            data = own_ollama.meaning(plan.folder, name)
+            if data is None or any(sha256 in data.decode(errors="replace") for sha256 in replaced):
+                plan.ollama.unload(name)
 
 
 # --- blobs ------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ _DEFAULT_HOST: Final = "registry.ollama.ai"
 _DEFAULT_NAMESPACE: Final = "library"
 _DEFAULT_TAG: Final = "latest"
 _DEFAULT_PORT: Final = 11434
+_PORTS: Final = {"http": 80, "https": 443}
 # docs/linux.mdx: the home of the user that the service of a Linux installation runs as.
 SERVICE_MODELS: Final = Path("/usr/share/ollama/.ollama/models")
 # A manifest has a kilobyte.
@@ -243,25 +244,27 @@ def address(given: str | None) -> str:
     Raises:
         ParamsError: That is none, or has a password in it.
     """
-    text = (given or os.environ.get("OLLAMA_HOST") or DEFAULT_URL).strip().rstrip("/")
+    text = (given or os.environ.get("OLLAMA_HOST") or DEFAULT_URL).strip()
     where = "--url" if given else "OLLAMA_HOST"
     url = text if "://" in text else f"http://{text}"
     parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
+    if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc:
         raise ParamsError(
             f"{where} is no address of an Ollama: {console.clean(text.rpartition('@')[2])[:100]}.",
             hint=f"As in {DEFAULT_URL}, without user and password.",
         )
-    if not _PORT_AT_END.search(parts.netloc):
-        url = url.replace(parts.netloc, f"{parts.netloc}:{_DEFAULT_PORT}", 1)
-    _port_of(url)
+    # As Ollama reads it (envconfig/config.go, Host): its own port where no scheme is given.
+    port = _port_of(url) if _PORT_AT_END.search(parts.netloc) or "://" in text else _DEFAULT_PORT
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     # What a server listens on is no address to ask.
-    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 - compared
+    return f"{parts.scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
 
 def _port_of(url: str) -> int:
+    parts = urlsplit(url)
     try:
-        return urlsplit(url).port or _DEFAULT_PORT
+        return parts.port or _PORTS[parts.scheme]
     except ValueError as error:
         raise ParamsError(f"{console.clean(url)[:100]} has no port: {error}.") from None
 

@@ -67,6 +67,7 @@ _OURS_TAG: Final = "fleet.registry"
 
 # What one request may take; a database makes its tables in 2 s, 10 s on a busy machine.
 _ANSWER_WITHIN_S: Final = 7
+_HTTP_TIMEOUT_S: Final = 5
 _TABLES_WITHIN_S: Final = 120
 # Files are already where they belong, so a version is READY at once; a plugin may take its time.
 _READY_WITHIN_S: Final = 30
@@ -620,7 +621,7 @@ def _environment() -> dict[str, str]:
     return {
         # Whether to try again is decided here: the defaults are 7 retries of 120 s each.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_ANSWER_WITHIN_S - 2),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_HTTP_TIMEOUT_S),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "PYTHONPATH": os.pathsep.join(place for place in places if place),
