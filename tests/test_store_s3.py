@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -303,6 +304,22 @@ def test_after_kill_9_in_the_middle_of_a_file_the_next_run_sends_the_missing_par
     line.past().prove_blob("tiny-llama", blob, lambda _: None)
 
 
+def test_ctrl_c_ends_a_publisher_whose_service_has_fallen_silent(
+    line: Line, tmp_path: Path
+) -> None:
+    """It does not wait for the answers to what it is sending."""
+    blob = gguf_of(small(tmp_path, size_bytes=4 * PART))
+    line.proxy.strike(Fault("slow", pause_s=50), when=is_part, times=-1)
+    with start_publisher(line, blob) as publisher:
+        while not any(is_part(s) and s.sent_bytes == PART for s in list(line.proxy.seen)):
+            assert publisher.poll() is None
+            time.sleep(0.01)
+        publisher.send_signal(signal.SIGINT)
+        assert publisher.wait(timeout=30) != 0
+
+    assert line.past().blob_size("tiny-llama", blob.sha256) is None
+
+
 def test_parts_of_other_bytes_that_somebody_left_are_replaced(
     line: Line, use_versitygw: S3Server, tmp_path: Path
 ) -> None:
@@ -339,6 +356,32 @@ def test_a_large_file_that_is_not_what_its_name_says_gets_no_name_and_leaves_no_
     uploads = client.list_multipart_uploads(Bucket=line.registry.url.removeprefix("s3://"))
     client.close()
     assert "Uploads" not in uploads
+
+
+# What S3 says when two are at the same name, and when it fails after it has begun to answer.
+PASSING: Final = {
+    "409 ConditionalRequestConflict": (409, "ConditionalRequestConflict"),
+    "200 and an error in the body": (200, "InternalError"),
+    "400 RequestTimeout": (400, "RequestTimeout"),
+    "503 SlowDown": (503, "SlowDown"),
+}
+
+
+@pytest.mark.parametrize(("status", "code"), PASSING.values(), ids=PASSING)
+def test_what_passes_by_itself_is_tried_again(
+    line: Line, tmp_path: Path, status: int, code: str
+) -> None:
+    """When a large file is completed, and when the alias is moved."""
+    made = small(tmp_path)
+    fault = Fault("status", status=status, body=said(code))
+    line.proxy.strike(fault, when=lambda s: s.method == "POST" and "uploadId=" in s.path)
+    if status != 200:  # PUT has no such answer
+        line.proxy.strike(fault, when=lambda s: s.method == "PUT" and "/aliases/" in s.path)
+
+    publish_to(line.open(), tmp_path, made)
+
+    assert sum(seen.fault is not None for seen in line.proxy.seen) == (1 if status == 200 else 2)
+    assert is_whole(line.past(), made)
 
 
 # --- many at once -----------------------------------------------------------------------------

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import re
+import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Final
 
@@ -61,8 +62,7 @@ from pipelines.stores.s3_client import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from concurrent.futures import Future
+    from collections.abc import Callable, Iterator
     from datetime import datetime
     from pathlib import Path
 
@@ -685,32 +685,30 @@ class _Sending:
         found = hashlib.sha256()
         read_bytes = done_bytes = 0
         most = max(1, min(_IN_FLIGHT, _IN_FLIGHT_BYTES // self._part_bytes))
-        flying: deque[tuple[int, int, Future[str]]] = deque()
-        # Daemons would be better on Ctrl-C; a request ends by its time-out, at the latest.
-        pool = ThreadPoolExecutor(most, thread_name_prefix="s3-part")
-        try:
-            with source.open("rb", buffering=0) as file:
-                for number in range(1, MOST_PARTS + 1):
-                    with disk.explained(source):
-                        data = _read_exactly(file, self._part_bytes)
-                    if not data:
-                        break
-                    found.update(data)
-                    read_bytes += len(data)
-                    if not self._is_there(number, data):
-                        self.sent_bytes += len(data)
-                        flying.append((number, len(data), pool.submit(self._send, number, data)))
-                        del data
-                        while len(flying) >= most:
-                            done_bytes += self._landed(flying.popleft())
-                    else:
-                        done_bytes += len(data)
-                    on_bytes(done_bytes)
-            while flying:
-                done_bytes += self._landed(flying.popleft())
+        flying: deque[_Flight] = deque()
+        with disk.explained(source):
+            opened = source.open("rb", buffering=0)
+        with opened as file:
+            for number in range(1, MOST_PARTS + 1):
+                with disk.explained(source):
+                    data = _read_exactly(file, self._part_bytes)
+                if not data:
+                    break
+                found.update(data)
+                read_bytes += len(data)
+                if self._is_there(number, data):
+                    done_bytes += len(data)
+                else:
+                    self.sent_bytes += len(data)
+                    flying.append(
+                        _Flight(functools.partial(self._send, number, data), number, data)
+                    )
+                    if len(flying) >= most:
+                        done_bytes += self._landed(flying.popleft())
                 on_bytes(done_bytes)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while flying:
+            done_bytes += self._landed(flying.popleft())
+            on_bytes(done_bytes)
         if (found.hexdigest(), read_bytes) != (self._blob.sha256, self._blob.size_bytes):
             raise _other_bytes(
                 self._blob, f"sha256 {found.hexdigest()} ({read_bytes:,} bytes) is there"
@@ -803,10 +801,35 @@ class _Sending:
         )
         return str(answer["ETag"])
 
-    def _landed(self, flight: tuple[int, int, Future[str]]) -> int:
-        number, size_bytes, answer = flight
-        self._etags[number] = answer.result()
-        return size_bytes
+    def _landed(self, flight: _Flight) -> int:
+        self._etags[flight.number] = flight.etag()
+        return flight.size_bytes
+
+
+class _Flight:
+    """A part that is being sent, in a thread that keeps nobody from ending the program."""
+
+    def __init__(self, send: Callable[[], str], number: int, data: bytes) -> None:
+        self.number = number
+        self.size_bytes = len(data)
+        self._send = send
+        self._etag = ""
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"s3-part-{number}", daemon=True)
+        self._thread.start()
+
+    def etag(self) -> str:
+        """Wait until it is there; raises what sending it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._etag
+
+    def _run(self) -> None:
+        try:
+            self._etag = self._send()
+        except BaseException as error:  # noqa: BLE001 - raised again by `etag`
+            self._error = error
 
 
 _UNCACHED: Final = {"CacheControl": "no-cache"}

@@ -55,7 +55,8 @@ _ALWAYS_THERE: Final = {
     "list_parts": "IsTruncated",
 }
 
-_ABSENT: Final = frozenset({"NoSuchKey", "NoSuchUpload"})
+# A part that somebody sent anew meanwhile, of another size perhaps, is gone as the old one was.
+_ABSENT: Final = frozenset({"InvalidPart", "NoSuchKey", "NoSuchUpload"})
 # Of S3's errors with 4xx, those that pass: garbled or slow on the way, or somebody else is at it.
 _PASSING: Final = frozenset({
     "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "OperationAborted",
