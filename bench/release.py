@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 MODEL: Final = factory.MODEL
 READERS_COUNT: Final = 2
 GGUF_BYTES: Final = 300_000
-LARGE_BYTES: Final = 3 << 30
+LARGE_MIB: Final = 3 << 10
 MAX_RSS_MIB: Final = 200
 _CLEAN_RUNS: Final = 5
 
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--only", choices=KINDS, action="append", help="one kind of registry")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--reads", type=int, default=100_000, help="of all kinds together")
+    parser.add_argument("--large-mib", type=int, default=LARGE_MIB)
     parser.add_argument("--output", type=Path, default=ROOT / "results/release-proofs.json")
     parser.add_argument("--publish-large", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -157,7 +158,7 @@ def main() -> None:
     (ROOT / "work").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fleet-proofs-", dir=ROOT / "work") as scratch:
         os.environ["XDG_STATE_HOME"] = f"{scratch}/state"
-        large = _large_file(Path(scratch) / "large.gguf")
+        large = _large_file(Path(scratch) / "large.gguf", args.large_mib)
         kinds = args.only or list(KINDS)
         for number, name in enumerate(kinds):
             left = args.reads - sum(each["reads"]["count"] for each in found["stores"].values())
@@ -168,14 +169,14 @@ def main() -> None:
             console.out(json.dumps({name: found["stores"][name]}, indent=2))
             shutil.rmtree(Path(scratch) / name, ignore_errors=True)
     atomic.write_json(args.output, found)
-    _require(found)
+    require_kept(found)
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):
     """Show the module's docstring as it is."""
 
 
-def _require(found: dict[str, Any]) -> None:
+def require_kept(found: dict[str, Any]) -> None:
     """
     Fail if a promise was broken.
 
@@ -421,19 +422,19 @@ def _rollback(kind: Kind) -> dict[str, int]:
     }
 
 
-def _large_file(path: Path) -> Blob:
-    """Write 3 GiB that no file system can leave out: noise with a counter in each MiB."""
+def _large_file(path: Path, size_mib: int) -> Blob:
+    """Write a file that no file system can leave out: noise with a counter in each MiB."""
     noise = bytearray(random.Random(3).randbytes(1 << 20))  # noqa: S311 - no secret
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        for number in range(LARGE_BYTES >> 20):
+        for number in range(size_mib):
             noise[:8] = struct.pack("<q", number)
             file.write(noise)
             digest.update(noise)
     return Blob(
         name=path.name,
         sha256=digest.hexdigest(),
-        size_bytes=LARGE_BYTES,
+        size_bytes=size_mib << 20,
         media_type="application/vnd.ollama.image.model",
         source=path,
     )
@@ -446,6 +447,7 @@ def _large(kind: Kind, blob: Blob) -> dict[str, Any]:
         "root": str(kind.root),
         "source": str(blob.source),
         "sha256": blob.sha256,
+        "size_bytes": blob.size_bytes,
     }
     done = subprocess.run(  # noqa: S603 - ourselves
         [sys.executable, "-m", "bench.release", "--publish-large", json.dumps(task)],
@@ -465,7 +467,7 @@ def _publish_large(task: dict[str, Any]) -> None:
     blob = Blob(
         name="large.gguf",
         sha256=task["sha256"],
-        size_bytes=LARGE_BYTES,
+        size_bytes=task["size_bytes"],
         media_type="application/vnd.ollama.image.model",
         source=Path(task["source"]),
     )
@@ -478,11 +480,11 @@ def _publish_large(task: dict[str, Any]) -> None:
     console.out(
         json.dumps(
             {
-                "file_bytes": LARGE_BYTES,
+                "file_bytes": blob.size_bytes,
                 "sent_bytes": sent_bytes,
                 "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-                "file_reads_put": round(put_read / LARGE_BYTES, 4),
-                "file_reads_put_and_proof": round((_read_bytes() - before) / LARGE_BYTES, 4),
+                "file_reads_put": round(put_read / blob.size_bytes, 4),
+                "file_reads_put_and_proof": round((_read_bytes() - before) / blob.size_bytes, 4),
                 "put_s": round(put_s, 1),
                 "proof_s": round(time.monotonic() - began - put_s, 1),
             }
