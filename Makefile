@@ -1,7 +1,7 @@
 # `make` alone prints what there is. Each target sets up what it needs and is quick when that is done.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-base toolchain repro test check bench lock clean
+.PHONY: help setup setup-base toolchain repro test check bench prove lock clean
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -39,6 +39,10 @@ check: setup  ## Lint, types, workflow audit, schema and docs in sync (about 15 
 
 bench: toolchain  ## Measure what the fleet costs over bare llama.cpp -> results/overhead.json
 	@$(RUN) python -m bench.overhead $(ARGS)
+
+prove: setup  ## Prove what a registry promises: histories, kills, reads -> results/release-proofs.json (1 hour)
+	@$(RUN) GGUF_FLEET_HISTORIES=1000 python -m pytest tests/test_registry_histories.py
+	@$(RUN) python -m bench.release $(ARGS)
 
 lock: setup  ## Resolve pyproject.toml into requirements.lock (hashes, no hosts)
 	@echo "torch ; python_version < '3'" > .venv/overrides.txt
