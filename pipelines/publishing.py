@@ -640,21 +640,21 @@ def _planned_sentence(
         return f"Release {short(id_)} is in {store.name}, and {STABLE} is right: nothing to do."
     files = f"{wording.counted(count, 'file')} ({_shown(size_bytes)})"
     sent = f"send {files}" if count else "send nothing"
-    return f"Would {sent} to {store.shown} and {_move_words(planned, store, past=False)}."
+    return f"Would {sent} to {store.shown} and {_move_words(planned, past=False)}."
 
 
-def _move_words(settled: _Settled, store: Store, *, past: bool) -> str:
+def _move_words(settled: _Settled, *, past: bool) -> str:
     """Say what happens to the alias, as the end of a sentence."""
     move = settled.moved
     if move is None:
         if not settled.restored:
             return f"{STABLE} still means {short(settled.before)}" if past else f"leave {STABLE}"
-        return f"put back the moves of the ledger, which {store.name} had lost"
+        return "put back the moves of the ledger"
     verbs = {"publish": ("move", "moved"), "rollback": ("roll back", "rolled back")}
     verb = verbs[move.action][past]
     origin = f" from {short(move.previous)}" if move.previous else ""
-    restored = ", after the moves of the ledger, which it had lost" if settled.restored else ""
-    return f"{verb} {STABLE}{origin} to {short(move.release)} (move {move.sequence}){restored}"
+    moved = f"{verb} {STABLE}{origin} to {short(move.release)} (move {move.sequence})"
+    return f"put back the moves of the ledger and {moved}" if settled.restored else moved
 
 
 def _sentence(id_: str, store: Store, sent: _Sent, settled: _Settled) -> str:
@@ -671,7 +671,7 @@ def _sentence(id_: str, store: Store, sent: _Sent, settled: _Settled) -> str:
             size += " copied, the rest linked"
         files = wording.counted(sent.count, "file")
         stored = f"stored {files} of release {short(id_)} ({size}) and "
-    text = wording.sentence(f"{stored}{_move_words(settled, store, past=True)} in {store.name}")
+    text = wording.sentence(f"{stored}{_move_words(settled, past=True)} in {store.name}")
     text = text[0].upper() + text[1:]
     if settled.moved is not None and not store.guarantees.compare_and_set:
         text += (
