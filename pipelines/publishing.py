@@ -780,7 +780,7 @@ def _require_fresh(store: Store, alias: Alias, seen: _Seen | None, ledger: Ledge
         _compare(store, alias, known.sequence, known.release, "the ledger in git")
     if seen is not None:
         path = _seen_path(store, alias.model)
-        _compare(store, alias, seen.sequence, seen.release, str(path))
+        _compare(store, alias, seen.sequence, seen.release, f"this user ({path})")
     if seen is None or seen.sequence < alias.sequence:
         _remember(store, alias)
 
@@ -820,8 +820,9 @@ def _compare(store: Store, alias: Alias, sequence: int, release: str, where: str
             f"{name} is at move {alias.sequence}, but {where} has seen move {sequence}, to "
             f"{short(release)}: the registry was brought back from a backup, or somebody shows an "
             "old state. Nothing of it was used.",
-            hint=f"`fleet publish {alias.model} --to {store.name}` puts the ledger's moves back. A "
-            f"rollback has a higher number, not a lower one.",
+            hint=f"`fleet publish {alias.model} --to {store.name}` puts the ledger's moves back (a "
+            "rollback has a higher number, not a lower one). If the registry was set up anew on "
+            "purpose, remove what remembers the old one.",
         )
     there = next((move for move in alias.moves if move.sequence == sequence), None)
     if there is not None and there.release != release:
