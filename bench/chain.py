@@ -94,14 +94,18 @@ def written(root: Path, written_bytes: int) -> dict[str, Any]:
 
 
 def without_load_test(root: Path) -> None:
-    """Take the load test out of the fork's graph."""
+    """Take the load test, and the release that needs it, out of the fork's graph."""
     from ruamel.yaml import YAML  # noqa: PLC0415 - 30 ms
 
     graph = YAML(typ="safe").load(root / "dvc.yaml")
-    stage = graph["stages"].pop("load-test", None)
-    if stage is None:
-        return
-    made = {name for kind in ("outs", "metrics") for each in stage["do"][kind] for name in each}
+    taken = [graph["stages"].pop(name, {"do": {}}) for name in ("load-test", "publish")]
+    made = {
+        name
+        for stage in taken
+        for kind in ("outs", "metrics")
+        for each in stage["do"].get(kind, [])
+        for name in each
+    }
     for other in graph["stages"].values():
         deps = other.get("do", other).get("deps", [])
         deps[:] = [dep for dep in deps if dep not in made]

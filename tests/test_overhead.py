@@ -109,16 +109,17 @@ def test_the_fleet_of_the_noop_is_one_in_which_nothing_changed(
         noop.one_noop(root, "dvc", figures["stages_count"])
 
 
-def test_the_chain_is_measured_without_the_load_test_alone(tmp_path: Path) -> None:
-    """Its stage and what it makes are gone from the fork's graph; nothing else is."""
+def test_the_chain_is_measured_without_the_load_test_and_its_release(tmp_path: Path) -> None:
+    """Their stages and what they make are gone from the fork's graph; nothing else is."""
     shutil.copy(fork.ROOT / "dvc.yaml", tmp_path)
     before = YAML(typ="safe").load(tmp_path / "dvc.yaml")["stages"]
 
     chain.without_load_test(tmp_path)
 
     after = json.loads((tmp_path / "dvc.yaml").read_text())["stages"]
-    assert set(before) - set(after) == {"load-test"}
+    assert set(before) - set(after) == {"load-test", "publish"}
     assert "load-test" not in json.dumps(after)
+    assert "publish" not in json.dumps(after)
     assert after["convert"] == before["convert"]
 
 
