@@ -145,7 +145,7 @@ class OciClient:
         self.shown = registry.url
         self._name = name
         self._is_local = is_loopback(urlsplit(f"//{self.host}").hostname or "")
-        self._plain_allowed = self._is_local or registry.insecure
+        self._insecure = registry.insecure
         self._token_host = urlsplit(registry.endpoint).hostname if registry.endpoint else None
         self._deadline_s = deadline_s
         self._part_bytes = part_bytes
@@ -505,6 +505,8 @@ class OciClient:
         """
         before = upload.best
         try:
+            if upload.is_named and self.blob_size(repository, source.blob.sha256) is not None:
+                return True  # the answer got lost
             self._take_up(repository, upload, source.size_bytes, what)
             while upload.offset < source.size_bytes and not upload.in_one_request:
                 memory.write(upload.url)
@@ -512,6 +514,7 @@ class OciClient:
             source.require_right()
             if not upload.in_one_request:
                 memory.write(upload.url)
+            upload.is_named = True
             self._finish(repository, upload, source, on_bytes, what)
         except DigestError:
             memory.forget()
@@ -797,14 +800,14 @@ class OciClient:
                     f"{console.clean(str(error.args[0]))[-200:]}.",
                     hint="A private authority: SSL_CERT_FILE=ca.crt. There is no way to skip this.",
                 ) from error
-            if not self._plain_allowed:
+            if not (self._is_local or self._insecure):
                 raise StoreError(
                     f"{self.shown} does not speak TLS, and is not on this machine.",
                     hint="Serve it over TLS (deploy/registry/nginx-tls.conf), or, on a network "
                     f"that you trust, declare `insecure: true` for registries.{self._name}.",
                 ) from error
         except requests.exceptions.ConnectionError:
-            if not self._plain_allowed:
+            if not (self._is_local or self._insecure):
                 raise
         else:
             return f"https://{self.host}"
@@ -814,10 +817,8 @@ class OciClient:
     def _require_secure(self, url: str) -> None:
         """Refuse to go where the registry sends us, if that is plain HTTP to another machine."""
         parts = urlsplit(url)
-        if parts.scheme == "https" or (
-            parts.scheme == "http"
-            and (is_loopback(parts.hostname or "") if not self._plain_allowed else True)
-        ):
+        plain = self._insecure or is_loopback(parts.hostname or "")
+        if parts.scheme == "https" or (parts.scheme == "http" and plain):
             return
         raise StoreError(
             f"{self.shown} sends to {console.clean(parts.scheme)}://"
@@ -828,7 +829,9 @@ class OciClient:
 
     def _require(self, answer: requests.Response, statuses: Collection[int], what: str) -> None:
         """Raise what an answer means unless its status is one of those and it is no web page."""
-        if answer.status_code in statuses and _is_page(answer):
+        if _is_page(answer) and (
+            answer.status_code in _SUCCESSES or answer.status_code in statuses
+        ):
             raise StoreError(
                 f"{what}: a web page came instead of an answer: the login page of a proxy, or no "
                 "registry at all.",
@@ -872,7 +875,7 @@ class OciClient:
         where = f"{console.clean(parts.scheme)}://{console.clean(parts.netloc)[:100]}"
         local = is_loopback(parts.hostname or "")
         if not parts.hostname or not (
-            parts.scheme == "https" or (parts.scheme == "http" and (local or self._plain_allowed))
+            parts.scheme == "https" or (parts.scheme == "http" and (local or self._insecure))
         ):
             raise StoreError(
                 f"{self.shown} asks to log in at {where}, which is no https address.",

@@ -48,6 +48,7 @@ class Upload:
         in_parts: False once the registry refused parts.
         in_one_request: True once it refused PATCH as well.
         beginnings: How often it was begun anew.
+        is_named: Whether the registry was asked to give it its name.
     """
 
     url: str | None = None
@@ -57,6 +58,7 @@ class Upload:
     in_parts: bool = True
     in_one_request: bool = False
     beginnings: int = 0
+    is_named: bool = False
 
 
 class Source:
