@@ -222,8 +222,10 @@ def lines(story: Story) -> Iterator[str]:
         return
     for chapter in story.chapters:
         yield from _chapter(chapter)
-    wanted = "is not declared any more" if story.wanted is None else f"wants {_name(story.wanted)}"
-    yield f"  params.yaml {wanted}."
+    if story.wanted is None:
+        yield "  It is not declared in params.yaml any more."
+    else:
+        yield f"  params.yaml wants {_name(story.wanted)}."
     moved = [told.move.release for chapter in story.chapters for told in chapter.moves]
     for id_ in dict.fromkeys(moved):
         yield ""
@@ -270,7 +272,7 @@ def _move(told: Told, following: Move | None) -> str:
     )
     return (
         f"{move.sequence}. {when(move)} UTC: {console.clean(move.who)} {verb} "
-        f"{short(move.release)}{instead}: {wording.sentence(console.clean(move.why))}{run} "
+        f"{short(move.release)}{instead}: {wording.sentence(console.clean(move.why) + run)} "
         f"{served}{ours}"
     )
 
