@@ -418,10 +418,10 @@ def _settle(
             ours, restored = settled.moved, settled.restored
             time.sleep(random.uniform(0, _LONGEST_PAUSE_S))  # noqa: S311 - no secret
             continue
-        if composed is not None:
-            _heal(composed, store)
         if settled.moved is not None:
             ledger.append(store.name, STABLE, settled.moved)
+        if composed is not None:
+            _heal(composed, store)
         return settled
     raise RetryLaterError(
         f"{model}@{STABLE} of {store.shown} is moved by others all the time: {_MAX_ROUNDS} "
@@ -593,7 +593,7 @@ def _serialised(store: Store, model: str) -> Iterator[None]:
         return
     from pipelines.toolchain import default_cache_root  # noqa: PLC0415 - only such stores
 
-    name = hashlib.sha256(f"{store.shown}\n{model}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{_place(store)}\n{model}".encode()).hexdigest()[:16]
     lock = default_cache_root() / "locks" / f"registry-{name}.lock"
     with locks.exclusively(lock, f"publishing {model} to {store.name}"):
         yield
@@ -837,9 +837,18 @@ def _seen_path(store: Store, model: str) -> Path:
     """$XDG_STATE_HOME/gguf-fleet/seen/<digest>.json."""
     state = os.environ.get("XDG_STATE_HOME")
     root = Path(state) if state else Path.home() / ".local/state"
-    key = f"{store.shown}\n{model}\n{STABLE}"
+    key = f"{_place(store)}\n{model}\n{STABLE}"
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return root / "gguf-fleet/seen" / f"{name}.json"
+
+
+def _place(store: Store) -> str:
+    """
+    Return what tells a registry from every other one that this user may come across.
+
+    `file:registry` of one checkout is not that of another.
+    """
+    return str(getattr(store, "place", store.shown))
 
 
 def read_to(store: Store, model: str, file: ReleaseFile, target: Path, on_bytes: OnBytes) -> None:

@@ -74,6 +74,11 @@ class LocalStore:
         return f"file:{self.root}"
 
     @property
+    def place(self) -> str:
+        """Its address on this machine, whatever the working directory is; for no record."""
+        return f"file:{self.root.resolve()}"
+
+    @property
     def guarantees(self) -> Guarantees:
         """What it promises."""
         return Guarantees(
@@ -141,7 +146,8 @@ class LocalStore:
                         "says.",
                     )
                 _name(part, path)
-            self._proven[blob.sha256] = _identity(path)
+            if copied_bytes == 0:  # of a copy, what was written was hashed, not what is there
+                self._proven[blob.sha256] = _identity(path)
         return copied_bytes
 
     def read_blob(self, model: str, sha256: str, *, offset: int = 0) -> Iterator[bytes]:  # noqa: ARG002

@@ -120,6 +120,11 @@ class MlflowStore:
         return self._shown
 
     @property
+    def place(self) -> str:
+        """Its address on this machine, whatever the working directory is; for no record."""
+        return f"mlflow:{self._uri}"
+
+    @property
     def guarantees(self) -> Guarantees:
         """What it promises; of files what the registry that holds them does."""
         files = self.blobs.guarantees
