@@ -120,7 +120,7 @@ def test_another_process_proves_by_reading(store: LocalStore, made: Composed) ->
 
 
 def test_a_file_on_another_disk_is_copied(tmp_path: Path, made: Composed) -> None:
-    """The bytes that were copied are told; the copy is nobody's to change."""
+    """The bytes that were copied are told; what is on that disk is read again to prove it."""
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         store = LocalStore("local", disk / "registry")
         blob = gguf_of(made)
@@ -128,7 +128,24 @@ def test_a_file_on_another_disk_is_copied(tmp_path: Path, made: Composed) -> Non
         assert put(store, blob) == blob.size_bytes
         assert put(store, blob) == 0
 
-        store.prove_blob(MODEL, blob, lambda _: None)
+        proven: list[int] = []
+        store.prove_blob(MODEL, blob, proven.append)
+        assert proven == [blob.size_bytes]
+        path = store.root / "blobs/sha256" / blob.sha256
+        path.chmod(0o600)
+        with path.open("r+b") as file:
+            file.write(b"rotten")
+        with pytest.raises(DigestError):
+            store.prove_blob(MODEL, blob, lambda _: None)
+
+
+def test_a_copy_is_nobodys_to_change(tmp_path: Path, made: Composed) -> None:
+    """It is no link to what a next build overwrites, and is not written to by accident."""
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        store = LocalStore("local", disk / "registry")
+        blob = gguf_of(made)
+        put(store, blob)
+
         path = store.root / "blobs/sha256" / blob.sha256
         assert path.stat().st_mode & 0o222 == 0
         assert path.stat().st_nlink == 1
