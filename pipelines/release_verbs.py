@@ -239,7 +239,7 @@ def _add_serve(
         "--models-dir", type=Path, metavar="DIR", help="of that Ollama; default: OLLAMA_MODELS"
     )
     verb.add_argument("--url", metavar="URL", help="of that Ollama; default: OLLAMA_HOST")
-    verb.add_argument("--name", metavar="NAME", help="served name; default: the model's key")
+    verb.add_argument("--name", metavar="NAME", help="served name; default: fleet/MODEL:stable")
     _dry_run(verb)
     _json(verb)
 
