@@ -599,11 +599,11 @@ def _private_names(declared: set[str], at: Layout) -> tuple[re.Pattern[str], ...
         for folder in sorted(folders)
         if len(Path(folder).parts) > 1
     ]
-    names = {socket.gethostname(), socket.gethostname().partition(".")[0]}
-    found += [host_pattern(name) for name in sorted(names - declared - {"", "localhost"})]
+    own = {word.lower() for word in declared}
+    names = {socket.gethostname(), socket.gethostname().partition(".")[0]} - {"", "localhost"}
+    found += [host_pattern(name) for name in sorted(names) if name.lower() not in own]
     with contextlib.suppress(OSError, KeyError):
-        user = getpass.getuser()
-        found.append(re.compile(rf"/{re.escape(user)}/|\b{re.escape(user)}@"))
+        found.append(re.compile(rf"(?<![\w.-]){re.escape(getpass.getuser())}@"))
     return tuple(found)
 
 

@@ -4,6 +4,9 @@ What a line less in params.yaml leaves behind, taken away before the next whole 
 DVC forgets a stage that is no longer declared, but neither its records, nor its GGUF, nor its entry
 in dvc.lock: a quant that nobody wants would be reviewed, counted and kept on the disk for ever.
 
+What was released stays on record: release.json and the ledger of a model that nobody declares any
+more, and every byte in its registries.
+
 Removed is only what `pipelines.layout` spells for a model or a quant that is not declared, and only
 what is of the kind that a stage writes there: a plain file, a directory, or DVC's own link into its
 cache; nothing is followed through another link. Anything else stays and is named.
@@ -97,7 +100,8 @@ def _folders(at: Layout) -> Iterator[Path]:
 
 def _models(at: Layout, declared: Declaration) -> Iterator[_Gone]:
     names = {path.name for path in _folders(at)}
-    names |= {path.stem for path in at.receipt("x").parent.glob("*.json")}
+    for each in (at.receipt("x"), at.observed("x")):
+        names |= {path.stem for path in each.parent.glob("*.json")}
     for name in sorted(names - set(declared.models)):
         if re.fullmatch(params.MODEL_KEY, name):
             yield _Gone(name, at.of_model(name))

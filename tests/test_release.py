@@ -512,7 +512,7 @@ def test_labels_that_the_operator_declared_are_his_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A host of params.yaml may be called as the machine is."""
-    monkeypatch.setattr(socket, "gethostname", lambda: "gpu-01")
+    monkeypatch.setattr(socket, "gethostname", lambda: "GPU-01")
     at = finished(tmp_path, hosts={"gpu-01": {"memory_mib": 2048}})
 
     assert list(composed(at).release.hosts) == ["gpu-01"]

@@ -105,6 +105,35 @@ def test_a_model_that_is_not_declared_leaves_nothing(at: Layout) -> None:
     assert [line.partition(" ")[0] for line in told] == ["old-model", "old-model-Q8_0"]
 
 
+def test_what_was_released_stays_on_record(at: Layout) -> None:
+    """The last release of a model that is gone, and who moved what when, are no left-overs."""
+    write_model(at, "old-model")
+    kept = (at.release("old-model"), at.ledger("old-model"))
+    for path in kept:
+        path.write_text("a release")
+
+    told = run(at)
+
+    assert all(path.read_text() == "a release" for path in kept)
+    assert not at.model_record("publish", "old-model").exists()
+    assert not at.observed("old-model").exists()
+    assert any("results/old-model/publish.json" in line for line in told)
+    assert run(at) == []
+
+
+def test_what_only_the_probe_wrote_of_a_model_goes_with_it(at: Layout) -> None:
+    """A model that was declared for a moment leaves nothing either."""
+    run(at)
+    path = at.observed("old-model")
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+
+    (line,) = run(at)
+
+    assert not path.exists()
+    assert line.startswith("old-model is not declared any more: removed ")
+
+
 def test_what_a_stage_did_not_write_stays(at: Layout) -> None:
     """Files of other names, and a folder of the operator's beside those of models, are kept."""
     run(at)
