@@ -15,7 +15,7 @@ nothing is removed.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
@@ -51,6 +51,15 @@ class _DatesReleases(Protocol):
 
     def release_age_s(self, model: str, id_: str) -> float | None:
         """Seconds since it was written; None if unknown."""
+        ...
+
+
+@runtime_checkable
+class _SweepsUploads(Protocol):
+    """A store in which uploads that nobody went on with take room until somebody ends them."""
+
+    def sweep(self) -> int:
+        """End them; return how many there were."""
         ...
 
 
@@ -180,6 +189,7 @@ def main(  # noqa: PLR0913 - one for each option
         pinned=_pinned(declared, at, name),
         apply=apply,
     )
+    plan = replace(plan, notes=(*plan.notes, *_own_notes(declared, name)))
     if as_json:
         console.out(json.dumps(asdict(plan), indent=2, ensure_ascii=False))
     else:
@@ -196,11 +206,6 @@ def _require_freeable(name: str, declared: Declaration) -> None:
     """
     registry = params.registry_of(declared, name)
     assert registry is not None, "it was opened"
-    if registry.blobs is not None:
-        raise ParamsError(
-            f"registry {name} keeps no files: they are in {registry.blobs}.",
-            hint=f"fleet gc --registry {registry.blobs}",
-        )
     if registry.url.startswith(f"{_KEEPS_EVERYTHING}:"):
         raise ParamsError(
             f"nothing can be collected in {name}: the Hub keeps every commit of a repository, so "
@@ -219,16 +224,24 @@ def _pinned(declared: Declaration, at: Layout, name: str) -> set[str]:
     """
     pinned = {model.stable for model in declared.models.values()}
     pinned |= {release_id(path.read_bytes()) for path in at.root.glob("results/*/release.json")}
-    ledgers = ledgers_of(declared, at)
     for other, registry in declared.registries.items():
         if registry.blobs != name:
             continue
         store = open_store(other, declared, at.root)
-        for model, ledger in ledgers.items():
-            alias, _token = store.read_alias(model, STABLE)
-            moves = (*(alias.moves if alias else ()), *ledger.moves(other, STABLE))
-            pinned |= {move.release for move in moves}
+        for model in store.list_models():
+            pinned.update(store.list_releases(model))
     return pinned
+
+
+def _own_notes(declared: Declaration, name: str) -> tuple[str, ...]:
+    """Say what else frees disk in a registry of this kind."""
+    registry = params.registry_of(declared, name)
+    assert registry is not None, "it was opened"
+    if registry.blobs is not None:
+        return (f"The files are in {registry.blobs}: fleet gc --registry {registry.blobs}.",)
+    if registry.url.startswith("oci:"):
+        return ("The registry's own collection frees the disk then: see docs/registry.md.",)
+    return ()
 
 
 def _print(plan: GcPlan) -> None:
@@ -245,8 +258,8 @@ def _print(plan: GcPlan) -> None:
     )
     if plan.waiting_count:
         console.info(
-            f"  {wording.counted(plan.waiting_count, 'file')} that no release names: younger than "
-            "a day, so a publisher may be at work"
+            f"  {wording.counted(plan.waiting_count, 'file')} more that no kept release names: too "
+            "young (a publisher may be at work), or the registry does not tell their age"
         )
     for note in plan.notes:
         console.info(f"  {note}")
@@ -443,6 +456,8 @@ class _Sweep:
                 progress.update(done)
                 self.store.delete_blob(blob.sha256)
         self._require_unhurt(before, {blob.sha256 for blob in blobs})
+        if isinstance(self.store, _SweepsUploads) and (count := self.store.sweep()):
+            notes.append(f"{wording.counted(count, 'upload')} that nobody went on with ended.")
         return GcPlan(
             registry=plan.registry,
             applied=True,

@@ -10,12 +10,15 @@ import pytest
 import release_factory as factory
 from release_checkout import MODEL, OTHER, PARAMS, REASON, Checkout
 
-from pipelines import publishing, registry_gc
+from pipelines import declaration, publishing, registry_gc
 from pipelines.errors import ParamsError, StoreError
+from pipelines.params import Registry
 from pipelines.release_records import STABLE, alias_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from registry_servers import OciServer, S3Server
 
     from pipelines.registry_gc import GcPlan
 
@@ -34,7 +37,12 @@ def checkout(
 
 def collect(checkout: Checkout, **options: Any) -> GcPlan:
     """Collect the local registry long after all moves, for good."""
-    wanted = {"now": LATER, "keep_moves": 2, "keep_days": 0, "apply": True} | options
+    wanted: dict[str, Any] = {
+        "now": LATER,
+        "keep_moves": 2,
+        "keep_days": 0,
+        "apply": True,
+    } | options
     ledgers = {MODEL: checkout.ledger(), OTHER: checkout.ledger(OTHER)}
     return registry_gc.collect(checkout.store(), ledgers, **wanted)
 
@@ -400,21 +408,10 @@ def test_the_hub_is_not_collected(checkout: Checkout) -> None:
     assert "frees nothing" in ran.err
 
 
-def test_a_registry_without_files_names_the_one_that_has_them(checkout: Checkout) -> None:
-    """MLflow keeps no files: its releases are those of another registry."""
-    extra = '  tracker: {url: "mlflow:http://127.0.0.1:9", blobs: local}\n'
-    checkout.at.params.write_text(PARAMS + extra)
-
-    ran = checkout.fleet("gc", "--registry", "tracker")
-
-    assert ran.code == 2
-    assert "fleet gc --registry local" in ran.err
-
-
-def test_moves_of_a_registry_that_keeps_its_files_here_count(
+def test_releases_of_a_registry_that_keeps_its_files_here_count(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its aliases name releases of this registry; where they cannot be read nothing is removed."""
+    """MLflow names releases of this registry; where it cannot be asked nothing is removed."""
     for seed in range(1, 6):
         checkout.publish(seed)
     extra = '  tracker: {url: "mlflow:http://127.0.0.1:9", blobs: local}\n'
@@ -439,3 +436,67 @@ def test_the_alias_file_is_never_touched(checkout: Checkout) -> None:
 
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
     assert path.read_bytes() == alias_bytes(checkout.alias())
+
+
+# --- other kinds of registries ----------------------------------------------------------------
+
+
+def test_a_bucket_is_collected_as_a_folder_is(checkout: Checkout, s3_server: S3Server) -> None:
+    """Old releases and their files go, shared ones stay, and what is left is whole."""
+    checkout.declare("production", s3_server.registry(prefix="fleet"))
+    ids = [checkout.publish(seed, "production") for seed in range(1, 5)]
+    store = checkout.store("production")
+
+    plan = registry_gc.collect(
+        store, {MODEL: checkout.ledger()}, now=LATER, keep_moves=2, keep_days=0, apply=True
+    )
+
+    assert set(store.list_releases(MODEL)) == set(ids[2:])
+    assert {blob.sha256 for blob in store.list_blobs()} == named(
+        checkout.release(3), checkout.release(4)
+    )
+    assert plan.freed_bytes > 100_000
+    assert checkout.fleet("verify-registry", "production").code == 0
+    ran = checkout.fleet(
+        "rollback", MODEL, "--to", ids[2], "--registry", "production", "--reason", REASON
+    )
+    assert ran.code == 0, ran.err
+
+
+def test_a_registry_of_oci_loses_manifests_and_keeps_what_is_served(
+    checkout: Checkout, oci: OciServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Releases that no promise needs go; its own collection frees the disk; the rest is whole."""
+    for name, value in oci.environment("harbour").items():
+        monkeypatch.setenv(name, value)
+    checkout.declare("harbour", oci.registry(namespace="collected"))
+    ids = [checkout.publish(seed, "harbour") for seed in range(1, 4)]
+    store = checkout.store("harbour")
+
+    registry_gc.collect(
+        store, {MODEL: checkout.ledger()}, now=LATER, keep_moves=2, keep_days=0, apply=True
+    )
+
+    assert set(store.list_releases(MODEL)) == set(ids[1:])
+    assert checkout.fleet("verify-registry", "harbour").code == 0
+
+
+def test_a_registry_without_files_of_its_own_keeps_those_that_it_names(
+    checkout: Checkout,
+) -> None:
+    """MLflow's releases pin their files in the other registry until they are collected there."""
+    checkout.declare(
+        "tracker", Registry(url=f"mlflow:sqlite:///{checkout.root}/mlflow.db", blobs="local")
+    )
+    ids = [checkout.publish(seed, "local", "tracker") for seed in range(1, 4)]
+    declared = declaration.load(checkout.at.params)
+    assert set(ids) <= registry_gc._pinned(declared, checkout.at, "local")
+
+    registry_gc.collect(
+        checkout.store("tracker"), {MODEL: checkout.ledger()}, now=LATER, keep_moves=1,
+        keep_days=0, apply=True,
+    )  # fmt: skip
+
+    assert ids[0] not in registry_gc._pinned(declared, checkout.at, "local")
+    assert ids[0] in checkout.store().list_releases(MODEL)
+    assert checkout.blob_path(checkout.release(1).release.files[0].sha256).exists()

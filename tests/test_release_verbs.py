@@ -6,13 +6,13 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-import publish_factory
 import pytest
-from publish_factory import change_load_test, finished, publish_slice
+from publish_factory import change, change_load_test, finished, publish_slice
 from record_factory import MODEL
 from release_checkout import REASON, Checkout
 
 from pipelines.ledger import Ledger
+from pipelines.records import FetchRecord
 from pipelines.release_records import release_id
 
 if TYPE_CHECKING:
@@ -251,9 +251,9 @@ def test_a_refusal_names_every_reason_and_sends_nothing(checkout: Checkout) -> N
     """Exit 5; the release before stays, in results/, too."""
     stage(checkout)
     before = checkout.at.release(MODEL).read_bytes()
-    publish_factory.change(
+    change(
         checkout.at.model_record("fetch", MODEL),
-        publish_factory.records.FetchRecord,
+        FetchRecord,
         license=None,
         source="path:elsewhere",
     )
@@ -271,9 +271,7 @@ def test_a_refusal_names_every_reason_and_sends_nothing(checkout: Checkout) -> N
 def test_a_waiver_that_has_ended_lets_nothing_pass_any_more(checkout: Checkout) -> None:
     """The release of last week is judged by the waivers of today."""
     licenceless = {"license": None}
-    publish_factory.change(
-        checkout.at.model_record("fetch", MODEL), publish_factory.records.FetchRecord, **licenceless
-    )
+    change(checkout.at.model_record("fetch", MODEL), FetchRecord, **licenceless)
     words = {"gate": "license", "who": "Ada Lovelace", "why": "read by our lawyer"}
 
     def declare(until: str) -> None:
@@ -369,6 +367,7 @@ def test_stable_by_hand_and_the_command_end_in_the_same_state(
 ) -> None:
     """Alias, ledger but for who, when and why, and params.yaml: equal."""
     states = []
+    old = ""
     for name in ("command", "hand"):
         root = tmp_path / name
         finished(root)

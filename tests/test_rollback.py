@@ -13,6 +13,7 @@ from release_checkout import MODEL, OTHER, PARAMS, REASON, Checkout
 
 from pipelines import declaration, rollback, stable_line
 from pipelines.errors import MachineError, ParamsError, RetryLaterError
+from pipelines.stores import open_store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -331,7 +332,7 @@ def test_a_registry_that_cannot_be_reached_is_named_and_the_others_are_moved(
     """Exit 75; the same command later moves the one that was left."""
     old = checkout.publish(1, *BOTH)
     new = checkout.publish(2, *BOTH)
-    real = rollback.open_store
+    real = open_store
 
     def flaky(name: str, *rest: Any) -> Store:
         store: Store = real(name, *rest)
@@ -343,9 +344,9 @@ def test_a_registry_that_cannot_be_reached_is_named_and_the_others_are_moved(
             monkeypatch.setattr(store, "read_alias", refuse)
         return store
 
-    monkeypatch.setattr(rollback, "open_store", flaky)
+    monkeypatch.setattr("pipelines.rollback.open_store", flaky)
     ran = back(checkout, old)
-    monkeypatch.setattr(rollback, "open_store", real)
+    monkeypatch.setattr("pipelines.rollback.open_store", real)
 
     assert ran.code == 75
     assert "mirror: mirror cannot be reached." in ran.err
