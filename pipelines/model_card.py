@@ -127,7 +127,7 @@ def _license(release: Release, upstream: str | None) -> dict[str, str]:
 
 def code(text: str | None) -> Markup:
     """Keep of a text what can stand between backticks, or in a command, and end neither."""
-    return Markup(re.sub(r"[^A-Za-z0-9._:/@+-]", "_", text or ""))  # noqa: S704 - nothing is left
+    return Markup(re.sub(r"[^A-Za-z0-9._/+-]", "_", text or ""))  # noqa: S704 - nothing is left
 
 
 def _upstream(release: Release) -> str | None:

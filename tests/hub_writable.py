@@ -299,15 +299,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.before is not None:
             self.hub.before(number, self.command, path)
         try:
-            reply = self._faulty(fault) or self._routed()
+            reply = self._faulty(fault) or self._answered()
             if self.hub.after is not None:
                 self.hub.after(number, self.command, path)
             if fault == "lost":
                 raise _Cut  # noqa: TRY301 - as if it had happened below
             if fault == "late 500":
                 reply = _json({"error": "Internal Error"}, 500)
-        except _AnswerError as error:
-            reply = _json({"error": error.message}, error.status, error.headers)
         except _Cut:
             self._note(path, 0)
             self.close_connection = True
@@ -323,6 +321,12 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.asked.append(Asked(self.command, path, self.body_read, status))
 
+    def _answered(self) -> _Reply:
+        try:
+            return self._routed()
+        except _AnswerError as error:
+            return _json({"error": error.message}, error.status, error.headers)
+
     def _faulty(self, fault: Fault | None) -> _Reply | None:
         match fault:
             case "500" | "503":
@@ -331,9 +335,9 @@ class _Handler(BaseHTTPRequestHandler):
                 headers = {"Retry-After": self.hub.retry_after}
                 return _json({"error": "Too many requests"}, 429, headers)
             case "401":
-                raise _AnswerError(401, "Invalid credentials in Authorization header")
+                return _json({"error": "Invalid credentials in Authorization header"}, 401)
             case "403":
-                raise _AnswerError(403, "You don't have the rights to do this")
+                return _json({"error": "You don't have the rights to do this"}, 403)
             case "html":
                 page = b"<html><body>Sign in to the network</body></html>"
                 return _Reply(200, {"Content-Type": "text/html"}, page)

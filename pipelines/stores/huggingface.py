@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -89,6 +90,10 @@ _OLLAMA_FILES: Final = ("template", "system", "params")
 _RESERVED: Final = frozenset({_RELEASE_FILE, _CARD_FILE.lower(), "fleet", *_OLLAMA_FILES})
 # A release or an alias that is larger is none.
 _MAX_DOCUMENT_BYTES: Final = 64 << 20
+# How long the answer about branches and tags serves for finding files: a release has dozens of
+# them, and the Hub counts requests. Where an alias or a release is read or written they are asked
+# for anew.
+_REFS_SERVE_S: Final = 2.0
 # How often a step is decided anew since somebody else commits to the same branch.
 _MAX_ROUNDS: Final = 5
 
@@ -155,6 +160,8 @@ class HuggingFaceStore:
         self._max_file_bytes = min(MAX_FILE_BYTES, (limit_mib or MAX_FILE_BYTES) * _MIB)
         self._hub = Hub.of(name, registry, deadline_s)
         self._known = _Known()
+        # Branches and tags as they were last seen, and when (monotonic).
+        self._seen: dict[str, tuple[float, _Refs]] = {}
         # What the next release is made of, by model and sha256: the Hub has no place for a small
         # file that no commit names.
         self._staged: dict[str, dict[str, Blob]] = {}
@@ -646,6 +653,7 @@ class HuggingFaceStore:
                     each.reader.close()
             return info.oid
 
+        self._seen.pop(model, None)
         return self._ask(model, f"committing to {branch}", call, large=True)
 
     def _tag(self, model: str, ref: str, commit: str) -> None:
@@ -655,6 +663,7 @@ class HuggingFaceStore:
             f"tagging {ref}",
             lambda: self._hub.api.create_tag(self._repo(model), tag=ref, revision=commit),
         )
+        self._seen.pop(model, None)
 
     def _require_same(self, model: str, id_: str, commit: str, data: bytes) -> None:
         """
@@ -712,7 +721,7 @@ class HuggingFaceStore:
     def _find(self, model: str, sha256: str, refs: _Refs | None = None) -> _Place | None:
         """Find a blob in the releases, then in main, which may mean one that was removed."""
         _require_sha256(sha256)
-        refs = refs or self._refs(model)
+        refs = refs or self._recent_refs(model)
         for commit in (*refs.releases.values(), *([refs.head] if refs.head else [])):
             place = self._places(model, commit).get(sha256)
             if place is not None:
@@ -755,11 +764,20 @@ class HuggingFaceStore:
                 model, "its branches", lambda: self._hub.api.list_repo_refs(self._repo(model))
             )
         except NotThereError:
-            return _Refs({}, {})
-        return _Refs(
-            {ref.name: ref.target_commit for ref in found.branches},
-            {ref.name: ref.target_commit for ref in found.tags},
+            found = None
+        refs = _Refs(
+            {ref.name: ref.target_commit for ref in (found.branches if found else ())},
+            {ref.name: ref.target_commit for ref in (found.tags if found else ())},
         )
+        self._seen[model] = (time.monotonic(), refs)
+        return refs
+
+    def _recent_refs(self, model: str) -> _Refs:
+        """Return branches and tags as they were a moment ago, or ask."""
+        at, refs = self._seen.get(model, (float("-inf"), None))
+        if refs is None or time.monotonic() - at > _REFS_SERVE_S:
+            return self._refs(model)
+        return refs
 
     def _tree(self, model: str, commit: str) -> dict[str, RepoFile]:
         """List the files of a commit."""
@@ -803,8 +821,9 @@ class HuggingFaceStore:
 
     def _make_repo(self, model: str) -> None:
         """Make the repository if it does not exist; one that does stays as it is."""
-        if self._refs(model).head is not None:
+        if self._recent_refs(model).head is not None:
             return
+        self._seen.pop(model, None)
         repo = self._repo(model)
         # Somebody who publishes at the same time may be faster.
         with contextlib.suppress(ConflictError):
@@ -814,6 +833,7 @@ class HuggingFaceStore:
 
     def _gone(self, model: str, what: str, call: Callable[[], None]) -> None:
         """Remove something; it may be gone already."""
+        self._seen.pop(model, None)
         with contextlib.suppress(NotThereError):
             self._ask(model, what, call)
 

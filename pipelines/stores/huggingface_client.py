@@ -115,8 +115,9 @@ class _Client(httpx2.Client):
             return super().send(request, **options)
         if time.monotonic() > until:
             raise _PassingError("it took too long")
-        # The library asks for no timeout at all in places.
-        request.extensions["timeout"] = _TIMEOUTS.as_dict()
+        # The library waits for ever wherever it says nothing else.
+        if not any(request.extensions.get("timeout", {}).values()):
+            request.extensions["timeout"] = _TIMEOUTS.as_dict()
         try:
             response = super().send(request, **options)
         except httpx2.TransportError as error:
@@ -278,7 +279,11 @@ class Hub:
                 "https://huggingface.co/settings/tokens and set HF_TOKEN.",
             )
         if _status(error) is not None:
-            return StoreError(f"{what} answers {_status(error)}: {detail}.")
+            return StoreError(
+                f"{what} answers {_status(error)}: {detail}.",
+                hint="Publish again: what was sent is not sent again. If it stays so, look at "
+                "registries in params.yaml and at the page of the repository.",
+            )
         if _first(error, hub.HFValidationError):
             return StoreError(
                 f"{what}: the Hub takes no such name: {detail}.",
@@ -286,7 +291,10 @@ class Hub:
                 "96 characters at most.",
             )
         if isinstance(error, ValueError) and str(error).startswith(_SAID_NO):
-            return StoreError(f"{what}: the Hub refuses it: {detail}.")
+            return StoreError(
+                f"{what}: the Hub refuses it: {detail}.",
+                hint="Its documentation of storage limits and of model cards says what it takes.",
+            )
         if isinstance(error, (ValueError, KeyError, TypeError, AttributeError)):
             return StoreError(
                 f"{what}: {_clean(self.endpoint)} answers what the Hub does not: {detail}.",
