@@ -595,7 +595,7 @@ def _private_names(declared: set[str], at: Layout) -> tuple[re.Pattern[str], ...
     with contextlib.suppress(RuntimeError):
         folders.add(str(Path.home()))
     found = [
-        re.compile(rf"{re.escape(folder)}(?![\w.-])")
+        re.compile(rf"(?<![\w.-]){re.escape(folder)}(?![\w.-])")
         for folder in sorted(folders)
         if len(Path(folder).parts) > 1
     ]

@@ -491,7 +491,7 @@ def test_the_names_of_this_machine_stay_here(at: Layout, monkeypatch: pytest.Mon
         where = [reason.split(" holds ")[0].split(", ")[1] for reason in reasons]
         # The final verdict names the engine, too.
         assert sorted(where) == ["hosts.local.sentence", "tools.engine_version"], text
-    plant_engine(at, "ci-7f3ab and ci-7")
+    plant_engine(at, "ci-7f3ab and ci-7, models/nethome/ada")
     assert composed(at)
 
 
