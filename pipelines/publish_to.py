@@ -182,7 +182,7 @@ def _held(
         data = at.release(slice_.model).read_bytes()
     except FileNotFoundError:
         return None
-    papers, problems = release._papers(slice_, at)  # noqa: SLF001 - reads every record, once
+    papers, problems = release.read_papers(slice_, at)
     if papers is None:
         return Refused(reasons=problems)
     judged = release_gates.judge(slice_, papers, today=today)

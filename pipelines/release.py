@@ -118,7 +118,7 @@ def compose(slice_: PublishSlice, at: Layout, *, today: str | None = None) -> Co
 
 
 def _compose(slice_: PublishSlice, at: Layout, today: str) -> Composed | Refused:
-    papers, problems = _papers(slice_, at)
+    papers, problems = read_papers(slice_, at)
     if papers is None:
         return Refused(reasons=problems)
     judged = release_gates.judge(slice_, papers, today=today)
@@ -139,8 +139,13 @@ def _compose(slice_: PublishSlice, at: Layout, today: str) -> Composed | Refused
 # --- records ----------------------------------------------------------------------------------
 
 
-def _papers(slice_: PublishSlice, at: Layout) -> tuple[Papers | None, tuple[str, ...]]:
-    """Read every record of the model, or say which are not there."""
+def read_papers(slice_: PublishSlice, at: Layout) -> tuple[Papers | None, tuple[str, ...]]:
+    """
+    Read every record of a model, and the release before.
+
+    Returns:
+        All of them; or None, and a reason for each that is not there or cannot be read.
+    """
     model, types = slice_.model, tuple(slice_.quants.values())
 
     def quant(stage: str, type_: str) -> Path:
@@ -172,7 +177,10 @@ def _papers(slice_: PublishSlice, at: Layout) -> tuple[Papers | None, tuple[str,
     assert isinstance(calibrated, records.CalibrateRecord)
     assert isinstance(choice, records.ChoiceRecord)
     assert isinstance(tested, LoadTestRecord)
-    before = _previous(at, model)
+    try:
+        before = _previous(at, model)
+    except _RefusedError as error:
+        return None, (error.reason,)
     return Papers(
         fetched=fetched,
         converted=converted,
