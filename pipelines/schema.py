@@ -275,7 +275,7 @@ def _untitled(part: Any) -> Any:  # noqa: ANN401 - any JSON value
         return [_untitled(item) for item in part]
     if not isinstance(part, dict):
         return part
-    tidy = {}
+    tidy: Fragment = {}
     for key, value in part.items():
         if key in {"properties", "$defs"}:
             tidy[key] = {name: _untitled(inner) for name, inner in value.items()}
