@@ -96,6 +96,14 @@ class Line:
         """Open the registry through the proxy, with the smallest parts that S3 takes."""
         return S3Store("production", self.registry, part_bytes=PART, deadline_s=deadline_s)
 
+    def below(self, prefix: str) -> Line:
+        """Return another registry in the same bucket."""
+        return replace(
+            self,
+            registry=self.registry.model_copy(update={"url": f"{self.registry.url}/{prefix}"}),
+            direct=self.direct.model_copy(update={"url": f"{self.direct.url}/{prefix}"}),
+        )
+
     def past(self) -> S3Store:
         """Open it past the proxy."""
         return S3Store("production", self.direct, part_bytes=PART)
@@ -185,34 +193,63 @@ def test_whatever_request_of_a_publish_fails_nothing_half_is_seen_and_the_next_r
         number += 1
         # Other bytes each time, so that every run has everything to send.
         made = small(tmp_path / "files", number)
-        before, _ = line.past().read_alias(made.release.model, STABLE)
-        line.proxy.forget()
-        line.proxy.strike(fault, at=number)
-        if fault.status == 500 and fault.kind == "status":  # and the next attempt is too early
-            line.proxy.strike(Fault("status", status=429, headers={"Retry-After": "0"}), at=number)
-        hints = ["none is needed"]
-        try:
-            publish_to(line.open(), tmp_path, made)
-        except FleetError as error:
-            hints = [error.hint]
-        assert all(hints), "an error says what to do next"
-        struck = any(seen.fault for seen in line.proxy.seen)
-
-        now, _ = line.past().read_alias(made.release.model, STABLE)
-        if now != before:
-            assert now is not None
-            assert now.release == made.id
-            assert is_whole(line.past(), made)
-        line.proxy.forget()
-        publish_to(line.open(), tmp_path, made)
-        now, _ = line.past().read_alias(made.release.model, STABLE)
-        assert now is not None
-        assert now.release == made.id
-        assert [move.sequence for move in now.moves] == list(range(1, number + 1))
-        assert is_whole(line.past(), made)
+        struck = publish_twice(line, tmp_path, made, fault, number)
     assert number > 15, "every request of a publish was struck"
     moves = factory.ledger(tmp_path).moves("production", STABLE)
     assert [move.sequence for move in moves] == list(range(1, number + 1))
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_whatever_request_of_the_very_first_publish_fails_the_next_run_completes(
+    line: Line, tmp_path: Path, fault: Fault
+) -> None:
+    """Into an empty prefix, small files alone: what is created, and not replaced."""
+    made = small(tmp_path, size_bytes=1000)
+    number, struck = 0, True
+    while struck:
+        number += 1
+        struck = publish_twice(
+            line.below(f"run-{number}"), tmp_path / f"{number}", made, fault, number
+        )
+    assert number > 15, "every request of a publish was struck"
+
+
+def publish_twice(line: Line, directory: Path, made: Composed, fault: Fault, number: int) -> bool:
+    """
+    Publish with a fault at one request, look at what can be seen then, and publish again.
+
+    Returns:
+        Whether there was such a request.
+    """
+    before, _ = line.past().read_alias(made.release.model, STABLE)
+    line.proxy.forget()
+    line.proxy.strike(fault, at=number)
+    if fault.kind == "status":  # and the next attempt is too early
+        line.proxy.strike(Fault("status", status=429, headers={"Retry-After": "0"}), at=number)
+    hints = ["none is needed"]
+    try:
+        publish_to(line.open(), directory, made)
+    except FleetError as error:
+        hints = [error.hint]
+    assert all(hints), "an error says what to do next"
+    struck = any(seen.fault for seen in line.proxy.seen)
+
+    now, _ = line.past().read_alias(made.release.model, STABLE)
+    if now != before:
+        assert now is not None
+        assert now.release == made.id
+        assert is_whole(line.past(), made)
+    if hints == ["none is needed"]:
+        assert now != before
+        return struck
+    line.proxy.forget()
+    publish_to(line.open(), directory, made)
+    now, _ = line.past().read_alias(made.release.model, STABLE)
+    assert now is not None
+    assert now.release == made.id
+    assert len(now.moves) == 1 + (len(before.moves) if before else 0)
+    assert is_whole(line.past(), made)
+    return struck
 
 
 def is_whole(store: S3Store, made: Composed) -> bool:
@@ -647,6 +684,24 @@ def test_a_service_that_ignores_conditions_is_found_out_and_said_to_be_one(
             store.write_alias(alias, made.release, "an older token")
         store.put_release(made.release, made.data)
         store.write_alias(alias, made.release, token)
+
+
+def test_a_service_that_refuses_conditions_as_unknown_is_published_to_without_them(
+    line: Line, tmp_path: Path
+) -> None:
+    """501 for a header: files, release and alias are stored all the same."""
+    unknown = Fault("status", status=501, body=said("NotImplemented"))
+    line.proxy.strike(
+        unknown, when=lambda s: "if-none-match" in s.headers or "if-match" in s.headers, times=-1
+    )
+    store = line.open()
+    made = small(tmp_path)
+
+    publish_to(store, tmp_path, made)
+
+    assert not store.guarantees.compare_and_set
+    assert is_whole(line.past(), made)
+    assert line.past().blob_size("tiny-llama", factory.sha256(b"")) is None
 
 
 def test_other_services_get_no_checksums_in_trailers_unless_that_is_asked_for(

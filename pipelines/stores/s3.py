@@ -84,6 +84,8 @@ _NOTE_AFTER_S: Final = 6 * 3600.0
 _ABANDONED_AFTER_S: Final = 24 * 3600.0
 _UPLOADS_BEGUN: Final = 3
 _MARKER: Final = canonical({"kind": "gguf-fleet registry", "schema_version": 1})
+_JSON: Final = {"ContentType": "application/json"}
+_UNCACHED: Final = {"CacheControl": "no-cache"}
 _NO_ETAG: Final = f'"{"0" * 32}"'
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -288,12 +290,12 @@ class S3Store:
         id_ = release_id(data)
         key = self._release_key(release.model, id_)
         what = f"writing release {short(id_)}"
-        self._find_out()
-        if not self._conditional and self._head(key, what) is not None:
+        condition = self._create_only()
+        if not condition and self._head(key, what) is not None:
             self._keep_release(key, data, what)
             return
         try:
-            self._put(key, data, what, IfNoneMatch="*", ContentType="application/json")
+            self._put(key, data, what, **_JSON, **condition)
         except ConditionError:
             self._keep_release(key, data, what)
 
@@ -374,13 +376,17 @@ class S3Store:
             return
         condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
         try:
-            self._put(key, data, what, ContentType="application/json", **_UNCACHED, **condition)
+            self._put(key, data, what, **_JSON, **_UNCACHED, **condition)
         except (ConditionError, AbsentError) as error:
             # The answer to an attempt of ours may have been lost after it had moved the alias.
             if not self._has_moved(alias):
                 raise self._moved(alias) from error
 
     # below
+
+    @property
+    def _marker_key(self) -> str:
+        return f"{self._prefix}registry.json"
 
     def _find_out(self) -> None:
         """
@@ -391,33 +397,27 @@ class S3Store:
         """
         if self._conditional is not None:
             return
-        key = f"{self._prefix}registry.json"
-        what = "writing registry.json"
-        kind = {"ContentType": "application/json"}
-        try:
-            self._put(key, _MARKER, what, IfNoneMatch="*", **kind)
-        except ConditionError:
-            created = False
-        except UnknownRequestError:
-            self._put(key, _MARKER, what, **kind)
-            self._conditional = False
-            return
-        else:
-            created = True
-        refused = [] if created else [True]
-        conditions = (
-            ({"IfNoneMatch": "*"}, {"IfMatch": _NO_ETAG}) if created else ({"IfMatch": _NO_ETAG},)
-        )
-        for condition in conditions:
-            try:
-                self._put(key, _MARKER, what, **kind, **condition)
-            except (ConditionError, AbsentError, UnknownRequestError) as answer:
-                refused.append(not isinstance(answer, UnknownRequestError))
-            else:
-                refused.append(False)
-        self._conditional = all(refused)
+        # The first writer creates it; from then on it is refused to everybody.
+        creates = self._is_refused(IfNoneMatch="*") or self._is_refused(IfNoneMatch="*")
+        self._conditional = creates and self._is_refused(IfMatch=_NO_ETAG)
         if not self._conditional:
+            self._put(self._marker_key, _MARKER, "writing registry.json", **_JSON)
             console.warn(f"{self.shown}: {self.guarantees.sentence}")
+
+    def _is_refused(self, **condition: str) -> bool:
+        """Tell whether a write is refused for its condition; not, if it is done or not known."""
+        try:
+            self._put(self._marker_key, _MARKER, "writing registry.json", **_JSON, **condition)
+        except (ConditionError, AbsentError):
+            return True
+        except UnknownRequestError:
+            return False
+        return False
+
+    def _create_only(self) -> dict[str, str]:
+        """Return the condition of what is written once."""
+        self._find_out()
+        return {"IfNoneMatch": "*"} if self._conditional else {}
 
     def _head(self, key: str, what: str) -> _Object | None:
         try:
@@ -485,7 +485,7 @@ class S3Store:
         if there is not None and there.age_s > _NOTE_AFTER_S:
             condition = {"IfMatch": etag} if self._conditional else {}
             with contextlib.suppress(ConditionError, AbsentError):
-                self._put(key, data, what, ContentType="application/json", **condition)
+                self._put(key, data, what, **_JSON, **condition)
 
     # sending
 
@@ -495,7 +495,7 @@ class S3Store:
             raise _other_bytes(blob, f"sha256 {found} ({len(data):,} bytes) is there")
         what = f"writing {blob.name}"
         try:
-            self._put(key, data, what, IfNoneMatch="*", ContentType=blob.media_type)
+            self._put(key, data, what, ContentType=blob.media_type, **self._create_only())
         except ConditionError:
             # Somebody was faster, or the answer to our first attempt was lost.
             self._require_stored(key, blob)
@@ -510,7 +510,7 @@ class S3Store:
             )
             try:
                 sending.send(source, on_bytes)
-                sending.complete()
+                sending.complete(self._create_only())
             except ConditionError:
                 self._abort(key, sending.upload)
             except AbsentError:
@@ -573,7 +573,7 @@ class S3Store:
         """Move an alias where the service keeps to no condition: look, write, look again."""
         if self.read_alias(alias.model, alias.alias)[1] != expected:
             raise self._moved(alias)
-        self._put(key, data, what, ContentType="application/json", **_UNCACHED)
+        self._put(key, data, what, **_JSON, **_UNCACHED)
         if not self._has_moved(alias):
             raise self._moved(alias)
 
@@ -714,9 +714,12 @@ class _Sending:
                 self._blob, f"sha256 {found.hexdigest()} ({read_bytes:,} bytes) is there"
             )
 
-    def complete(self) -> None:
+    def complete(self, condition: dict[str, str]) -> None:
         """
         Give the file its name, made of exactly these parts, unless something has it.
+
+        Args:
+            condition: Of a write that only creates; empty where the service knows none.
 
         Raises:
             ConditionError: Something has it.
@@ -730,7 +733,7 @@ class _Sending:
             Key=self._key,
             UploadId=self.upload,
             MultipartUpload={"Parts": parts},
-            IfNoneMatch="*",
+            **condition,
         )
 
     def _begin(self) -> str:
@@ -830,9 +833,6 @@ class _Flight:
             self._etag = self._send()
         except BaseException as error:  # noqa: BLE001 - raised again by `etag`
             self._error = error
-
-
-_UNCACHED: Final = {"CacheControl": "no-cache"}
 
 
 def part_bytes(size_bytes: int, least_bytes: int = PART_BYTES) -> int:
