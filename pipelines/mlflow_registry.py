@@ -106,7 +106,9 @@ class _Server:
         """Return the client of an address; the time of an import is not the server's."""
         uri = told["uri"]
         for variable, value in told["secrets"].items():
-            os.environ[variable] = value
+            os.environ.pop(variable, None)
+            if value:
+                os.environ[variable] = value
         # A database that was removed and made again is another one.
         file = Path(uri.removeprefix(SQLITE))
         is_file = uri.startswith(SQLITE)

@@ -851,3 +851,41 @@ def test_addresses_and_names_are_read_as_ollama_reads_them(
     for wrong in ("a/b/c/d", "", "../x", "a b", "x:y:z/"):
         with pytest.raises(FleetError):
             own_ollama.name_of(wrong)
+
+
+def test_the_verb_serves_from_a_checkout_and_tells_people_and_programs(
+    fleet: Fleet, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fleet serve MODEL`: sentences on stdout, with the way back; --json for programs."""
+    made = composed(fleet.root / "files")
+    publishing.publish(
+        made,
+        LocalStore("local", checkout / "registry"),
+        factory.ledger(checkout),
+        stable="latest",
+        by=factory.by(),
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        words = ["serve", MODEL, "--url", fleet.url, "--models-dir", str(fleet.models), *options]
+        return subprocess.run(
+            [sys.executable, "-m", "pipelines", *words],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    told = run()
+    as_json = run("--json")
+    unknown = run("--from", "nowhere")
+
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith(f"{NAME} is {MODEL}@{made.id[:12]} (F16) now.")
+    assert f"fleet serve {MODEL}@previous" in told.stdout
+    assert json.loads(as_json.stdout)["switched"] is False
+    assert json.loads(as_json.stdout)["manifest_sha256"] == fleet.digests()[NAME]
+    assert unknown.returncode == 2
+    assert "nowhere" in unknown.stderr

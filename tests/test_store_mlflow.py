@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -439,6 +440,9 @@ class _Proxy:
         # Changes the body of an answer of the real server.
         self.edit: Callable[[str, str], str] = lambda _what, body: body
         self.url = ""
+        # By which name the real server is asked.
+        self.host: str | None = None
+        self.logins: list[str] = []
 
     @contextmanager
     def running(self) -> Iterator[_Proxy]:
@@ -450,13 +454,15 @@ class _Proxy:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if not what.endswith("/health"):
                     proxy.requests.append(what)
+                    proxy.logins.append(self.headers.get("Authorization", ""))
                 own = proxy.answer(what, len(proxy.requests))
                 if own is None:
                     passed = requests.request(
                         self.command,
                         proxy.upstream + self.path,
                         data=body,
-                        headers={"Content-Type": "application/json"},
+                        headers={"Content-Type": "application/json"}
+                        | ({"Host": proxy.host} if proxy.host else {}),
                         timeout=60,
                     )
                     own = passed.status_code, proxy.edit(what, passed.text)
@@ -579,12 +585,6 @@ def test_a_version_that_is_not_ready_is_waited_for(
     [
         ((401, "You are not authenticated."), StoreError, "401", "MLFLOW_TRACKING_USERNAME"),
         ((403, "Permission denied"), StoreError, "403", "MLFLOW_TRACKING_USERNAME"),
-        (
-            (403, "Invalid Host header - possible DNS rebinding attack detected"),
-            StoreError,
-            "refuses its own name",
-            "--allowed-hosts",
-        ),
         ((200, "<html>Sign in</html>"), StoreError, "an answer that cannot be", "login page"),
         ((200, "{}"), StoreError, "an answer that cannot be", "login page"),
         ((404, "no such page"), StoreError, "404", "log of the MLflow server"),
@@ -611,6 +611,35 @@ def test_a_refusal_says_what_to_do_before_anything_was_sent(  # noqa: PLR0913, P
     assert hint in getattr(caught.value, "hint", "")
     assert time.monotonic() - began < 60
     assert not (tmp_path / "registry").exists()
+
+
+def test_a_server_that_was_not_told_its_name_says_so(proxy: _Proxy, tmp_path: Path) -> None:
+    """The real one, asked by another name, as behind a proxy of a company."""
+    proxy.host = "models.example.com"
+
+    with pytest.raises(StoreError, match="refuses its own name") as caught:
+        _open(tmp_path, proxy.url).prepare(MODEL)
+
+    assert "Invalid Host header" in caught.value.message
+    assert "--allowed-hosts" in caught.value.hint
+
+
+def test_a_login_of_the_environment_is_sent_as_it_is_at_that_moment(
+    proxy: _Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that expires is replaced while we run; one that is gone is not sent on."""
+    store = _open(tmp_path, proxy.url)
+
+    for password in ("one", "two"):
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        store.read_alias(MODEL, STABLE)
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    store.read_alias(MODEL, STABLE)
+
+    sent = [base64.b64decode(each.removeprefix("Basic ")).decode() for each in proxy.logins]
+    assert sent == ["ada:one", "ada:two", ""]
 
 
 def test_terminal_codes_and_secrets_of_an_answer_are_not_shown(
