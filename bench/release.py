@@ -142,7 +142,7 @@ KINDS: Final[dict[str, Callable[[Path], contextlib.AbstractContextManager[Kind]]
 
 
 def main() -> None:
-    """Prove, print, and write the record if nothing was left out."""
+    """Prove, print, and write the record, after each kind what is known so far."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
     parser.add_argument("--only", choices=KINDS, action="append", help="one kind of registry")
     parser.add_argument("--kills", type=int, default=200)
@@ -167,8 +167,8 @@ def main() -> None:
             with KINDS[name](Path(scratch) / name) as kind:
                 found["stores"][name] = prove(kind, large, kills=args.kills, reads=reads)
             console.out(json.dumps({name: found["stores"][name]}, indent=2))
+            atomic.write_json(args.output, found)
             shutil.rmtree(Path(scratch) / name, ignore_errors=True)
-    atomic.write_json(args.output, found)
     require_kept(found)
 
 
@@ -226,10 +226,10 @@ def _made(kind: Kind, seed: int) -> Composed:
     return factory.composed(kind.root / "files", seed, types=("Q8_0",), size_bytes=GGUF_BYTES)
 
 
-def _publish(kind: Kind, made: Composed) -> publishing.Outcome:
+def _publish(kind: Kind, made: Composed, store: Store | None = None) -> publishing.Outcome:
     return publishing.publish(
         made,
-        kind.open(),
+        store or kind.open(),
         factory.ledger(kind.root),
         stable="latest",
         by=publishing.By.from_environment("a proof"),
@@ -244,6 +244,23 @@ def _point(kind: Kind, store: Store) -> publishing.Outcome:
         factory.ledger(kind.root),
         by=publishing.By.from_environment("a proof"),
     )
+
+
+def _started(kind: Kind, made: Composed) -> int:
+    """Start a publisher; return its id when it has a connection and begins."""
+    began, begin = os.pipe()
+
+    def work() -> None:
+        store = kind.open()
+        store.prepare(MODEL)
+        os.write(begin, b"!")
+        _publish(kind, made, store)
+
+    child = _forked(work)
+    os.close(begin)
+    assert os.read(began, 1) == b"!", "a publisher failed before it began"
+    os.close(began)
+    return child
 
 
 def _forked(work: Callable[[], object]) -> int:
@@ -272,7 +289,7 @@ def _kills(kind: Kind, count: int) -> dict[str, Any]:
             break
         made = _made(kind, 20_000 + number)
         before = _stable(kind.open())
-        child = _forked(lambda made=made: _publish(kind, made))  # type: ignore[misc]
+        child = _started(kind, made)
         time.sleep(chance.uniform(0, takes_s))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -307,8 +324,9 @@ def _kills(kind: Kind, count: int) -> dict[str, Any]:
 def _clean_run_s(kind: Kind, seed: int) -> float:
     """Time a publisher that nobody kills, as it is started for a kill."""
     made = _made(kind, seed)
+    child = _started(kind, made)
     began = time.monotonic()
-    _, status = os.waitpid(_forked(lambda: _publish(kind, made)), 0)
+    _, status = os.waitpid(child, 0)
     assert status == 0, "a publisher failed that nobody killed"
     return time.monotonic() - began
 
