@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pipelines import console, wording
 from pipelines.errors import FleetError, StoreError
 from pipelines.ledger import Ledger, LedgerError
-from pipelines.registries import Failures, Told, history, names, require_model, when
+from pipelines.registries import Failures, Told, history, names, print_json, require_model, when
 from pipelines.registry_verify import Finding, compare
 from pipelines.release_records import STABLE, parse_release, release_id, short
 from pipelines.stores import open_store
@@ -101,7 +101,7 @@ def main(declared: Declaration, at: Layout, *, model: str | None, as_json: bool)
     stories = [tell(declared, at, each, failures) for each in models]
     if as_json:
         told = {"models": [_as_json(story) for story in stories], "errors": failures.as_json()}
-        console.out(json.dumps(told, indent=2, ensure_ascii=False))
+        print_json(told)
     else:
         for story in stories:
             console.out("\n".join(lines(story)))

@@ -21,7 +21,7 @@ from pipelines import atomic, console, hashing, params, release, release_gates, 
 from pipelines.errors import GateError, ParamsError, RetryLaterError, StoreError
 from pipelines.ledger import Ledger
 from pipelines.publishing import LATEST, By, publish, read_to
-from pipelines.registries import Failures, Shelf, names, require_model
+from pipelines.registries import Failures, Shelf, names, print_json, require_model
 from pipelines.release import Composed, Refused
 from pipelines.release_records import parse_release, release_id, short
 from pipelines.stores import open_store
@@ -75,7 +75,7 @@ def main(  # noqa: PLR0913 - one for each option
     if as_json:
         models = {each: as_told(outcome) for each, outcome in done.items()}
         told = {"registry": to, "dry_run": dry_run, "models": models, "errors": failures.as_json()}
-        console.out(json.dumps(told, indent=2, ensure_ascii=False))
+        print_json(told)
     return failures.exit_code
 
 

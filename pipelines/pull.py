@@ -9,7 +9,6 @@ there is hashed, not fetched. release.json comes last: a folder that has it is c
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -18,7 +17,7 @@ from pipelines import atomic, console, params, registries, wording
 from pipelines.errors import ParamsError, StoreError
 from pipelines.ledger import Ledger
 from pipelines.publishing import read_to, resolve
-from pipelines.registries import shown
+from pipelines.registries import print_json, shown
 from pipelines.release_records import short
 from pipelines.stores import open_store
 from pipelines.stores.transfer import Progress
@@ -99,7 +98,7 @@ def main(  # noqa: PLR0913 - one for each option
         _bring(store, pull)
     if as_json:
         told = _as_json(pull, store, dry_run=dry_run)
-        console.out(json.dumps(told, indent=2, ensure_ascii=False))
+        print_json(told)
     else:
         _print(pull, store, dry_run=dry_run)
     return 0

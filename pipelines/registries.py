@@ -7,6 +7,7 @@ wrong with each, and the first of it is the exit code.
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +61,17 @@ def ledgers_of(declared: Declaration, at: Layout) -> dict[str, Ledger]:
     return {
         model: Ledger.load(at.ledger(model), model) for model in sorted({*declared.models, *known})
     }
+
+
+def print_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """
+    Write a result as JSON that no terminal and no CI runner takes for more than text.
+
+    Reasons and names come from registries. What a runner would obey is written with escapes of
+    JSON, so that whoever parses it reads the very same words.
+    """
+    text = json.dumps(value, indent=2)
+    console.out(text.replace("::", ":\\u003a").replace("##[", "#\\u0023["))
 
 
 class Failures:

@@ -14,14 +14,13 @@ nothing is removed.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from pipelines import console, params, wording
 from pipelines.errors import ParamsError, StoreError
-from pipelines.registries import ledgers_of, shown
+from pipelines.registries import ledgers_of, print_json, shown
 from pipelines.release_records import STABLE, parse_release, release_id, short
 from pipelines.stores import open_store
 from pipelines.stores.base import NotThereError
@@ -191,7 +190,7 @@ def main(  # noqa: PLR0913 - one for each option
     )
     plan = replace(plan, notes=(*plan.notes, *_own_notes(declared, name)))
     if as_json:
-        console.out(json.dumps(asdict(plan), indent=2, ensure_ascii=False))
+        print_json(asdict(plan))
     else:
         _print(plan)
     return 0

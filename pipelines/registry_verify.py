@@ -8,14 +8,13 @@ of the ledger. Nothing is changed; each finding says what to do.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pipelines import console, wording
 from pipelines.errors import DigestError, FleetError, RetryLaterError, StoreError
 from pipelines.params import LOCAL_REGISTRY
-from pipelines.registries import history, ledgers_of, shown
+from pipelines.registries import history, ledgers_of, print_json, shown
 from pipelines.release_records import STABLE, parse_release, release_id, short
 from pipelines.stores import open_store
 from pipelines.stores.base import NotThereError, hash_blob
@@ -95,7 +94,7 @@ def main(declared: Declaration, at: Layout, *, name: str, as_json: bool) -> int:
     verified = verify(store, ledgers)
     if as_json:
         told = {**asdict(verified), "exit_code": verified.exit_code}
-        console.out(json.dumps(told, indent=2, ensure_ascii=False))
+        print_json(told)
     else:
         _print(verified)
     return verified.exit_code

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import console, wording
 from pipelines.errors import StoreError
 from pipelines.ledger import Ledger
-from pipelines.registries import Failures, Shelf, history, names, require_model, when
+from pipelines.registries import Failures, Shelf, history, names, print_json, require_model, when
 from pipelines.release_records import STABLE, short
 from pipelines.stores import open_store
 
@@ -88,17 +88,13 @@ def main(
                 found.append(one)
     if as_json:
         told = [_as_json(one) for one in found]
-        console.out(
-            json.dumps(
-                {
-                    "model": model,
-                    "wanted": declared.models[model].stable,
-                    "registries": told,
-                    "errors": failures.as_json(),
-                },
-                indent=2,
-                ensure_ascii=False,
-            )
+        print_json(
+            {
+                "model": model,
+                "wanted": declared.models[model].stable,
+                "registries": told,
+                "errors": failures.as_json(),
+            }
         )
     else:
         _print(model, declared, found, failures)

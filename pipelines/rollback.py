@@ -10,7 +10,6 @@ ends what a kill has cut off. Nothing is built and no file is sent.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +18,15 @@ from pipelines.errors import RetryLaterError, StoreError
 from pipelines.ledger import Ledger
 from pipelines.publish_to import as_told, require_reason
 from pipelines.publishing import LATEST, By, Outcome, point, resolve
-from pipelines.registries import Failures, Shelf, history, meant_before, names, require_model
+from pipelines.registries import (
+    Failures,
+    Shelf,
+    history,
+    meant_before,
+    names,
+    print_json,
+    require_model,
+)
 from pipelines.release_records import SHORT_CHARACTERS, STABLE, release_id, short
 from pipelines.stores import open_store
 from pipelines.stores.base import NotThereError
@@ -116,7 +123,7 @@ def main(  # noqa: PLR0913 - one for each option
             "errors": failures.as_json(),
             "undo": undo,
         }
-        console.out(json.dumps(told, indent=2, ensure_ascii=False))
+        print_json(told)
     else:
         _print(model, wanted, plan, outcomes, undo, dry_run=dry_run)
     return failures.exit_code

@@ -261,3 +261,21 @@ def test_an_undeclared_model_gets_a_suggestion(checkout: Checkout) -> None:
 
     assert ran.code == 2
     assert f'did you mean "{MODEL}"?' in ran.err
+
+
+def test_json_is_harmless_and_says_the_same_words(checkout: Checkout) -> None:
+    """What a CI runner would obey is escaped as JSON escapes: a parser reads it as it was."""
+    hostile = publishing.By(who="x ##[error]", why="::stop::\x1b[31m\u202e", run=None, at="never")
+    publishing.publish(
+        checkout.release(1), checkout.store(), checkout.ledger(), stable="latest", by=hostile
+    )
+
+    for argv in (("audit", MODEL), ("releases", MODEL)):
+        ran = checkout.fleet(*argv, "--json")
+
+        assert ran.out.isascii()
+        assert "::" not in ran.out
+        assert "##[" not in ran.out
+        told = ran.json["models" if argv[0] == "audit" else "registries"][0]
+        move = (told["registries"][0] if argv[0] == "audit" else told)["moves"][0]
+        assert (move["who"], move["why"]) == ("x ##[error]", "::stop::\x1b[31m\u202e")
