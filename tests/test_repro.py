@@ -481,14 +481,14 @@ def test_no_target_means_the_whole_graph() -> None:
 
     assert plan.targets == ()
     assert plan.models == ("tiny", "small")
-    assert len(plan.stages) == 1 + 2 * (3 + 3) + 3 * 2 + 1
+    assert len(plan.stages) == 1 + 2 * (3 + 4) + 3 * 2 + 1
 
 
 def test_model_means_its_choice_and_its_runs() -> None:
-    """A model stands for everything up to its choice, its load test and its tracked runs."""
+    """A model stands for everything up to its choice, its load test, release and tracked runs."""
     plan = repro.plan_of(declaration(), ["small"])
 
-    assert plan.targets == ("choose@small", "load-test@small", "track@small")
+    assert plan.targets == ("choose@small", "load-test@small", "publish@small", "track@small")
     assert "benchmark@small-Q8_0" in plan.stages
     assert not any("tiny" in stage for stage in plan.stages)
 
@@ -500,7 +500,7 @@ def test_quant_means_its_benchmark() -> None:
 
     assert one.targets == ("benchmark@tiny-Q4_0",)
     assert "quantize@tiny-Q8_0" not in one.stages
-    assert both.targets == ("choose@tiny", "load-test@tiny", "track@tiny")
+    assert both.targets == ("choose@tiny", "load-test@tiny", "publish@tiny", "track@tiny")
 
 
 def test_unknown_target_is_refused_with_the_nearest_name() -> None:
