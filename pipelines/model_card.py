@@ -21,6 +21,7 @@ from pipelines import console, wording
 from pipelines.render import escape_markdown
 
 if TYPE_CHECKING:
+    from pipelines.load_records import LoadGate
     from pipelines.release_records import MachineClass, Release, ReleasedQuant
 
 _HUB_SOURCE: Final = "hf:"
@@ -85,6 +86,7 @@ def render(release: Release, id_: str, repo: str) -> str:
             sentence=wording.sentence,
             number=wording.number,
             declared=wording.declared,
+            level=_level,
             percent=wording.percent,
             tokens=wording.tokens,
             speed=lambda tok_s: f"{wording.number(tok_s)} tok/s" if tok_s else wording.ABSENT,
@@ -141,6 +143,13 @@ def _link(upstream: str, revision: str) -> Markup:
     """Link to upstream at the very revision; both are of an alphabet that ends no link."""
     address = f"https://huggingface.co/{upstream}/tree/{code(revision)}"
     return Markup(f"[{upstream}]({address})")  # noqa: S704 - see above
+
+
+def _level(gate: LoadGate, value: float) -> str:
+    """Write a value of a service level: a share of requests, or memory."""
+    if gate.name == "memory":
+        return f"{wording.number(value)} MiB"
+    return f"{value * 100:.1f} %"
 
 
 def _size(release: Release, quant: ReleasedQuant) -> str:

@@ -609,6 +609,25 @@ def test_gated_and_disabled_repositories_are_said_with_what_to_do(
         publishing.resolve(opened(hub), MODEL, STABLE)
 
 
+def test_a_public_release_is_read_without_any_token(
+    hub: Hub, tmp_path: Path, one: Composed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that only pulls holds no secret; a private repository tells it nothing."""
+    publish(world_of(hub), tmp_path, one, opened(hub, private=False))
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+
+    assert stable(world_of(hub)) == one.id
+    file = one.release.of("gguf")[0]
+    publishing.read_to(opened(hub), MODEL, file, tmp_path / "x.gguf", lambda _: None)
+    assert factory.sha256((tmp_path / "x.gguf").read_bytes()) == file.sha256
+
+    hub.repos[REPO].private = True
+    with pytest.raises(NotThereError, match="may not see it") as unseen:
+        publishing.resolve(opened(hub), MODEL, STABLE)
+    assert "HF_TOKEN" in unseen.value.hint
+
+
 def test_a_file_beyond_the_limit_is_refused_before_any_byte(hub: Hub, tmp_path: Path) -> None:
     """The declared limit, and the one that the Hub documents."""
     large = factory.composed(tmp_path / "files", types=("Q8_0",), size_bytes=(1 << 20) + 1)

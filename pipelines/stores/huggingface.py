@@ -758,12 +758,19 @@ class HuggingFaceStore:
             return None
 
     def _refs(self, model: str) -> _Refs:
-        """Ask where branches and tags are now; none of a repository that does not exist."""
+        """
+        Ask where branches and tags are now; none of a repository that does not exist.
+
+        Raises:
+            NotThereError: It does not exist for us, who have no token: it may well be private.
+        """
         try:
             found = self._ask(
                 model, "its branches", lambda: self._hub.api.list_repo_refs(self._repo(model))
             )
         except NotThereError:
+            if self._hub.is_anonymous:
+                raise
             found = None
         refs = _Refs(
             {ref.name: ref.target_commit for ref in (found.branches if found else ())},

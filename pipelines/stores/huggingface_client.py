@@ -184,6 +184,11 @@ class Hub:
             endpoint=self.endpoint, library_name=_LIBRARY, library_version=__version__
         )
 
+    @property
+    def is_anonymous(self) -> bool:
+        """Whether there is no token at all."""
+        return not os.environ.get("HF_OIDC_RESOURCE") and huggingface_hub.get_token() is None
+
     def ask(self, what: str, call: Callable[[], T], *, large: bool = False) -> T:
         """
         Make a step that can be repeated; repeat it while its failure may pass.
