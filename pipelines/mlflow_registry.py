@@ -15,6 +15,7 @@ stdin, so that they are in no argv. An answer is `{"value": ...}` or `{"failure"
     unreachable   try again: no connection, no answer, 429, 5xx, a database that is locked
     denied        401 or 403
     wrong         it answered what cannot be
+    missing       mlflow is not installed
     refused       anything else
 """
 
@@ -117,7 +118,10 @@ class _Server:
             signal.alarm(int(told["answer_within_s"]))
             mlflow_runs.ask_server(uri)
             signal.alarm(0)
-            client = mlflow_runs.client_of(uri)
+            try:
+                client = mlflow_runs.client_of(uri)
+            except mlflow_runs.NoStoreError as error:
+                raise RegistryError("missing", str(error)) from error
             self._clients[uri, file.stat().st_ino if is_file else 0] = client
             return client
         return self._clients[uri, inode]

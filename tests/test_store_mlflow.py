@@ -27,7 +27,7 @@ from registry_servers import mlflow_http
 from store_contract import MODEL, StoreContract, World
 
 from pipelines import publishing
-from pipelines.errors import ParamsError, RetryLaterError, StoreError
+from pipelines.errors import MachineError, ParamsError, RetryLaterError, StoreError
 from pipelines.params import Registry
 from pipelines.release_records import MAX_MOVES, STABLE, Alias, ReleaseWaiver
 from pipelines.stores import mlflow as store_module
@@ -782,6 +782,24 @@ def test_plain_http_to_another_machine_is_refused_unless_declared(tmp_path: Path
     _open(tmp_path, "https://mlflow.example.com")
     for address in ("http://localhost:5000", "http://127.0.0.2:5000"):
         _open(tmp_path, address)
+
+
+def test_a_machine_without_mlflow_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an extra; to wait for it would be in vain."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "mlflow.py").write_text("raise ImportError('not here')\n")
+    monkeypatch.setenv("PYTHONPATH", str(hidden))
+    program = store_module._Program()
+    monkeypatch.setattr(store_module, "_program", program)
+
+    with pytest.raises(MachineError, match="not installed here") as caught:
+        _open(tmp_path, "sqlite:///mlflow.db").prepare(MODEL)
+    program.close()
+
+    assert "pip install" in caught.value.message
 
 
 def test_the_files_cannot_be_in_another_mlflow(tmp_path: Path) -> None:

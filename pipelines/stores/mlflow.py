@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from pipelines import console, proc, track
-from pipelines.errors import ParamsError, StoreError, ToolError
+from pipelines.errors import FleetError, MachineError, ParamsError, StoreError, ToolError
 from pipelines.mlflow_registry import COMPLETE_TAG, RELEASE_TAG, TYPE_TAG
 from pipelines.release_records import MAX_MOVES, STABLE, parse_alias, release_id, short
 from pipelines.stores import transfer
@@ -548,9 +548,11 @@ class MlflowStore:
             self.shown, once, deadline_s=_TRIED_FOR_S, credentials=_CREDENTIALS, failure=_failure
         )
 
-    def _refusal(self, kind: str, text: str) -> StoreError:
+    def _refusal(self, kind: str, text: str) -> FleetError:
         """Say what was refused, and the next step."""
         said = console.clean(text)
+        if kind == "missing":
+            return MachineError(f"registry {self.name} cannot be asked: {said}.")
         if _REBINDING in said:
             return StoreError(
                 f"{self.shown} refuses its own name: {said}",
