@@ -498,7 +498,9 @@ class Registry(Closed):
         "`hf:owner`, `mlflow:http://host:5000`."
     )
     endpoint: Endpoint | None = Field(
-        None, description="Address of an S3 service other than AWS, or of a mirror of the Hub."
+        None,
+        description="Address of an S3 service other than AWS, of a mirror of the Hub, or of the "
+        "token service of an OCI registry that has it on another host.",
     )
     region: Annotated[str, StringConstraints(pattern=MODEL_KEY), _PRINTABLE] | None = Field(
         None, description="Region of an S3 bucket."
