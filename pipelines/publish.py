@@ -88,7 +88,12 @@ def local_store(slice_: PublishSlice, at: Layout) -> LocalStore:
     """Open the registry that `dvc repro` keeps."""
     from pipelines.stores.local import LocalStore  # noqa: PLC0415 - not for --help
 
-    return LocalStore(params.LOCAL_REGISTRY, at.root / slice_.registry.url.partition(":")[2])
+    registry = slice_.registry
+    return LocalStore(
+        params.LOCAL_REGISTRY,
+        at.root / registry.url.partition(":")[2],
+        max_file_mib=registry.max_file_mib,
+    )
 
 
 def _publish(composed: Composed, slice_: PublishSlice, at: Layout) -> tuple[str, ...]:

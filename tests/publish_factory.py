@@ -107,13 +107,13 @@ def finished(  # noqa: PLR0913 - each is one independent fact, named at the call
             chat_template=template,
         )  # fmt: skip
         _write_quant(at, model, type_, path, speeds[type_])
-    _choose_and_serve(at, model, tuple(speeds), hosts or {"local": {"memory_mib": 2048}})
+    choose_and_serve(at, model, tuple(speeds), hosts)
     return at
 
 
 def served_again(at: Layout, model: str = MODEL) -> None:
     """Write the choice and the load test anew, as after a change of the Modelfile."""
-    _choose_and_serve(at, model, tuple(SPEEDS), {"local": {"memory_mib": 2048}})
+    choose_and_serve(at, model, tuple(SPEEDS))
 
 
 def _write_quant(at: Layout, model: str, type_: str, path: Path, decode_tok_s: float) -> None:
@@ -137,9 +137,14 @@ def _write_quant(at: Layout, model: str, type_: str, path: Path, decode_tok_s: f
     records.write(at.quant_record("benchmark", model, type_), measured)
 
 
-def _choose_and_serve(
-    at: Layout, model: str, types: tuple[str, ...], hosts: dict[str, dict[str, int]]
+def choose_and_serve(
+    at: Layout,
+    model: str,
+    types: tuple[str, ...],
+    hosts: dict[str, dict[str, int]] | None = None,
 ) -> None:
+    """Write the choice among what was measured, and the load test of it."""
+    hosts = hosts or {"local": {"memory_mib": 2048}}
     chosen = choose.run(choose_slice(types, model, hosts=hosts), at)
     records.write(at.model_record("choose", model), chosen)
     slice_ = publish_slice(types, model)

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from publish_factory import change, change_load_test, finished, publish_slice, waiver
+from publish_factory import (
+    change,
+    change_load_test,
+    choose_and_serve,
+    digest_of,
+    finished,
+    publish_slice,
+    waiver,
+)
 from record_factory import MODEL
 
 from pipelines import declaration, params, publish, records
@@ -194,6 +202,38 @@ def test_a_first_refusal_leaves_no_release(at: Layout) -> None:
     assert not at.release(MODEL).exists()
     assert not at.ledger(MODEL).exists()
     assert not list((at.root / "registry").rglob("*.json"))
+
+
+def test_a_file_that_the_registry_does_not_take_is_refused_before_any_byte(
+    at: Layout, tmp_path: Path
+) -> None:
+    """`max_file_mib` of params.yaml; the sentence names the file and its size."""
+    path = at.gguf(MODEL, f"{MODEL}-Q8_0")
+    with path.open("ab") as file:
+        file.truncate(3 << 20)
+    _resized(at, "Q8_0")
+    small = params.Registry(url=params.LOCAL_URL, max_file_mib=1)
+
+    record = published(at, registry=small)
+
+    assert record.status == "refused"
+    assert f"{MODEL}-Q8_0.gguf" in record.reasons[0]
+    assert not list((tmp_path / "registry").rglob("*"))
+
+
+def _resized(at: Layout, type_: str) -> None:
+    """Let every record speak of a GGUF as it is now."""
+    digest = digest_of(at.gguf(MODEL, f"{MODEL}-{type_}"))
+    change(
+        at.quant_record("quantize", MODEL, type_), records.QuantizeRecord, gguf=digest.model_dump()
+    )
+    change(
+        at.quant_record("benchmark", MODEL, type_),
+        records.BenchmarkRecord,
+        gguf_sha256=digest.sha256,
+        size_bytes=digest.size_bytes,
+    )
+    choose_and_serve(at, MODEL, ("Q8_0", "Q4_K_M"))
 
 
 def test_a_file_with_other_bytes_is_an_error_and_nothing_is_stable(at: Layout) -> None:

@@ -40,7 +40,7 @@ def open_store(name: str, declared: Declaration, root: Path) -> Store:
     if kind == "file":
         from pipelines.stores.local import LocalStore  # noqa: PLC0415
 
-        return LocalStore(name, root / rest)
+        return LocalStore(name, root / rest, max_file_mib=registry.max_file_mib)
     if kind == "s3":
         from pipelines.stores.s3 import S3Store  # noqa: PLC0415
 

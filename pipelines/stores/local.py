@@ -61,10 +61,26 @@ _Identity = tuple[int, int, int, int, int]
 class LocalStore:
     """A registry in a directory; see the module."""
 
-    def __init__(self, name: str, root: Path, *, lock_timeout_s: float = _LOCK_TIMEOUT_S) -> None:
-        """Open the registry `name` in the directory `root`, which need not exist yet."""
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        *,
+        max_file_mib: int | None = None,
+        lock_timeout_s: float = _LOCK_TIMEOUT_S,
+    ) -> None:
+        """
+        Open a registry in a directory, which need not exist yet.
+
+        Args:
+            name: Its key in params.yaml.
+            root: The directory.
+            max_file_mib: Largest file that a declaration lets in; None if it states none.
+            lock_timeout_s: How long a writer waits for another one.
+        """
         self.name = name
         self.root = root
+        self._max_file_bytes = max_file_mib << 20 if max_file_mib is not None else None
         self._lock_timeout_s = lock_timeout_s
         self._proven: dict[str, _Identity] = {}
 
@@ -85,7 +101,7 @@ class LocalStore:
             compare_and_set=True,
             immutable=True,
             proves=True,
-            max_file_bytes=None,
+            max_file_bytes=self._max_file_bytes,
             sentence="Clones or links files where the disk can, so it is no backup of them.",
         )
 
