@@ -18,6 +18,8 @@ from pipelines.stores import open_store
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from registry_servers import S3Server
+
     from pipelines.stores.base import Store
 
 BOTH = ("local", "mirror")
@@ -111,6 +113,30 @@ def test_a_rollback_moves_no_byte_of_a_model(
         monkeypatch.setattr(LocalStore, name, forbidden)
 
     assert back(checkout, "previous").code == 0
+
+
+def test_a_bucket_is_rolled_back_with_the_rest_and_no_object_of_it_is_written(
+    checkout: Checkout, s3_server: S3Server
+) -> None:
+    """Local and S3 in one command: of the bucket only the alias is another object afterwards."""
+    server = s3_server.registry(prefix="fleet")
+    checkout.declare("production", server)
+    old, _new = (checkout.publish(seed, "local", "production") for seed in (1, 2))
+    client = s3_server.client()
+
+    def objects() -> dict[str, Any]:
+        listed = client.list_objects_v2(Bucket=server.url.split("/")[2])["Contents"]
+        return {each["Key"]: (each["ETag"], each["LastModified"]) for each in listed}
+
+    before = objects()
+    ran = back(checkout, "previous")
+    after = objects()
+    client.close()
+
+    assert ran.code == 0, ran.err
+    assert [checkout.alias(name).release for name in ("local", "production")] == [old, old]
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert changed == {f"fleet/aliases/{MODEL}/stable.json"}
 
 
 def test_the_same_again_says_that_nothing_changed(checkout: Checkout) -> None:
