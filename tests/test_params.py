@@ -55,8 +55,29 @@ def quantize(
         (params.Revision, ["0" * 40, "f" * 40], ["main", "F" * 40, "0" * 39, "0" * 41, "0" * 64,
                                                  "0" * 40 + "\n"]),
         (params.Sha256, ["0" * 64], ["0" * 63, "0" * 65, "g" * 64, "0" * 64 + "\n"]),
+        (params.RegistryUrl,
+         ["file:registry", "file:/srv/registry", "s3://bucket", "s3://bucket/a/b",
+          "oci://registry.lan:5000/models", "oci://localhost/m", "hf:acme",
+          "mlflow:http://127.0.0.1:5000", "mlflow:https://a.b/c", "mlflow:sqlite:///work/r.db"],
+         ["registry", "file:", "file:../x", "file:a/../b", "file:-x", "s3://", "s3://B",
+          "s3:bucket",
+          "s3://key:secret@bucket", "s3://bucket/../x", "s3://bucket?x=1", "oci://registry.lan",
+          "oci://registry.lan/a/b", "oci://registry.lan/A", "oci://me:pw@registry.lan/m",
+          "hf:acme/model", "hf:-a", "hf:a b", "mlflow:", "mlflow:file:x",
+          "mlflow:http://me:pw@host", "mlflow:databricks", "http://host", "file:a\n"]),
+        (params.Endpoint, ["http://127.0.0.1:9000", "https://minio.lan/x"],
+         ["minio.lan", "ftp://x", "http://me:pw@x", "http://x?y", "http://x\n", "http://"]),
+        (params.Stable, ["latest", "0" * 64], ["newest", "0" * 63, "F" * 64, "previous", ""]),
+        (params.LicenseId, ["apache-2.0", "llama3.2", "mit", "gpl-3.0+"],
+         ["", "-x", "a b", "a/b", "mit\n", "x" * 65]),
+        (params.Day, ["2027-01-31", "2999-12-01"],
+         ["2027-1-31", "2027-13-01", "2027-00-10", "2027-01-32", "27-01-31", "2027-01-31\n",
+          "tomorrow"]),
+        (params.Sentence, ["Ada", "read by our lawyer"],
+         ["", "ab", "---", "   ", "x" * 301, "a\nb", "\x1b[31mred"]),
     ],
-    ids=["model", "quant", "path", "source", "revision", "sha256"],
+    ids=["model", "quant", "path", "source", "revision", "sha256", "registry", "endpoint",
+         "stable", "license", "day", "sentence"],
 )  # fmt: skip
 def test_a_name_is_what_its_words_say(kind: Any, good: list[str], bad: list[str]) -> None:
     """What DVC, a shell, a path or a registry could misread is no value of its type."""
@@ -173,3 +194,31 @@ def test_a_pattern_matches_the_same_tensors_in_llama_quantize_and_python(
 
     assert found == {name for name in matrices if re.search(pattern, name)}
     assert found
+
+
+def test_what_publish_reads_is_resolved_from_its_owners() -> None:
+    """Serving of the model beats that of the fleet; the local registry is there by itself."""
+    declared = params.Declaration(
+        toolchain=params.Toolchain(llama_cpp_python="0.3.36", sha256="0" * 64),
+        corpora={"evaluation": params.Corpus(path="e.txt", sha256="0" * 64)},
+        models={
+            "tiny": params.Model(
+                source="path:x",
+                revision="a" * 40,
+                context_tokens=512,
+                serving=params.ModelServing(parallel=3),
+                stable="b" * 64,
+                license="mit",
+            )
+        },
+        quants={"tiny-Q8_0": params.Quant(model="tiny", type="Q8_0")},
+        serving=params.Serving(parallel=7, kv_type="q8_0"),
+        hosts={"here": params.Host(memory_mib=1)},
+    )
+
+    found = params.publish_slice(declared, "tiny")
+
+    assert (found.serving.parallel, found.serving.kv_type) == (3, "q8_0")
+    assert (found.revision, found.stable, found.license) == ("a" * 40, "b" * 64, "mit")
+    assert (found.registry.url, found.waivers) == ("file:registry", ())
+    assert found.quants == {"tiny-Q8_0": "Q8_0"}
