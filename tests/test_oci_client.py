@@ -448,6 +448,24 @@ def test_a_body_without_an_end_is_cut_off() -> None:
             opened.manifest(repository(opened), "stable")
 
 
+def test_a_server_without_ranges_is_read_from_the_place_all_the_same() -> None:
+    """It sends everything; what was not asked for is passed over."""
+    with liar(lambda told: told.say(200, FILE)) as (address, _):
+        assert read(client(address), 300_000) == FILE[300_000:]
+
+
+def test_a_registry_that_says_no_is_no_read_only_port() -> None:
+    """A refusal in JSON is told in its own words, with the variables of the login."""
+    body = b'{"errors": [{"code": "DENIED", "message": "not yours\\u001b[31m"}]}'
+    with (
+        liar(lambda told: told.say(403, body, Content_Type="application/json")) as (address, _),
+        pytest.raises(StoreError, match="DENIED: not yours") as found,
+    ):
+        client(address).require_writable("fleet/x")
+    assert "\x1b" not in found.value.message
+    assert "GGUF_FLEET_PRODUCTION_USERNAME" in found.value.hint
+
+
 def test_a_short_body_is_not_whole(proxy: FaultyProxy) -> None:
     """A blob of which the registry has only a part is noticed by whoever proves it."""
     registry = declared(proxy.endpoint)

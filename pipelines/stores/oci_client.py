@@ -554,9 +554,8 @@ class OciClient:
     def _begin(self, repository: str, upload: Upload, what: str) -> None:
         path = f"/v2/{repository}/blobs/uploads/"
         with self._asked("POST", path, repository, {}, data=b"") as answer:
-            if answer.status_code in {403, 405} and "Docker-Distribution-Api-Version" not in (
-                answer.headers
-            ):
+            # A registry says no in JSON; a page is nginx's own, which lets nobody write there.
+            if answer.status_code in {403, 405} and _is_page(answer):
                 raise StoreError(
                     f"{what}: only reading is possible there ({answer.status_code}).",
                     hint=f"registries.{self._name}.url in params.yaml is to name the port for "
