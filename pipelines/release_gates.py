@@ -118,7 +118,7 @@ def judge(slice_: PublishSlice, papers: Papers, *, today: str) -> Judgement:
     again = f"Run `fleet repro {slice_.model}`."
     found.reasons += [f"{wording.sentence(text)} {again}" for text in _doubts(slice_, papers)]
     hosts = verdict.final(papers.choice, papers.tested)
-    released = _released(found, hosts)
+    released = _released(found, hosts, papers.choice)
     types = _types(slice_, papers, released)
     if released and not types and not found.reasons:
         found.reasons.append(f"No quant that passed its gates was served. {again}")
@@ -287,8 +287,14 @@ def _differing(found: str, wanted: str) -> tuple[str, str]:
 # --- verdicts ---------------------------------------------------------------------------------
 
 
-def _released(found: _Findings, hosts: Sequence[HostFinal]) -> tuple[str, ...]:
-    """Return the hosts that the release serves: PROMOTE, or HOLD that somebody let pass."""
+def _released(
+    found: _Findings, hosts: Sequence[HostFinal], choice: ChoiceRecord
+) -> tuple[str, ...]:
+    """
+    Return the hosts that the release serves: PROMOTE, or HOLD that somebody let pass.
+
+    A host for which nothing was chosen is served by nothing, whatever was let pass.
+    """
     held = [one for one in hosts if one.verdict == "HOLD"]
     for one in hosts:
         if one.verdict == "INVALID":
@@ -305,7 +311,8 @@ def _released(found: _Findings, hosts: Sequence[HostFinal]) -> tuple[str, ...]:
             "Settle it (`fleet report` says what is open)",
         )
     good = {"PROMOTE", "HOLD"} if let_pass else {"PROMOTE"}
-    released = tuple(one.host for one in hosts if one.verdict in good)
+    served = {one.host for one in choice.hosts if one.winner is not None}
+    released = tuple(one.host for one in hosts if one.verdict in good and one.host in served)
     if not released and not found.reasons:
         why = next((f": {_shown(one.sentence)}" for one in hosts), "")
         found.reasons.append(

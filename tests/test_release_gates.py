@@ -343,6 +343,27 @@ def test_one_invalid_host_keeps_back_all(tmp_path: Path) -> None:
     assert [reason.split(":")[0] for reason in found] == ["Host other is INVALID"]
 
 
+def test_a_hold_without_a_choice_releases_nothing_even_if_it_is_let_pass(at: Layout) -> None:
+    """There is no file that `stable` could mean."""
+    path = at.model_record("choose", MODEL)
+    (host,) = records.read(path, records.ChoiceRecord).hosts
+    undecided = host.model_copy(
+        update={
+            "winner": None,
+            "verdict": "HOLD",
+            "sentence": "hold: two are as good",
+            "candidates": tuple(
+                one.model_copy(update={"verdict": "PASS"}) for one in host.candidates
+            ),
+        }
+    )
+    change(path, records.ChoiceRecord, hosts=(undecided,))
+
+    (reason,) = reasons(at, waivers=(waiver("hold"),))
+
+    assert reason.startswith("No host is PROMOTE: hold: two are as good.")
+
+
 def test_nothing_chosen_is_refused_with_what_to_do(tmp_path: Path) -> None:
     """A gate that no quant keeps."""
     at = finished(tmp_path)
