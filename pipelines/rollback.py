@@ -10,6 +10,8 @@ ends what a kill has cut off. Nothing is built and no file is sent.
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 # How many releases an error offers instead.
 _MAX_OFFERED: Final = 6
+# How long a registry may take to say whether it holds a model; of its retries, three or four.
+_ANSWERS_WITHIN_S: Final = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,19 +154,23 @@ def _concerned(  # noqa: PLR0913 - each is one independent fact
     Raises:
         StoreError: None does, or none could be asked.
     """
+    stores = {
+        name: open_store(name, declared, at.root)
+        for name in (names(declared) if registry is None else (registry,))
+    }
     found: dict[str, Store] = {}
-    for name in names(declared) if registry is None else (registry,):
-        store = open_store(name, declared, at.root)
-        try:
-            if _holds(store, model):
-                found[name] = store
-            elif ledger.last(name, STABLE) is not None:
-                console.warn(
-                    f"{name} holds nothing of {model}, though the ledger says that it did: it is "
-                    f"left out. `fleet publish {model} --to {name}` fills it."
-                )
-        except RetryLaterError as error:
-            failures.add(name, error)
+    for name, holds in _ask(stores, model).items():
+        if isinstance(holds, RetryLaterError):
+            failures.add(name, holds)
+        elif isinstance(holds, Exception):
+            raise holds
+        elif holds:
+            found[name] = stores[name]
+        elif ledger.last(name, STABLE) is not None:
+            console.warn(
+                f"{name} holds nothing of {model}, though the ledger says that it did: it is "
+                f"left out. `fleet publish {model} --to {name}` fills it."
+            )
     if not found:
         if failures.errors:
             raise next(iter(failures.errors.values()))
@@ -172,6 +180,41 @@ def _concerned(  # noqa: PLR0913 - each is one independent fact
             hint=f"fleet releases {model}",
         )
     return found
+
+
+def _ask(stores: Mapping[str, Store], model: str) -> dict[str, bool | Exception]:
+    """
+    Ask all registries at once which of them hold the model.
+
+    One that is gone is asked again for minutes by whoever sends files; here people wait for a
+    rollback of the others, so that it is left out after `_ANSWERS_WITHIN_S`.
+
+    Returns:
+        For each, in the order given: whether it does, or what went wrong.
+    """
+    answers: dict[str, bool | Exception] = {}
+
+    def ask(name: str, store: Store) -> None:
+        try:
+            answers[name] = _holds(store, model)
+        except Exception as error:  # noqa: BLE001 - raised again by who asked
+            answers[name] = error
+
+    # Daemons: one that waits for an answer keeps no command from ending.
+    threads = [
+        threading.Thread(target=ask, args=each, daemon=True, name=f"ask {each[0]}")
+        for each in stores.items()
+    ]
+    for thread in threads:
+        thread.start()
+    ends_at = time.monotonic() + _ANSWERS_WITHIN_S
+    for thread in threads:
+        thread.join(max(0.0, ends_at - time.monotonic()))
+    late = RetryLaterError(
+        f"it did not answer within {_ANSWERS_WITHIN_S:.0f} s and was left as it is.",
+        hint="Type the same command again when it can be reached: it moves what is left.",
+    )
+    return {name: answers.get(name, late) for name in stores}
 
 
 def _holds(store: Store, model: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from release_checkout import MODEL, OTHER, PARAMS, REASON, Checkout
 
 from pipelines import declaration, rollback, stable_line
 from pipelines.errors import MachineError, ParamsError, RetryLaterError
+from pipelines.params import Registry
 from pipelines.stores import open_store
 
 if TYPE_CHECKING:
@@ -380,6 +382,26 @@ def test_a_registry_that_cannot_be_reached_is_named_and_the_others_are_moved(
     assert back(checkout, old).code == 0
     assert checkout.alias("mirror").release == old
     assert checkout.alias("local").sequence == 3
+
+
+def test_a_registry_that_does_not_answer_keeps_nobody_waiting(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that takes connections and says nothing: the others are moved, exit 75."""
+    old = checkout.publish(1)
+    checkout.publish(2)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setattr(rollback, "_ANSWERS_WITHIN_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        checkout.declare("silent", Registry(url="s3://bucket/fleet", endpoint=endpoint))
+
+        ran = back(checkout, old)
+
+    assert ran.code == 75
+    assert "silent: it did not answer within 1 s" in ran.err
+    assert checkout.alias().release == old
 
 
 def test_a_fresh_clone_rolls_back_the_others(checkout: Checkout) -> None:
