@@ -21,7 +21,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import gguf_header, load_test, modelpack, records, release_gates, wording
+from pipelines import (
+    gguf_header,
+    hashing,
+    load_test,
+    modelpack,
+    records,
+    release_gates,
+    wording,
+)
 from pipelines.console import clean
 from pipelines.errors import ParamsError, StoreError
 from pipelines.evidence import Readings
@@ -353,7 +361,12 @@ class _Composer:
         *,
         type_: str | None = None,
     ) -> ReleaseFile:
-        """Add a file of an earlier stage, which its record names and nobody reads here."""
+        """
+        Add a file of an earlier stage, which its record names.
+
+        Large ones are not read: a store hashes what it is sent. A licence is, since the Modelfile
+        repeats it.
+        """
         try:
             size_bytes = path.stat().st_size
         except FileNotFoundError:
@@ -362,6 +375,10 @@ class _Composer:
             raise _RefusedError(
                 f"{_named(path, self.at)} has {size_bytes:,} bytes, its record says "
                 f"{digest.size_bytes:,}. {self._again}"
+            )
+        if role == "license" and hashing.digest(path).sha256 != digest.sha256:
+            raise _RefusedError(
+                f"{_named(path, self.at)} is not the text that was fetched. {self._again}"
             )
         media_type = {"gguf": GGUF_TYPE, "license": TEXT_TYPE}.get(role, IMATRIX_TYPE)
         file = ReleaseFile(

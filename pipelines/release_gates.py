@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipelines import golden, verdict, wording
 from pipelines.console import clean
+from pipelines.evidence import Readings
 from pipelines.release_records import ReleaseWaiver
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pipelines.records import (
         BenchmarkRecord,
         CalibrateRecord,
+        Candidate,
         ChoiceRecord,
         ConvertRecord,
         FetchRecord,
@@ -188,6 +190,12 @@ def _doubts(slice_: PublishSlice, papers: Papers) -> Iterator[str]:
         ("convert.json", "revision", converted.revision, fetched.revision),
         ("calibrate.json", "model", papers.calibrated.model, slice_.model),
         ("calibrate.json", "f16 sha256", papers.calibrated.f16_sha256, converted.gguf.sha256),
+        (
+            "calibrate.json",
+            "llama.cpp commit",
+            papers.calibrated.llama_cpp_commit,
+            converted.llama_cpp_commit,
+        ),
         ("choice.json", "model", choice.model, slice_.model),
         ("choice.json", "context", choice.context_tokens, slice_.context_tokens),
         ("load-test.json", "model", tested.model, slice_.model),
@@ -261,12 +269,33 @@ def _choice_doubts(slice_: PublishSlice, host: str, papers: Papers) -> Iterator[
     for each in passing:
         if each.gguf_sha256 is None:
             yield f"choice.json lets {each.type} pass without saying which file that is"
-        measured = papers.measured.get(each.type)
-        if measured is not None and measured.validity.verdict != "VALID":
-            yield f"choice.json lets {each.type} pass, whose measurement is INVALID"
+        measured, built = papers.measured.get(each.type), papers.quantized.get(each.type)
+        if measured is not None and built is not None:
+            yield from _measurement_doubts(each, built, measured, papers.choice)
+    corpora = {papers.measured[each.type].quality.corpus_sha256
+               for each in passing if each.type in papers.measured}  # fmt: skip
+    if len(corpora) > 1:
+        yield f"the quants that pass on host {host} were measured on {len(corpora)} corpora"
     # `choose` may have recorded a winner that the candidates do not bear out.
     if one.winner is not None and one.winner not in {each.type for each in passing}:
         yield f"choice.json names {_shown(one.winner)} as winner, which did not pass its gates"
+
+
+def _measurement_doubts(
+    candidate: Candidate, built: QuantizeRecord, measured: BenchmarkRecord, choice: ChoiceRecord
+) -> Iterator[str]:
+    """Yield why a candidate that passed does not speak of its measurement."""
+    name = f"benchmark/{candidate.type}.json"
+    if measured.validity.verdict != "VALID":
+        yield f"choice.json lets {candidate.type} pass, whose measurement is INVALID"
+        return
+    yield from _unequal((name, "machine", measured.machine.hw_id, choice.hw_id))
+    if not any(test.test == "decode" for test in measured.speed):
+        yield f"{name} holds no speed"
+        return
+    numbers = Readings(candidate.key, candidate.type, built, measured).numbers()
+    if any(getattr(candidate, field_) != value for field_, value in numbers.items()):
+        yield f"choice.json is older than {name}: the numbers of {candidate.type} are others"
 
 
 def _unequal(*claims: tuple[str, str, object, object]) -> Iterator[str]:

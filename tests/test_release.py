@@ -319,6 +319,17 @@ def test_a_gguf_that_is_gone_or_of_another_size_is_refused(at: Layout) -> None:
     assert str(at.root) not in size + gone
 
 
+def test_a_licence_that_is_not_the_fetched_text_is_refused(at: Layout) -> None:
+    """People would read other terms than upstream's."""
+    path = at.source(MODEL) / "LICENSE"
+    path.write_text(path.read_text().replace("like", "hate"))
+
+    (reason,) = refused(at)
+
+    name = f"work/{MODEL}/source/LICENSE"
+    assert reason == f"{name} is not the text that was fetched. Run `fleet repro {MODEL}`."
+
+
 def test_a_file_that_is_no_gguf_is_refused(at: Layout) -> None:
     """The right size is not enough: the header is read."""
     path = at.gguf(MODEL, KEYS[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -227,6 +229,53 @@ def test_a_choice_that_was_edited_is_refused(at: Layout) -> None:
     invalid = measured.validity.model_dump() | {"verdict": "INVALID", "reasons": ("busy",)}
     change(benchmark, records.BenchmarkRecord, validity=invalid)
     assert any("lets Q8_0 pass, whose measurement is INVALID" in each for each in reasons(at))
+
+
+# Digests by which nothing is released or told apart: the environment of a measurement, and the
+# prompts that were compared.
+FREE = {"env_id", "golden.sha256"}
+
+
+def digests_in(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the place of every digest in a record."""
+    if isinstance(value, dict):
+        return [each for key, inner in value.items() for each in digests_in(inner, (*place, key))]
+    if isinstance(value, list):
+        return [each for i, inner in enumerate(value) for each in digests_in(inner, (*place, i))]
+    is_digest = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", value)
+    return [place] if is_digest else []
+
+
+def test_no_digest_in_any_record_can_be_another_one(at: Layout) -> None:
+    """Each of them is compared with what it names: whichever is changed, nothing is released."""
+    count = 0
+    for path in paths(at):
+        whole = path.read_bytes()
+        for place in digests_in(json.loads(whole)):
+            if {str(place[-1]), ".".join(map(str, place[-2:]))} & FREE:
+                continue
+            changed = inner = json.loads(whole)
+            for step in place[:-1]:
+                inner = inner[step]
+            inner[place[-1]] = "0" * len(inner[place[-1]])
+            path.write_text(json.dumps(changed))
+            assert reasons(at), (path, place)
+            count += 1
+        path.write_bytes(whole)
+    assert count > 30
+    assert not reasons(at)
+
+
+def test_a_choice_of_other_numbers_than_were_measured_is_refused(at: Layout) -> None:
+    """A benchmark that was run again is chosen from again."""
+    path = at.quant_record("benchmark", MODEL, "Q8_0")
+    measured = records.read(path, records.BenchmarkRecord)
+    quality = measured.quality.model_dump() | {"same_top": 0.5}
+    change(path, records.BenchmarkRecord, quality=quality)
+
+    assert any("choice.json is older than benchmark/Q8_0.json" in reason for reason in reasons(at))
+    change(path, records.BenchmarkRecord, speed=())
+    assert any("benchmark/Q8_0.json holds no speed" in reason for reason in reasons(at))
 
 
 # --- verdicts ---------------------------------------------------------------------------------
