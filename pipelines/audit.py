@@ -291,7 +291,8 @@ def _span(begin: str, end: str) -> str:
         return f"for {hours // _HOURS_OF_A_DAY:,} days"
     if hours >= 1:
         return f"for {wording.counted(hours, 'hour')}"
-    return f"for {wording.counted(int(seconds // 60), 'minute')}"
+    minutes = int(seconds // 60)
+    return f"for {wording.counted(minutes, 'minute')}" if minutes else "for less than a minute"
 
 
 def _time(text: str) -> datetime:

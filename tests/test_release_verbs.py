@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +20,6 @@ from pipelines.release_records import release_id
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
-    from pathlib import Path
 
     from registry_servers import S3Server
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 VERBS = ("publish", "rollback", "releases", "pull", "serve", "gc", "verify-registry", "audit")
 HEAVY = ("dvc", "mlflow", "huggingface_hub", "pydantic", "ruamel", "requests", "botocore", "jinja2")
 SECOND = "second-model"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def params_of(*models: str, **extra: Any) -> str:
@@ -343,6 +345,32 @@ def test_a_file_that_is_not_its_record_is_refused(checkout: Checkout) -> None:
 
     assert ran.code == 6
     assert not (checkout.root / "mirror/aliases").exists()
+
+
+def test_the_commands_of_the_page_about_releases_can_be_typed_as_they_stand(
+    checkout: Checkout,
+) -> None:
+    """docs/releases.md, line by line; for `fleet repro` the stage runs, on new records."""
+    text = checkout.at.params.read_text().replace("mirror", "production")
+    checkout.at.params.write_text(text)
+    page = (ROOT / "docs/releases.md").read_text()
+    commands = [line[8:] for line in page.splitlines() if line.startswith("$ fleet ")]
+    printed = ""
+
+    for number, command in enumerate(commands):
+        if command == "repro":
+            change_load_test(checkout.at, MODEL, wall_s=100.0 + number)
+            stage(checkout)
+            continue
+        ran = checkout.fleet(*shlex.split(command))
+        assert ran.code == 0, f"{command}: {ran.err}"
+        printed += ran.out
+
+    assert len(commands) == 12
+    assert "nothing changed" in printed
+    assert "(move 3) in production" in printed
+    assert "all is as it should be" in printed
+    assert checkout.alias("production", MODEL).sequence == 4
 
 
 # --- the stage and the verbs agree ------------------------------------------------------------
