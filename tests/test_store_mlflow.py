@@ -305,7 +305,7 @@ def test_all_moves_are_remembered_though_a_tag_has_room_for_few(
     two = factory.composed(tmp_path / "files", 2, types=("Q8_0",), previous=one.id)
     _publish(world, tmp_path, one)
     _publish(world, tmp_path, two)
-    for _ in range(14):
+    for _ in range(18):
         _point(world, tmp_path, "previous")
 
     held = _store(world)._read(MODEL)
@@ -315,7 +315,7 @@ def test_all_moves_are_remembered_though_a_tag_has_room_for_few(
     assert max(len(text.encode()) for text in held["tags"].values()) <= MAX_TAG_BYTES
     assert len([name for name in held["tags"] if name.startswith("fleet.moves.")]) > 0
     assert alias is not None
-    assert [move.sequence for move in alias.moves] == list(range(1, 17))
+    assert [move.sequence for move in alias.moves] == list(range(1, 21))
     assert alias.moves == factory.ledger(tmp_path).moves("models", STABLE)
 
 

@@ -665,7 +665,7 @@ def fitted(alias: Alias) -> tuple[str, tuple[Move, ...]]:
     """
     Return the document of an alias as a tag has room for it, and the moves that it has not.
 
-    About 12 moves fit; each of the others gets a tag of its own.
+    About a dozen moves fit; each of the others gets a tag of its own.
 
     Raises:
         StoreError: Not even one move does.
