@@ -295,9 +295,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             number = self.hub.count - self.hub.since
             self.hub.count += 1
-        fault = self.hub.faults.get(number)
         if self.hub.before is not None:
             self.hub.before(number, self.command, path)
+        fault = self.hub.faults.get(number)
         try:
             reply = self._faulty(fault) or self._answered()
             if self.hub.after is not None:
@@ -337,7 +337,9 @@ class _Handler(BaseHTTPRequestHandler):
             case "401":
                 return _json({"error": "Invalid credentials in Authorization header"}, 401)
             case "403":
-                return _json({"error": "You don't have the rights to do this"}, 403)
+                # What was shown is told again, as careless servers do; storage says nothing.
+                shown = self.headers.get("Authorization")
+                return _json({"error": f"{shown} may not do this"} if shown else {}, 403)
             case "html":
                 page = b"<html><body>Sign in to the network</body></html>"
                 return _Reply(200, {"Content-Type": "text/html"}, page)

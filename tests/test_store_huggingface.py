@@ -214,13 +214,13 @@ def test_a_rollback_sends_no_byte_of_a_large_file_and_one_commit(
     """Main gets the files of the release from within the Hub, by one commit with one parent."""
     publish(world_of(hub), tmp_path, one)
     publish(world_of(hub), tmp_path, two)
-    repo, received = hub.repos[REPO], hub.received
+    repo, received, served = hub.repos[REPO], hub.received, hub.served
     before = repo.head
     hub.begin()
 
     publishing.point(MODEL, one.id, opened(hub), factory.ledger(tmp_path), by=factory.by())
 
-    assert hub.received == received
+    assert (hub.received, hub.served) == (received, served)
     assert not [each for each in hub.asked if each.method == "PUT"]
     # The documents: release.json, the card, the alias.
     assert sum(each.body_bytes for each in hub.asked) < 40_000
@@ -451,6 +451,33 @@ def test_a_hub_that_is_down_means_try_again_later(hub: Hub, tmp_path: Path, one:
         publish(world_of(hub), tmp_path, one, store)
 
 
+@pytest.mark.parametrize("fault", ["lost", "late 500"])
+def test_a_move_whose_answer_is_lost_is_known_to_be_ours(
+    fault: Fault, hub: Hub, tmp_path: Path, one: Composed, two: Composed
+) -> None:
+    """The library's answer would be that the branch has moved: by our own commit."""
+    publish(world_of(hub), tmp_path, one)
+    publish(world_of(hub), tmp_path, two)
+    store = opened(hub)
+    alias, token = store.read_alias(MODEL, STABLE)
+    assert alias is not None
+    back = alias.moves[0].model_copy(update={"sequence": 3, "action": "rollback"})
+    hub.begin()
+
+    def commits(number: int, method: str, path: str) -> None:
+        if method == "POST" and path.endswith("/commit/main") and not hub.faults:
+            hub.faults[number] = fault
+
+    hub.before = commits
+    store.write_alias(alias.moved(back), one.release, token)
+
+    assert stable(world_of(hub)) == one.id
+    assert [each.status for each in hub.asked if each.path.endswith("/commit/main")] in (
+        [0, 412],
+        [500, 412],
+    )
+
+
 # --- who may, and who may not -----------------------------------------------------------------
 
 
@@ -676,7 +703,11 @@ def test_a_hub_whose_small_files_are_other_ones_is_refused_before_the_alias_move
     publish(world_of(hub), tmp_path, one)
     publish(world_of(hub), tmp_path, two)
     hub_writable.tampered(
-        hub, REPO, "Modelfile", hub_writable.regular(b"FROM elsewhere\n"), f"release-{one.id[:12]}"
+        hub,
+        REPO,
+        "Modelfile",
+        hub_writable.regular(b"FROM ./other.gguf\n"),
+        f"release-{one.id[:12]}",
     )
     head = hub.repos[REPO].head.id
 

@@ -448,7 +448,8 @@ def _detail(error: BaseException) -> str:
         said = getattr(step, "server_message", None)
         if said:
             return _clean(str(said))
-    return _clean(str(error)) or type(error).__name__
+    told = _first(error, httpx2.HTTPError) or error
+    return _clean(str(told)) or type(told).__name__
 
 
 def _clean(text: str) -> str:
