@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import requests
 from record_factory import MODEL, sha256
 from serving_factory import settings
 
+from pipelines import hashing
 from pipelines.layout import Layout
 from pipelines.release_records import parse_release, release_id
 from pipelines.serving import server
@@ -79,8 +81,9 @@ raise SystemExit(main())
 class Terminal:
     """A shell in a fork, with `fleet` and `ollama` on PATH, and an Ollama of its own."""
 
-    def __init__(self, root: Path, oci: OciServer, ollama: Path, url: str) -> None:
-        """Sit down in the fork `root`, beside the Ollama at `url`."""
+    def __init__(self, root: Path, oci: OciServer, ollama: Path, url: str, models: Path) -> None:
+        """Sit down in the fork `root`, beside the Ollama at `url`, whose files are in `models`."""
+        self._models = models
         self.at = Layout(root)
         self._oci = oci
         self.ollama_url = url
@@ -142,6 +145,18 @@ class Terminal:
         assert answer.status_code == 200
         return answer.headers["Docker-Content-Digest"].removeprefix("sha256:")
 
+    def require_files(self, release: Release) -> None:
+        """Hash what Ollama has on its disk for `stable`: files of that release, byte for byte."""
+        named = {file.sha256 for file in release.files}
+        name = f"{self._oci.pull}/fleet/{MODEL}/stable"
+        manifest = json.loads((self._models / "manifests" / name).read_bytes())
+        for layer in (manifest["config"], *manifest["layers"]):
+            path = self._models / "blobs" / layer["digest"].replace(":", "-")
+            found = hashing.digest(path)
+            assert f"sha256:{found.sha256}" == layer["digest"]
+            assert found.size_bytes == layer["size"]
+            assert found.sha256 in named
+
     def chats(self) -> str:
         """Have a conversation through the API; return what was answered."""
         body = {
@@ -169,7 +184,7 @@ def terminal(tmp_path: Path, oci: OciServer, engine: Engine) -> Iterator[Termina
         assert isinstance(host, OllamaHost)
         assert engine.ollama is not None
         with host._place.store() as models, host._running(models, on_card=False) as running:
-            shell = Terminal(at.root, oci, engine.ollama, running.client.url)
+            shell = Terminal(at.root, oci, engine.ollama, running.client.url, models)
             at.params.write_text(PARAMS + shell.here(declared[1]))
             yield shell
 
@@ -199,6 +214,7 @@ def test_the_page_does_what_it_says_digest_for_digest(terminal: Terminal) -> Non
     typed = commands()
     releases: list[tuple[str, Release]] = []
     pulls: list[str] = []
+    rolled_back = False
     for command, shown in typed:
         said = terminal.type(command)
         for line in shown:
@@ -212,11 +228,13 @@ def test_the_page_does_what_it_says_digest_for_digest(terminal: Terminal) -> Non
                 assert "nothing changed" in said
         elif command.startswith("ollama pull"):
             pulls.append(terminal.pulled())
+            terminal.require_files(releases[0 if rolled_back else -1][1])
             assert terminal.chats()
         elif command == "ollama list":
             assert pulls[-1][:12] in said
         elif command.startswith("fleet rollback"):
             assert "rolled back" in said.lower()
+            rolled_back = True
 
     manifests = [
         release.of("ollama-manifest", release.stable_quant)[0].sha256 for _, release in releases
