@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -85,7 +86,9 @@ def serving(
 
 def _answers(address: str) -> bool:
     try:
-        with urllib.request.urlopen(address, timeout=5):
+        # Whether it may be trusted is what tests are about.
+        context = ssl._create_unverified_context() if address.startswith("https:") else None
+        with urllib.request.urlopen(address, timeout=5, context=context):
             return True
     except urllib.error.HTTPError as refusal:
         refusal.close()
@@ -169,6 +172,7 @@ class S3Server:
         directory: Where its objects lie as plain files, <directory>/<bucket>/<key>; None where they
             lie in memory.
         log: What it prints.
+        ca: Certificate of its authority, which nobody trusts by himself; None without TLS.
     """
 
     kind: str
@@ -177,6 +181,7 @@ class S3Server:
     secret_key: str
     directory: Path | None
     log: Path | None = None
+    ca: Path | None = None
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -201,6 +206,7 @@ class S3Server:
             region_name="us-east-1",
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
+            verify=str(self.ca) if self.ca else None,
             config=botocore.config.Config(s3={"addressing_style": "path"}),
         )
 
@@ -230,7 +236,7 @@ class S3Server:
 
 
 @contextmanager
-def versitygw_server(directory: Path) -> Iterator[S3Server]:
+def versitygw_server(directory: Path, *, tls: bool = False) -> Iterator[S3Server]:
     """Run versitygw beside the block; its objects lie below `directory`."""
     program = go_program(_VERSITYGW, VERSITYGW_VERSION)
     root = directory / "objects"
@@ -245,18 +251,23 @@ def versitygw_server(directory: Path) -> Iterator[S3Server]:
         "--health",
         "/health",
         "--quiet",
-        "posix",
-        root,
     ]
+    ca = None
+    if tls:
+        ca = certificates(directory)
+        argv += ["--cert", directory / "registry.crt", "--key", directory / "registry.key"]
+    argv += ["posix", root]
+    endpoint = f"{'https' if tls else 'http'}://{address}"
     log = directory / "versitygw.log"
-    with serving(argv, f"http://{address}/health", log, env=keys, cwd=directory):
+    with serving(argv, f"{endpoint}/health", log, env=keys, cwd=directory):
         yield S3Server(
             kind=f"versitygw {VERSITYGW_VERSION}",
-            endpoint=f"http://{address}",
+            endpoint=endpoint,
             access_key=keys["ROOT_ACCESS_KEY"],
             secret_key=keys["ROOT_SECRET_KEY"],
             directory=root,
             log=log,
+            ca=ca,
         )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import release_factory as factory
 from faulty_proxy import Fault, FaultyProxy, Seen
-from registry_servers import free_port
+from registry_servers import free_port, versitygw_server
 from store_contract import StoreContract, World
 
 from pipelines import publishing
@@ -118,6 +118,13 @@ def use_versitygw(versitygw: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Ser
     for name, value in versitygw.environment.items():
         monkeypatch.setenv(name, value)
     return versitygw
+
+
+@pytest.fixture(scope="module")
+def tls_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The same server behind a certificate of a private authority."""
+    with versitygw_server(tmp_path_factory.mktemp("tls"), tls=True) as server:
+        yield server
 
 
 @pytest.fixture
@@ -704,10 +711,10 @@ def test_a_service_that_refuses_conditions_as_unknown_is_published_to_without_th
     assert line.past().blob_size("tiny-llama", factory.sha256(b"")) is None
 
 
-def test_other_services_get_no_checksums_in_trailers_unless_that_is_asked_for(
+def test_no_checksums_in_trailers_are_sent_unless_that_is_asked_for(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Old clones choke on them; Content-MD5 they all know."""
+    """Old services choke on them; Content-MD5 they all know."""
     line.open().prepare("tiny-llama")
     plain = line.proxy.seen[0].headers
     assert "content-md5" in plain
@@ -717,6 +724,26 @@ def test_other_services_get_no_checksums_in_trailers_unless_that_is_asked_for(
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
     line.open().prepare("tiny-llama")
     assert [name for name in line.proxy.seen[0].headers if name.startswith("x-amz-checksum")]
+
+
+def test_a_service_with_a_private_authority_is_used_once_the_authority_is_named(
+    tls_s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over TLS bodies are sent in other ways than over plain HTTP; they arrive all the same."""
+    for name, value in tls_s3.environment.items():
+        monkeypatch.setenv(name, value)
+    registry = tls_s3.registry()
+    with pytest.raises(StoreError, match="certificate is not trusted") as caught:
+        S3Store("production", registry, deadline_s=5).prepare("tiny-llama")
+    assert "AWS_CA_BUNDLE" in caught.value.hint
+
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tls_s3.ca))
+    made = small(tmp_path)
+    store = S3Store("production", registry, part_bytes=PART)
+    publish_to(store, tmp_path, made)
+
+    assert is_whole(store, made)
+    assert store.guarantees.compare_and_set
 
 
 def test_the_limit_of_a_file_is_the_declared_one_and_at_most_that_of_s3() -> None:

@@ -392,15 +392,15 @@ def _connect(registry: Registry, read_timeout_s: int) -> Answer:
         "response_checksum_validation": "when_required",
         "user_agent_extra": f"gguf-fleet/{__version__}",
     }
-    if registry.endpoint:
-        # Services other than AWS: seldom a DNS name for each bucket, and many are confused by the
-        # checksums in trailers that botocore sends since 1.36. Content-MD5, which they all know, is
-        # always sent. Whoever needs it otherwise says so in ~/.aws/config.
-        if "addressing_style" not in (declared.get("s3") or {}):
-            options["s3"] = {"addressing_style": "path"}
-        name = "request_checksum_calculation"
-        if not os.environ.get(f"AWS_{name.upper()}") and name not in declared:
-            options[name] = "when_required"
+    # Many services are confused by the checksums in trailers that botocore sends since 1.36, or
+    # break the connection on a refusal while they arrive. Content-MD5, which they all know, is
+    # always sent. Whoever needs it otherwise says so in the environment or in ~/.aws/config.
+    name = "request_checksum_calculation"
+    if not os.environ.get(f"AWS_{name.upper()}") and name not in declared:
+        options[name] = "when_required"
+    # Services other than AWS seldom have a DNS name for each bucket.
+    if registry.endpoint and "addressing_style" not in (declared.get("s3") or {}):
+        options["s3"] = {"addressing_style": "path"}
     region = registry.region or session.get_config_variable("region")
     if region is None and registry.endpoint:
         region = "us-east-1"  # what services without regions expect in a signature
