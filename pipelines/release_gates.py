@@ -328,7 +328,7 @@ def _released(
     for one in hosts:
         if one.verdict == "INVALID":
             found.reasons.append(
-                f"Host {one.host} is INVALID: {wording.sentence(_shown(one.sentence))} "
+                f"Host {one.host} is INVALID: {wording.sentence(_without_verb(one))} "
                 f"`fleet repro {found.slice_.model}` measures again what is not to be trusted."
             )
     let_pass = False
@@ -336,7 +336,7 @@ def _released(
         names = wording.listed([one.host for one in held])
         let_pass = found.waivable(
             "hold",
-            f"{names}: HOLD: {_shown(held[0].sentence)}",
+            f"{names}: HOLD: {_without_verb(held[0])}",
             "Settle it (`fleet report` says what is open)",
         )
     good = {"PROMOTE", "HOLD"} if let_pass else {"PROMOTE"}
@@ -349,6 +349,11 @@ def _released(
             "fits; `fleet report` says what kept each quant out."
         )
     return released
+
+
+def _without_verb(one: HostFinal) -> str:
+    """Return the sentence of a verdict that is named before it."""
+    return _shown(one.sentence).removeprefix(f"{one.verdict.lower()}: ")
 
 
 def _types(slice_: PublishSlice, papers: Papers, released: Sequence[str]) -> tuple[str, ...]:

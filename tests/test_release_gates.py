@@ -332,7 +332,7 @@ def test_hold_is_refused_unless_somebody_lets_it_pass(
     (reason,) = reasons(at)
     found = made(at, publish_slice(waivers=(waiver("hold"),)))
 
-    assert reason.startswith("local: HOLD: hold: Q4_K_M is chosen, but ")
+    assert reason.startswith("local: HOLD: Q4_K_M is chosen, but ")
     assert f"waiver of gate `hold` in models.{MODEL}.waivers" in reason
     assert [each.gate for each in found.release.waivers] == ["hold"]
     assert found.release.hosts["local"].verdict == "HOLD"
