@@ -122,6 +122,12 @@ def _root_of(error: BaseException) -> str:
 
 
 def client_of(uri: str) -> MlflowClient:
+    """
+    Return a client; a database that is not there is made first.
+
+    Raises:
+        NoStoreError: mlflow is not installed.
+    """
     try:
         from mlflow.tracking import MlflowClient  # noqa: PLC0415 - 2 to 7 s
     except ImportError:
