@@ -19,6 +19,7 @@ import ipaddress
 import logging
 import os
 import re
+import ssl
 import time
 import warnings
 from contextlib import contextmanager, suppress
@@ -387,8 +388,10 @@ def _failure(error: Exception) -> transfer.Failure | None:
         return None
     response = error.response
     if response is None:
+        # Another certificate does not come by waiting.
+        passing = _first(error, ssl.SSLCertVerificationError) is None
         return transfer.Failure(
-            status=None, passing=True, retry_after_s=None, detail=_clean(str(error))
+            status=None, passing=passing, retry_after_s=None, detail=_clean(str(error))
         )
     found = transfer.of_status(response.status_code, response.headers, _clean(str(error)))
     wait_s = _reset_s(response) if found.retry_after_s is None else found.retry_after_s
