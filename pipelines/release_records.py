@@ -26,6 +26,8 @@ from pipelines.records import Finite, Part, QualityResult, Record
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 Size = Annotated[int, Field(ge=0)]
+# A registry's words are copied into git: not more of them than a person would write.
+Words = Annotated[str, StringConstraints(max_length=300)]
 Sequence = Annotated[int, Field(ge=1)]
 Action = Literal["publish", "rollback"]
 
@@ -268,10 +270,10 @@ class Move(Part):
     action: Action
     release: Sha256
     previous: Sha256 | None
-    at: str
-    who: str
-    why: str
-    run: str | None
+    at: Annotated[str, StringConstraints(max_length=40)]
+    who: Words
+    why: Words
+    run: Words | None
     waivers: tuple[ReleaseWaiver, ...] = ()
 
 
