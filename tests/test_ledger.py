@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path: Path) -> None:
         fill(disk)
 
         with pytest.raises(MachineError, match="disk filled up"):
-            ledger.append("local", STABLE, move(3, why="long " * 2000))
+            ledger.append("local", STABLE, move(3, why="long " * 50))
 
         assert path.read_bytes() == before
         assert Ledger.load(path, MODEL).last("local", STABLE) == move(2)
