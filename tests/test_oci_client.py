@@ -25,10 +25,10 @@ from faulty_proxy import Fault, FaultyProxy, Seen
 from pipelines import params, publishing
 from pipelines.errors import DigestError, FleetError, RetryLaterError, StoreError
 from pipelines.release_records import STABLE
-from pipelines.stores import oci_client, oci_login, transfer
+from pipelines.stores import addresses, oci_http, transfer
 from pipelines.stores.base import Blob
 from pipelines.stores.oci import OciStore
-from pipelines.stores.oci_client import OciClient
+from pipelines.stores.oci_client import OCI_MANIFEST, OciClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -425,7 +425,7 @@ def test_another_digest_than_its_own_is_an_error() -> None:
         with pytest.raises(StoreError, match="calls it sha256:0"):
             read(opened)
         with pytest.raises(StoreError, match="answers with the digest"):
-            opened.put_manifest(repository(opened), "x", b"{}", oci_client.OCI_MANIFEST)
+            opened.put_manifest(repository(opened), "x", b"{}", OCI_MANIFEST)
 
 
 def test_a_body_without_an_end_is_cut_off() -> None:
@@ -670,7 +670,7 @@ def test_plain_http_to_another_machine_is_refused_unless_declared(
 ) -> None:
     """The server hears nothing but that we want TLS."""
     assert login is None
-    monkeypatch.setattr(oci_client, "is_loopback", lambda _: False)
+    monkeypatch.setattr(oci_http, "is_loopback", lambda _: False)
     with pytest.raises(StoreError, match="does not speak TLS") as found:
         upload(client(oci.push))
     assert "insecure: true" in found.value.hint
@@ -699,6 +699,6 @@ def test_over_tls_with_a_private_authority_everything_works(
 def test_loopback_is_told_without_looking_names_up() -> None:
     """A name that merely begins like it is another machine."""
     for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1"):
-        assert oci_login.is_loopback(host)
+        assert addresses.is_loopback(host)
     for host in ("localhost.example.org", "127.0.0.1.example.org", "192.0.2.1", "", "registry"):
-        assert not oci_login.is_loopback(host)
+        assert not addresses.is_loopback(host)

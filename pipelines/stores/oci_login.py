@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import ipaddress
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from pipelines import console
@@ -22,6 +21,8 @@ from pipelines.errors import StoreError
 
 if TYPE_CHECKING:
     import requests
+
+_PORTS: Final = {"http": 80, "https": 443}
 
 
 def credentials(name: str, host: str) -> tuple[str, str] | None:
@@ -45,20 +46,11 @@ def credentials(name: str, host: str) -> tuple[str, str] | None:
     return _from_docker(host, name)
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether a host is this very machine; names are not looked up."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def origin_of(url: str) -> str:
-    """Return `scheme://host:port` of an address."""
+    """Return `scheme://host:port` of an address, the port also where it goes without saying."""
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"
+    port = parts.port or _PORTS.get(parts.scheme, 0)
+    return f"{parts.scheme}://{parts.hostname or ''}:{port}"
 
 
 def no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
