@@ -25,7 +25,7 @@ from faulty_proxy import Fault, FaultyProxy, Seen
 from pipelines import params, publishing
 from pipelines.errors import DigestError, FleetError, RetryLaterError, StoreError
 from pipelines.release_records import STABLE
-from pipelines.stores import addresses, oci_http, transfer
+from pipelines.stores import addresses, oci_http, oci_login, transfer
 from pipelines.stores.base import Blob
 from pipelines.stores.oci import OciStore
 from pipelines.stores.oci_client import OCI_MANIFEST, OciClient
@@ -384,6 +384,8 @@ class Liar(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         if "Content_Length" not in headers and "Transfer_Encoding" not in headers:
             self.send_header("Content-Length", str(len(body)))
+        # Who is told no length, or a wrong one, waits for the end of the connection.
+        self.close_connection |= headers.get("Content_Length", str(len(body))) != str(len(body))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -506,6 +508,95 @@ def test_pages_of_a_list_are_put_together() -> None:
     with liar(pages) as (address, _):
         opened = client(address)
         assert opened.tags(repository(opened)) == ("a", "b", "c")
+
+
+NOWHERE: Final = "http://[::1/x"
+# What no registry may answer, by what is wrong with it; each is said in words.
+IMPOSSIBLE: Final[dict[str, dict[str, Any]]] = {
+    "a size that is no digit of ours": {"status": 200, "Content_Length": "\u00b2"},
+    "a size of 5,000 digits": {"status": 200, "Content_Length": "9" * 5000},
+    "a negative size": {"status": 200, "Content_Length": "-1"},
+    "a range of 5,000 digits": {"status": 202, "Range": f"0-{'9' * 5000}", "Location": "/v2/x"},
+    "an address that is none": {"status": 202, "Location": NOWHERE},
+    "a redirect to nowhere": {"status": 307, "Location": NOWHERE},
+    "a redirect to a file": {"status": 307, "Location": "file:///etc/passwd"},
+    "a host that cannot be": {"status": 202, "Location": f"https://{'a' * 300}.example.org/x"},
+    "a login nowhere": {"status": 401, "WWW_Authenticate": f'Bearer realm="{NOWHERE}"'},
+    "a refusal of brackets": {"status": 400, "body": b"[" * 4096},
+    "a list of brackets": {"status": 200, "body": b"[" * 100_000},
+    "numbers for names": {"status": 200, "body": b'{"tags": [1], "manifests": 7}'},
+    "packed": {"status": 200, "body": b"{}", "Content_Encoding": "gzip"},
+}
+
+
+@pytest.mark.parametrize("impossible", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_an_answer_that_cannot_be_is_an_error_in_words(impossible: dict[str, Any]) -> None:
+    """Whatever is asked, nobody sees a traceback."""
+    with liar(lambda told: told.say(**impossible)) as (address, _):
+        opened = client(address)
+        name = repository(opened)
+        asked: tuple[Callable[[], object], ...] = (
+            lambda: opened.manifest(name, "stable"),
+            lambda: opened.manifest_sha256(name, "stable"),
+            lambda: opened.blob_size(name, BLOB.sha256),
+            lambda: opened.tags(name),
+            lambda: read(opened, 10),
+            lambda: upload(opened),
+            lambda: opened.require_writable(name),
+            lambda: opened.delete_manifest(name, BLOB.sha256),
+        )
+        failed = 0
+        for ask in asked:
+            try:
+                ask()
+            except FleetError:
+                failed += 1
+        assert failed >= 1
+
+
+def test_an_answer_that_nobody_reads_has_an_end_all_the_same() -> None:
+    """Of a write, of a removal: what follows the status is not collected."""
+
+    def endless(told: Liar) -> None:
+        told.say(201, Transfer_Encoding="chunked")
+        with contextlib.suppress(OSError):
+            for _ in range(1 << 16):
+                told.wfile.write(b"10000\r\n%b\r\n" % bytes(1 << 16))
+            ended.append(told.path)
+
+    ended: list[str] = []
+    with liar(endless) as (address, _):
+        opened = client(address)
+        opened.put_manifest(repository(opened), "x", b"{}", OCI_MANIFEST)
+    assert ended == []
+
+
+def test_a_registry_elsewhere_cannot_send_us_to_servers_of_this_machine() -> None:
+    """Nor to where clouds hand out logins; its own storage over https is another matter."""
+    elsewhere = oci_http.Http(
+        "x", params.Registry(url="oci://registry.example.org/ns"), deadline_s=1
+    )
+    for url in (
+        "http://127.0.0.1:11434/api/delete",
+        "https://localhost/x",
+        "https://127.1/x",
+        "https://[::ffff:127.0.0.1]/x",
+        "https://0.0.0.0/x",
+        "https://169.254.169.254/latest/meta-data",
+        "http://storage.example.org/x",
+        "file:///etc/passwd",
+        "https:///x",
+    ):
+        with pytest.raises(StoreError, match="nothing is sent or read"):
+            elsewhere.require_secure(url)
+    elsewhere.require_secure("https://storage.example.org/signed")
+
+
+def test_an_address_with_the_usual_port_is_the_same_registry() -> None:
+    """So the login goes along with the parts of a file."""
+    assert oci_login.origin_of("https://R.example.org/v2/") == "https://r.example.org:443"
+    assert oci_login.origin_of("https://r.example.org:443/x") == "https://r.example.org:443"
+    assert oci_login.origin_of("http://r.example.org/x") != "https://r.example.org:443"
 
 
 # --- logins -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import urlsplit
 
 import requests
+import urllib3.exceptions
 
 from pipelines import __version__, console
 from pipelines.errors import StoreError
@@ -69,8 +70,17 @@ _NO_ADDRESS: Final = (
     requests.exceptions.InvalidURL,
     requests.exceptions.InvalidSchema,
     requests.exceptions.MissingSchema,
+    urllib3.exceptions.LocationParseError,
     UnicodeError,
 )
+
+
+class _Session(requests.Session):
+    """A session to which no answer is a redirect: `Http.asked` decides where one leads."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002
+        """Say nothing: requests would read the body, whole and unpacked, also not to follow it."""
+        return
 
 
 class Http:
@@ -93,7 +103,7 @@ class Http:
         self._insecure = registry.insecure
         self._token_host = urlsplit(registry.endpoint).hostname if registry.endpoint else None
         self._deadline_s = deadline_s
-        self._session = requests.Session()
+        self._session = _Session()
         # Neither .netrc nor what the environment says of proxies for a server on this machine.
         self._session.trust_env = False
         self._session.headers["User-Agent"] = f"gguf-fleet/{__version__}"
