@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from pipelines import atomic, console, hashing, params, release, release_gates, wording
 from pipelines.errors import GateError, ParamsError, RetryLaterError, StoreError
 from pipelines.ledger import Ledger
-from pipelines.publishing import LATEST, By, publish, read_to
+from pipelines.moves import By
+from pipelines.publishing import LATEST, publish
+from pipelines.reading import read_to
 from pipelines.registries import Failures, Shelf, names, print_json, require_model
 from pipelines.release import Composed, Refused
 from pipelines.release_records import parse_release, release_id, short

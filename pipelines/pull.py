@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pipelines import atomic, console, params, registries, wording
 from pipelines.errors import ParamsError, StoreError
 from pipelines.ledger import Ledger
-from pipelines.publishing import read_to, resolve
+from pipelines.reading import read_to, resolve
 from pipelines.registries import print_json, shown
 from pipelines.release_records import short
 from pipelines.stores import open_store

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Final
 from pipelines import console, stable_line, wording
 from pipelines.errors import RetryLaterError, StoreError
 from pipelines.ledger import Ledger
+from pipelines.moves import By
 from pipelines.publish_to import as_told, require_reason
-from pipelines.publishing import LATEST, By, Outcome, point, resolve
+from pipelines.publishing import LATEST, Outcome, point
+from pipelines.reading import resolve
 from pipelines.registries import (
     Failures,
     Shelf,

@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,8 +35,8 @@ from hypothesis.stateful import (
 )
 from store_contract import DiedError, Wrapped
 
-from pipelines import publishing, registry_gc
-from pipelines.errors import FleetError, StoreError
+from pipelines import publishing, reading, registry_gc
+from pipelines.errors import FleetError, GateError, StoreError
 from pipelines.release_records import STABLE, Alias, Move
 from pipelines.stores.base import NotThereError, hash_blob
 from pipelines.stores.local import LocalStore
@@ -179,6 +180,8 @@ class Histories(RuleBasedStateMachine):
             alias, _ = self.stores[checkout].read_alias(MODEL, STABLE)
             if alias is not None and len(alias.moves) > len(self.moves):
                 self._expect(alias.moves[-1], made.id)
+        except GateError:
+            assert self._was_replaced(checkout, made.id)
         else:
             self._expect(outcome.moved, made.id)
         if again:
@@ -194,10 +197,14 @@ class Histories(RuleBasedStateMachine):
             self._expect(self._publish(1, two).moved, two.id)
 
         store = Races(self.stores[0], other)
-        outcome = publishing.publish(
-            one, store, self._ledger(0), stable="latest", by=self._by("at once")
-        )
-        self._expect(outcome.moved, one.id)
+        try:
+            outcome = publishing.publish(
+                one, store, self._ledger(0), stable="latest", by=self._by("at once")
+            )
+        except GateError:
+            assert self._was_replaced(0, one.id)
+        else:
+            self._expect(outcome.moved, one.id)
 
     @precondition(lambda self: self.moves)
     @rule(checkout=st.integers(0, CHECKOUTS - 1))
@@ -292,12 +299,23 @@ class Histories(RuleBasedStateMachine):
         return factory.ledger(self.root / f"checkout{checkout}")
 
     def _publish(self, checkout: int, made: Composed, stable: str = "latest") -> publishing.Outcome:
-        return publishing.publish(
-            made,
-            self.stores[checkout],
-            self._ledger(checkout),
-            stable=stable,
-            by=self._by("a better one"),
+        """Publish; from a checkout that is too old to know better, only after it was pulled."""
+        store = self.stores[checkout]
+        publish = partial(publishing.publish, made, store, stable=stable)
+        if self._was_replaced(checkout, made.id if stable == "latest" else stable):
+            for dry_run in (True, False, False):
+                with pytest.raises(GateError, match="does not know"):
+                    publish(ledger=self._ledger(checkout), by=self._by("too old"), dry_run=dry_run)
+            publishing.catch_up(MODEL, store, self._ledger(checkout))  # brings what a pull brings
+        return publish(ledger=self._ledger(checkout), by=self._by("a better one"))
+
+    def _was_replaced(self, checkout: int, target: str) -> bool:
+        """Tell whether a release was `stable`, and no more, by moves that a checkout has not."""
+        written = self._ledger(checkout).moves("registry", STABLE)
+        return (
+            len(written) < len(self.moves)
+            and target in {move.release for move in self.moves}
+            and target != self.moves[-1].release
         )
 
     def _expect(self, moved: Move | None, target: str) -> None:
@@ -337,7 +355,7 @@ def _quick(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits, nothing is too young to be collected, no state of the user is touched."""
     monkeypatch.setattr(publishing, "_LONGEST_PAUSE_S", 0.0)
     monkeypatch.setattr(registry_gc, "YOUNG_S", 0.0)
-    monkeypatch.setattr(publishing, "_remember", lambda *_: None)
+    monkeypatch.setattr(reading, "_remember", lambda *_: None)
     monkeypatch.setenv("GGUF_FLEET_CACHE", str(scratch / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(scratch / "state"))
 
