@@ -419,9 +419,17 @@ def test_dvc_runs_it_again_exactly_when_the_registry_is_not_as_it_was_left(
     assert chain.record().stable == second.release
 
     # git checkout of the commit after the first run: records, ledger and lock are as they were.
+    ledger = at.ledger(MODEL).read_bytes()
     for path, data in results.items():
         path.write_bytes(data)
     (at.root / "dvc.lock").write_bytes(lock)
+    assert chain.run()
+    assert chain.record().status == "refused"
+    assert "`git pull`, then publish again" in chain.record().reasons[0]
+    assert chain.record().stable == second.release
+    assert not chain.run()
+    # A commit that takes back the records and keeps the ledger: somebody decided that here.
+    at.ledger(MODEL).write_bytes(ledger)
     assert chain.run()
     assert chain.record().stable == first.release
     assert [action for action, _ in moves(at)][-1] == "rollback"

@@ -320,6 +320,93 @@ def test_an_alias_with_a_long_history_keeps_its_last_moves_and_its_numbers(
     assert publish(tmp_path, two, fresh).moved is None
 
 
+# --- an old checkout --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stable", ["latest", "pinned"])
+def test_an_old_checkout_takes_nothing_back(
+    tmp_path: Path, store: LocalStore, one: Composed, two: Composed, stable: str
+) -> None:
+    """Run again, an old workflow names who replaced its release, and moves nothing."""
+    publish(tmp_path, one, store)
+    old = tmp_path / "old"
+    publishing.catch_up(MODEL, store, factory.ledger(old))
+    publish(tmp_path, two, store)
+    before = store.read_alias(MODEL, STABLE)
+    ledger = factory.ledger(old).path.read_bytes()
+
+    for dry_run in (True, False, False):
+        with pytest.raises(GateError, match=r'by "Ada" at "[^"]+" \(move 2\)') as caught:
+            publish(
+                old, one, store, stable=one.id if stable == "pinned" else stable, dry_run=dry_run
+            )
+
+    assert caught.value.exit_code == 5
+    assert f"moved to {short(two.id)}" in caught.value.message
+    assert "git pull" in caught.value.hint
+    assert f"fleet rollback {MODEL} --to {short(one.id)} --registry local" in caught.value.hint
+    assert store.read_alias(MODEL, STABLE) == before
+    # `git pull` has to find it as it was.
+    assert factory.ledger(old).path.read_bytes() == ledger
+
+
+def test_who_pulled_or_says_so_goes_back(
+    tmp_path: Path, store: LocalStore, one: Composed, two: Composed
+) -> None:
+    """Either next step of the refusal is one."""
+    publish(tmp_path, one, store)
+    publish(tmp_path, two, store)
+    pulled, old = tmp_path / "pulled", tmp_path / "old"
+    publishing.catch_up(MODEL, store, factory.ledger(pulled))
+
+    back = publish(pulled, one, store).moved
+    publish(pulled, two, store)
+    said = point(old, one.id[:12], store).moved
+
+    assert back is not None
+    assert said is not None
+    assert (back.action, back.sequence) == (said.action, said.sequence - 2) == ("rollback", 3)
+    assert len(factory.ledger(old).moves("local", STABLE)) == 5
+
+
+def test_an_old_checkout_publishes_what_is_new(
+    tmp_path: Path, store: LocalStore, one: Composed, two: Composed
+) -> None:
+    """A publisher who was killed before his line, then builds on: the same again, and a new one."""
+    publish(tmp_path, one, store)
+    killed = tmp_path / "killed"
+
+    same = publish(killed, one, store)
+    assert same.moved is None
+    assert len(factory.ledger(killed).moves("local", STABLE)) == 1
+    factory.ledger(killed).path.unlink()
+    new = publish(killed, two, store).moved
+
+    assert new is not None
+    assert (new.action, new.sequence) == ("publish", 2)
+    alias, _ = store.read_alias(MODEL, STABLE)
+    assert alias is not None
+    assert factory.ledger(killed).moves("local", STABLE) == alias.moves
+
+
+def test_what_neither_registry_nor_ledger_remembers_is_not_taken_for_new(
+    tmp_path: Path, store: LocalStore, one: Composed, two: Composed
+) -> None:
+    """A registry remembers its last moves only: a release from before them may be an old one."""
+    three = factory.composed(tmp_path / "files", 3, previous=two.id)
+    for made in (one, two, three):
+        publish(tmp_path, made, store)
+    alias, token = store.read_alias(MODEL, STABLE)
+    assert alias is not None
+    short_memory = alias.model_copy(update={"moves": alias.moves[-1:]})
+    store.write_alias(short_memory, three.release, token)
+
+    with pytest.raises(GateError, match="remembers moves 1 to 2"):
+        publish(tmp_path / "old", one, store)
+
+    assert publishing.resolve(store, MODEL, STABLE)[0] == three.id
+
+
 # --- a store that cannot compare --------------------------------------------------------------
 
 
