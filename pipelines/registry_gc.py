@@ -355,17 +355,25 @@ class _Sweep:
             self._require_meant(model, alias, stored.release)
             marks[model, stored.release] = f"`{alias}` means it"
         ledger = self.ledgers.get(model)
-        moves = (*(stored.moves if stored else ()),)
+        moves = [*(stored.moves if stored else ())]
         moves += ledger.moves(self.store.name, alias) if ledger else ()
         last = sorted({move.sequence for move in moves})[-self.keep_moves :]
         for move in moves:
-            key = (model, move.release)
-            if key not in there or key in marks:
-                continue
             if move.sequence in last:
-                marks[key] = f"among the last {wording.counted(self.keep_moves, 'move')}"
-            elif _is_since(move, self.since):
-                marks[key] = f"meant within the last {wording.counted(self.keep_days, 'day')}"
+                why = f"among the last {wording.counted(self.keep_moves, 'move')}"
+                self._mark((model, move.release), why, there, marks)
+        for move in moves:
+            if _is_since(move, self.since):
+                why = f"meant within the last {wording.counted(self.keep_days, 'day')}"
+                self._mark((model, move.release), why, there, marks)
+                # Until then the one before was meant, however long ago its own move was.
+                if move.previous is not None:
+                    self._mark((model, move.previous), why, there, marks)
+
+    @staticmethod
+    def _mark(key: _Key, why: str, there: set[_Key], marks: dict[_Key, str]) -> None:
+        if key in there:
+            marks.setdefault(key, why)
 
     def _require_meant(self, model: str, alias: str, id_: str) -> None:
         """

@@ -93,6 +93,18 @@ def test_moves_of_the_last_days_stay_however_many(checkout: Checkout) -> None:
     assert {each.id for each in gone.releases} == set(ids[:3])
 
 
+def test_what_was_served_until_yesterday_stays_however_long_it_was(checkout: Checkout) -> None:
+    """Its own move is years old, and many came since: the days count from when it was replaced."""
+    first = checkout.publish(1, year=2020)
+    ids = [checkout.publish(seed, year=2027) for seed in range(2, 6)]
+
+    kept = collect(checkout, keep_days=90, now=datetime(2027, 4, 1, tzinfo=UTC), apply=False)
+    gone = collect(checkout, keep_days=90, now=datetime(2027, 4, 8, tzinfo=UTC), apply=False)
+
+    assert {each.id for each in kept.kept} == {first, *ids}
+    assert first in {each.id for each in gone.releases}
+
+
 def test_what_is_pinned_stays(checkout: Checkout) -> None:
     """A release that params.yaml names is kept, however old its move."""
     ids = [checkout.publish(seed) for seed in range(1, 6)]
