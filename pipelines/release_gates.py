@@ -412,22 +412,41 @@ def _license(found: _Findings, papers: Papers) -> str:
     change = _license_change(papers, license_)
     # A declared name that upstream confirms says that somebody has read this one. Where upstream
     # has none, the declared one says nothing about a text that changed.
-    accepted = declared is not None and known
-    if change and not (accepted or (declared is not None and "text" not in change)):
-        found.waivable("license", f"{change} since the release before", remedy)
+    if change is not None and not (declared is not None and (known or change.is_of_name)):
+        found.waivable("license", change.clause, remedy)
     return license_
 
 
-def _license_change(papers: Papers, license_: str) -> str:
-    """Say as a clause how the licence is another one than that of the release before."""
+@dataclass(frozen=True)
+class _LicenseChange:
+    """How the licence is another one than was accepted: as a clause, and whether by its name."""
+
+    clause: str
+    is_of_name: bool
+
+
+def _license_change(papers: Papers, license_: str) -> _LicenseChange | None:
+    """
+    Compare the licence with that of the release before; None if it is the accepted one.
+
+    What was let pass was not accepted: the waiver of the release before does not end by being used,
+    or equal records would give another release the second time, without a word of a waiver.
+    """
     previous = papers.previous
     if previous is None:
-        return ""
+        return None
     if previous.license.id != license_:
-        return f"The licence has changed from {_shown(previous.license.id)} to {_shown(license_)}"
+        was, now = _shown(previous.license.id), _shown(license_)
+        clause = f"The licence has changed from {was} to {now} since the release before"
+        return _LicenseChange(clause, is_of_name=True)
     if previous.license.files != license_files(papers.fetched):
-        return "The text of the licence has changed"
-    return ""
+        clause = "The text of the licence has changed since the release before"
+        return _LicenseChange(clause, is_of_name=False)
+    waived = next((each for each in previous.waivers if each.gate == "license"), None)
+    if waived is not None:
+        clause = f"The licence was let pass by {_shown(waived.who)} for the release before"
+        return _LicenseChange(f"{clause}, and nobody has accepted it since", is_of_name=False)
+    return None
 
 
 def _shown(text: str) -> str:

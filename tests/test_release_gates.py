@@ -573,6 +573,21 @@ def test_a_text_that_has_changed_under_the_same_name_is_refused(at: Layout) -> N
     assert any("The text of the licence has changed" in each for each in released_before_of_none)
 
 
+def test_a_licence_that_was_let_pass_is_not_accepted_by_that(at: Layout) -> None:
+    """Equal inputs give the release again, waiver and all; when it has ended, nothing new."""
+    released_before(at, id="mit")
+    by_waiver = made(at, publish_slice(waivers=(waiver("license"),)))
+    at.release(MODEL).write_bytes(by_waiver.data)
+
+    again = made(at, publish_slice(waivers=(waiver("license"),)))
+    (reason,) = reasons(at, today="2027-02-01", waivers=(waiver("license"),))
+
+    assert again.data == by_waiver.data
+    assert "let pass by Ada Lovelace for the release before" in reason
+    assert "ended on 2027-01-31" in reason
+    assert not reasons(at, license="apache-2.0")
+
+
 @pytest.mark.parametrize("gated", ["auto", "manual"])
 def test_a_gated_upstream_is_refused_unless_somebody_lets_it_pass(at: Layout, gated: str) -> None:
     """Its files are for those who agreed to its terms, not for everybody."""
