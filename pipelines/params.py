@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
@@ -47,7 +48,12 @@ REGISTRY = (
 ENDPOINT = rf"^https?://{_HOST}(?:/{_PATH})?$"
 RELEASE = r"^(?:latest|[0-9a-f]{64})$"
 LICENSE = r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$"
-DAY = r"^[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])$"
+# With the days that each month has, so that an editor refuses 30 February, too.
+DAY = (
+    r"^[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
+    r"|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    r"|02-(?:0[1-9]|[12][0-9]))$"
+)
 SENTENCE = r"^(?=.*[A-Za-z])[ -~]{3,300}$"
 
 # What a pattern means, for people: error messages, the schema and docs/params.md say this.
@@ -128,6 +134,20 @@ def printable(text: str) -> str:
     return text
 
 
+def existing_day(text: str) -> str:
+    """
+    Let a day of the calendar pass; which years have a 29 February no pattern says.
+
+    Raises:
+        ValueError: There is no such day.
+    """
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        raise ValueError("is no day of the calendar") from None
+    return text
+
+
 _PRINTABLE = AfterValidator(printable)
 ModelKey = Annotated[str, StringConstraints(pattern=MODEL_KEY), _PRINTABLE]
 QuantKey = Annotated[str, StringConstraints(pattern=QUANT_KEY), _PRINTABLE]
@@ -142,7 +162,7 @@ RegistryUrl = Annotated[str, StringConstraints(pattern=REGISTRY), _PRINTABLE]
 Endpoint = Annotated[str, StringConstraints(pattern=ENDPOINT), _PRINTABLE]
 Stable = Annotated[str, StringConstraints(pattern=RELEASE), _PRINTABLE]
 LicenseId = Annotated[str, StringConstraints(pattern=LICENSE), _PRINTABLE]
-Day = Annotated[str, StringConstraints(pattern=DAY), _PRINTABLE]
+Day = Annotated[str, StringConstraints(pattern=DAY), _PRINTABLE, AfterValidator(existing_day)]
 Sentence = Annotated[str, StringConstraints(pattern=SENTENCE), _PRINTABLE]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
