@@ -104,7 +104,8 @@ def main(declared: Declaration, at: Layout, *, model: str | None, as_json: bool)
         print_json(told)
     else:
         for story in stories:
-            console.out("\n".join(lines(story)))
+            # Whatever a registry told, in a name or in a number, is no command to a terminal.
+            console.out("\n".join(console.clean(line) for line in lines(story)))
     if not all(story.is_sound for story in stories):
         return StoreError.exit_code
     return failures.exit_code

@@ -25,10 +25,13 @@ from pipelines.records import Finite, Part, QualityResult, Record
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
-Size = Annotated[int, Field(ge=0)]
+# What every reader of JSON holds exactly. A registry's number of thousands of digits could not even
+# be written into an error.
+_MAX_INTEGER: Final = 2**53 - 1
+Size = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
 # A registry's words are copied into git: not more of them than a person would write.
 Words = Annotated[str, StringConstraints(max_length=300)]
-Sequence = Annotated[int, Field(ge=1)]
+Sequence = Annotated[int, Field(ge=1, le=_MAX_INTEGER)]
 Action = Literal["publish", "rollback"]
 
 STABLE: Final = "stable"
@@ -235,7 +238,7 @@ def parse_release(data: bytes, expected_id: str, where: str) -> Release:
             hint="fleet verify-registry NAME names everything there that is not what it should be.",
         )
     try:
-        return Release.model_validate_json(data)
+        release = Release.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
@@ -244,6 +247,13 @@ def parse_release(data: bytes, expected_id: str, where: str) -> Release:
             f"{console.clean(place)[:100]}: {first['msg']}.",
             hint="It was published by another version of this template; use that one to read it.",
         ) from error
+    names = [file.name for file in release.files]
+    if len(set(names)) < len(names):
+        raise StoreError(
+            f"release {short(expected_id)} of {where} gives two files one name: it was not made by "
+            "this template. Nothing of it was used.",
+        )
+    return release
 
 
 # --- aliases ----------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from release_checkout import MODEL, REASON, Checkout
 
+from pipelines.release_records import canonical, release_id
 from pipelines.stores.local import LocalStore
 
 if TYPE_CHECKING:
@@ -154,6 +156,64 @@ def test_rotten_bytes_are_refused(checkout: Checkout) -> None:
     assert "gave other bytes" in ran.err
     assert list((checkout.root / "x").glob("*.gguf*")) == []
     assert not (checkout.root / "x/release.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("files", 0, "name", "../../x.gguf"), "of another schema: files.0.name"),
+        (("files", 0, "name", "/etc/x"), "of another schema: files.0.name"),
+        (("files", 0, "name", "release.json\n"), "of another schema: files.0.name"),
+        (("files", 0, "size_bytes", 10**4000), "of another schema: files.0.size_bytes"),
+        (("files", 0, "size_bytes", 2**60), "of another schema: files.0.size_bytes"),
+        (("files", 0, "name", "LICENSE"), "gives two files one name"),
+        (("model", "\x1b[31mx"), 'is of "'),
+        (("stable_quant", "\x1b]0;x\x07Q8_0"), None),
+        (("quants", 0, "type", "::error::\x1b[31m"), None),
+    ],
+)
+def test_a_release_of_a_hostile_registry_writes_nowhere_else(
+    checkout: Checkout, change: tuple[Any, ...], says: str | None
+) -> None:
+    """It has the id that the alias names, and is refused, or pulled, without a trace of escapes."""
+    made = checkout.release(1)
+    value = json.loads(made.data)
+    place = value
+    for key in change[:-2]:
+        place = place[key]
+    place[change[-2]] = change[-1]
+    data = canonical(value)
+    id_ = release_id(data)
+    checkout.publish(1)
+    alias = checkout.root / "registry/aliases" / MODEL / "stable.json"
+    alias.write_bytes(alias.read_bytes().replace(made.id.encode(), id_.encode()))
+    (checkout.root / f"registry/releases/{MODEL}/{id_}.json").write_bytes(data)
+    checkout.at.ledger(MODEL).unlink()
+    before = set(checkout.root.rglob("*"))
+
+    ran = checkout.fleet("pull", MODEL, "--to", str(checkout.root / "pulled"), "--quant", "Q4_K_M")
+
+    said = ran.out + ran.err
+    assert "\x1b]" not in said
+    assert "::error" not in said
+    assert "Traceback" not in said
+    if says is not None:
+        assert ran.code == 8
+        assert says in said
+    new = {path for path in set(checkout.root.rglob("*")) - before if path.is_file()}
+    assert all({"pulled", "state"} & set(path.parts) for path in new), new
+
+
+def test_numbers_of_a_hostile_registry_are_refused(checkout: Checkout) -> None:
+    """A move of thousands of digits comes neither into an error nor into the ledger."""
+    checkout.publish(1)
+    alias = checkout.root / "registry/aliases" / MODEL / "stable.json"
+    alias.write_bytes(alias.read_bytes().replace(b'"sequence": 1', b'"sequence": 1' + b"0" * 4200))
+
+    ran = checkout.fleet("pull", MODEL)
+
+    assert ran.code == 8
+    assert "no alias of a release" in ran.err
 
 
 def test_a_missing_file_is_named(checkout: Checkout) -> None:

@@ -340,6 +340,30 @@ def test_a_file_in_the_place_of_the_registry_is_said_before_anything_is_sent(
     assert store.root.read_text() == "no directory"
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ["pipe", "folder"])
+def test_what_is_no_file_keeps_no_reader_waiting(
+    store: LocalStore, made: Composed, tmp_path: Path, what: str
+) -> None:
+    """A pipe in the place of a blob, a release or an alias would be read for ever."""
+    publishing.publish(made, store, factory.ledger(tmp_path), stable="latest", by=factory.by())
+    blob = made.blobs[0]
+    for path, read in (
+        ("aliases/tiny-llama/stable.json", lambda: store.read_alias(MODEL, STABLE)),
+        (f"releases/tiny-llama/{made.id}.json", lambda: store.read_release(MODEL, made.id)),
+        (f"blobs/sha256/{blob.sha256}", lambda: list(store.read_blob(MODEL, blob.sha256))),
+    ):
+        place = store.root / path
+        place.unlink()
+        if what == "pipe":
+            os.mkfifo(place)
+        else:
+            place.mkdir()
+
+        with pytest.raises(StoreError, match="is no file"):
+            read()
+
+
 def test_the_alias_of_another_model_is_not_taken_for_ones_own(
     store: LocalStore, made: Composed, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 import time
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Final
@@ -175,7 +176,7 @@ class LocalStore:
         """
         with disk.explained(self.root):
             try:
-                file = self._blob_path(sha256).open("rb", buffering=0)
+                file = _opened(self._blob_path(sha256))
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise NotThereError(
                     f"{self.shown} has no blob sha256:{sha256}.",
@@ -406,9 +407,25 @@ def _entries(directory: Path) -> list[Path]:
         return []
 
 
+def _opened(path: Path) -> IO[bytes]:
+    """
+    Open a file of the registry to read it; whoever can write there may have put anything in place.
+
+    Raises:
+        StoreError: It is no file: a pipe would keep every reader waiting for ever.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise StoreError(
+            f"{path} is no file.", hint="Somebody put something else there: remove it."
+        )
+    return os.fdopen(handle, "rb")
+
+
 def _document(path: Path) -> bytes:
     """Read a release or an alias, which are small."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         data = file.read(_MAX_DOCUMENT_BYTES + 1)
     if len(data) > _MAX_DOCUMENT_BYTES:
         raise StoreError(f"{path} is larger than any release: it was not read.")
