@@ -51,6 +51,9 @@ def params_of(*models: str, **extra: Any) -> str:
             for key, type_ in publish_slice(model=model).quants.items()
         },
         "hosts": {"local": {"memory_mib": 2048}},
+        # As the records of `finished` were judged.
+        "gates": {"max_kld_mean_nats": 0.06},
+        "load_test": {"slo": {"ttft_ms": 300.0, "tpot_ms": 50.0}},
     }
     # Block style, so that a registry can be added at the end.
     return (
@@ -268,6 +271,33 @@ def test_a_refusal_names_every_reason_and_sends_nothing(checkout: Checkout) -> N
     assert "source" in ran.err
     assert not (checkout.root / "mirror/releases").exists()
     assert checkout.at.release(MODEL).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('{"max_kld_mean_nats": 0.06}', '{"max_kld_mean_nats": 0.001}', "other gates"),
+        ('{"ttft_ms": 300.0', '{"ttft_ms": 200.0', "other service levels"),
+        ('"hosts": {"local"', '"hosts": {"edge": {"memory_mib": 64}, "local"', "other hosts"),
+        ('"context_tokens"', '"objective": "quality", "context_tokens"', "other objective"),
+    ],
+)
+@pytest.mark.parametrize("released", [False, True])
+def test_a_limit_that_was_tightened_since_is_not_kept_by_old_verdicts(
+    checkout: Checkout, old: str, new: str, says: str, *, released: bool
+) -> None:
+    """What DVC sees to before the stage is seen to here: the records were judged as declared."""
+    if released:
+        stage(checkout)
+    text = checkout.at.params.read_text().replace("hosts: {", '"hosts": {')
+    assert old in text
+    checkout.at.params.write_text(text.replace(old, new))
+
+    ran = checkout.fleet("publish", MODEL, "--to", "mirror")
+
+    assert ran.code == 5
+    assert f"was made by {says} than params.yaml declares now. Run `fleet repro" in ran.err
+    assert not (checkout.root / "mirror").exists()
 
 
 def test_a_waiver_that_has_ended_lets_nothing_pass_any_more(checkout: Checkout) -> None:
