@@ -462,7 +462,7 @@ class _Sweep:
             for done, blob in enumerate(blobs):
                 progress.update(done)
                 self.store.delete_blob(blob.sha256)
-        self._require_unhurt(before, {blob.sha256 for blob in blobs})
+        gone = self._require_unhurt(before, gone, {blob.sha256 for blob in blobs}, notes)
         if isinstance(self.store, _SweepsUploads) and (count := self.store.sweep()):
             notes.append(f"{wording.counted(count, 'upload')} that nobody went on with ended.")
         return GcPlan(
@@ -494,14 +494,22 @@ class _Sweep:
                 )
         return [each for each in gone if (each.model, each.id) not in taken]
 
-    def _require_unhurt(self, before: tuple[_Key, ...], removed: set[str]) -> None:
+    def _require_unhurt(
+        self, before: tuple[_Key, ...], gone: list[GcRelease], removed: set[str], notes: list[str]
+    ) -> list[GcRelease]:
         """
-        See whether somebody published a release whose file was removed in the same moment.
+        See whether somebody took a release into use whose file was removed in the same moment.
+
+        Returns:
+            Releases that are gone: one to which an alias was moved, all of it still there, is back.
 
         Raises:
-            StoreError: He did.
+            StoreError: He did, by publishing it or by a rollback to it.
         """
-        hurt = [key for key in self.read() if key not in before and removed & self._named((key,))]
+        still = self._put_back(gone, notes)
+        taken = [(each.model, each.id) for each in gone if each not in still]
+        fresh = [key for key in self.read() if key not in before and key not in taken]
+        hurt = [key for key in (*taken, *fresh) if removed & self._named((key,))]
         if hurt:
             shown = wording.first_few([f"{model}@{short(id_)}" for model, id_ in hurt])
             raise StoreError(
@@ -509,6 +517,7 @@ class _Sweep:
                 hint=f"fleet publish {hurt[0][0]} --to {self.store.name} sends them again; then "
                 f"fleet verify-registry {self.store.name}.",
             )
+        return still
 
 
 def _is_since(move: Move, since: datetime) -> bool:

@@ -329,6 +329,34 @@ def test_a_publisher_whose_file_was_removed_is_named(
     assert f"fleet publish {MODEL} --to local" in caught.value.hint
 
 
+def test_a_rollback_while_files_are_removed_is_named(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looked before the release went and moved the alias after: never a word of success."""
+    ids = [checkout.publish(seed) for seed in range(1, 4)]
+    store = checkout.store()
+    real = store.delete_blob
+    alias, token = store.read_alias(MODEL, STABLE)
+    assert alias is not None
+    back = {"sequence": 4, "release": ids[0], "action": "rollback", "previous": ids[2]}
+    moved = alias.moved(alias.moves[-1].model_copy(update=back))
+
+    def delete(sha256: str) -> None:
+        if store.read_alias(MODEL, STABLE)[0] == alias:
+            store.write_alias(moved, checkout.release(1).release, token)
+        real(sha256)
+
+    monkeypatch.setattr(store, "delete_blob", delete)
+
+    with pytest.raises(StoreError, match=f"{MODEL}@{ids[0][:12]} was published while") as caught:
+        registry_gc.collect(
+            store, {MODEL: checkout.ledger()}, now=LATER, keep_moves=1, keep_days=0, apply=True
+        )
+
+    assert f"fleet publish {MODEL} --to local" in caught.value.hint
+    assert store.read_release(MODEL, ids[0])
+
+
 def test_a_kill_between_releases_and_files_leaves_only_files(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
