@@ -41,6 +41,8 @@ _PR_SET_PDEATHSIG = 1
 # A tool that prints for ever must not fill our memory; the log on disk keeps everything.
 _CAPTURE_LIMIT_BYTES = 64 << 20
 _LINE_LIMIT_BYTES = 1 << 20
+# What a program of ours answers to one line at most; more is a registry that has no end.
+_LONGEST_ANSWER_BYTES = 256 << 20
 # The mark by which `pipelines.orphans` finds what a killed run left, and what finds programs.
 _ALWAYS_INHERITED = frozenset({"GGUF_FLEET_REPRO", "PATH"})
 
@@ -297,7 +299,6 @@ class Dialogue:
             MachineError: The program does not exist, or is none for this machine.
         """
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the program
-        self._rest = b""
         try:
             self._child = subprocess.Popen(
                 list(argv),
@@ -308,6 +309,8 @@ class Dialogue:
                 bufsize=0,
                 process_group=0,
             )
+            if self._child.stdin is not None:
+                os.set_blocking(self._child.stdin.fileno(), False)
         except OSError as error:
             self._said.close()
             raise MachineError(f"{argv[0]} cannot be started: {error.strerror}.") from error
@@ -339,17 +342,25 @@ class Dialogue:
             raise EOFError
         rest = memoryview(line.encode() + b"\n")
         while rest:
+            # A pipe takes 64 KiB from us; a program that hangs reads none of it.
+            _, writable, _ = select.select([], [told], [], max(deadline - time.monotonic(), 0))
+            if not writable:
+                raise TimeoutError
             rest = rest[os.write(told.fileno(), rest) :]
-        while b"\n" not in self._rest:
+        answer = bytearray()
+        while True:
             ready, _, _ = select.select([answers], [], [], max(deadline - time.monotonic(), 0))
             if not ready:
                 raise TimeoutError
             chunk = os.read(answers.fileno(), 1 << 16)
             if not chunk:
                 raise EOFError
-            self._rest += chunk
-        answer, _, self._rest = self._rest.partition(b"\n")
-        return answer.decode(errors="replace")
+            answer += chunk
+            # Nobody asked, so nothing follows the line.
+            if chunk.endswith(b"\n"):
+                return answer[:-1].decode(errors="replace")
+            if len(answer) > _LONGEST_ANSWER_BYTES:
+                raise EOFError
 
     @property
     def _name(self) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -246,6 +247,12 @@ class _Plan:
     def files(self) -> tuple[ReleaseFile, ...]:
         """Everything that the manifest names, the GGUF last: it takes longest."""
         named = dict(own_ollama.blobs_of(self.data, f"release {short(self.id)}"))
+        if self.gguf.sha256 not in named:
+            raise StoreError(
+                f"the Ollama manifest of {self.type} in release {short(self.id)} does not name "
+                f"{self.gguf.name}: what it serves is another file.",
+                hint="It was not made by this template; serve another release.",
+            )
         found = {file.sha256: file for file in self.release.files if file.sha256 in named}
         for sha256, size_bytes in named.items():
             if sha256 not in found or found[sha256].size_bytes != size_bytes:
@@ -583,7 +590,8 @@ def _link(plan: _Plan, file: ReleaseFile, target: Path, on_bytes: OnBytes) -> bo
     if source is None:
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.link.part")
+    # Of this process alone: whoever serves another name from the same files links them, too.
+    part = target.with_name(f".{target.name}.{os.getpid()}.link.part")
     part.unlink(missing_ok=True)
     try:
         part.hardlink_to(source)

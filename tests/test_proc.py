@@ -287,3 +287,21 @@ def test_a_program_that_never_answers_is_stopped() -> None:
         dialogue.ask("question", within_s=1)
     with pytest.raises(ToolError, match="was killed"):
         dialogue.ask("question", within_s=1)
+
+
+def test_a_program_that_never_listens_is_stopped() -> None:
+    """A question that is larger than a pipe waits no longer for it than a small one."""
+    dialogue = proc.Dialogue(["sleep", "60"], env={})
+
+    with pytest.raises(ToolError, match="was stopped after 1 s"):
+        dialogue.ask("a" * 1_000_000, within_s=1)
+
+
+def test_an_answer_without_an_end_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not collected until memory is full; the program is gone."""
+    monkeypatch.setattr(proc, "_LONGEST_ANSWER_BYTES", 1 << 20)
+    dialogue = proc.Dialogue(["tr", "\\n", "a"], env={})
+    with pytest.raises(ToolError):
+        dialogue.ask("a" * 3_000_000, within_s=30)
+    with pytest.raises(ToolError):
+        dialogue.ask("a", within_s=1)

@@ -634,6 +634,27 @@ def test_a_manifest_that_names_a_strangers_file_is_refused(fleet: Fleet) -> None
     assert fleet.digests() == {}
 
 
+def test_a_manifest_that_serves_other_weights_than_the_release_says_is_refused(
+    fleet: Fleet,
+) -> None:
+    """What is said to be served is what is served, also where somebody else composed it."""
+    made = composed(fleet.root / "files")
+    (license_file, *_) = made.release.of("license")
+    other = {"sha256": license_file.sha256, "size_bytes": license_file.size_bytes}
+    files = tuple(
+        file.model_copy(update=other) if file.role == "gguf" else file
+        for file in made.release.files
+    )
+    changed = made.release.model_copy(update={"files": files})
+    data = release_bytes(changed)
+    fleet.publish(replace(made, release=changed, data=data, id=release_id(data)))
+
+    with pytest.raises(StoreError, match="does not name"):
+        fleet.serve()
+
+    assert fleet.digests() == {}
+
+
 def test_a_registry_that_is_not_a_folder_is_read_byte_by_byte(fleet: Fleet) -> None:
     """Over a network nothing can be linked: streamed, hashed, then named."""
     made = composed(fleet.root / "files")

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,14 +91,11 @@ class TestOverHttp(StoreContract):
     """A tracking server, as teams have it."""
 
     @pytest.fixture
-    def world(
-        self, tmp_path: Path, mlflow_http: MlflowServer, monkeypatch: pytest.MonkeyPatch
-    ) -> World:
+    def world(self, tmp_path: Path, mlflow_http: MlflowServer) -> World:
         """A server that holds no model."""
         mlflow_http.forget_all()
         # Each reads twice over HTTP from one worker; the thousand are read from the database.
-        monkeypatch.setattr(store_contract, "READERS_COUNT", 200)
-        return _world(tmp_path, mlflow_http.url)
+        return replace(_world(tmp_path, mlflow_http.url), reads_count=200)
 
 
 @pytest.fixture(scope="session")

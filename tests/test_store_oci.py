@@ -93,7 +93,9 @@ class TestDockerRegistry(StoreContract):
             assert held is not None
             client.put_manifest(repository, f"fleet-{alias}", held.data, OCI_MANIFEST)
 
-        return World(open=lambda: store(registry), tamper=rotten, garble_alias=garble)
+        return World(
+            open=lambda: store(registry), tamper=rotten, garble_alias=garble, reads_count=200
+        )
 
 
 # --- what only a registry of OCI has ----------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from pipelines.errors import DigestError, FleetError, ParamsError, RetryLaterErr
 from pipelines.params import Registry
 from pipelines.release_records import STABLE, Alias, Move, release_bytes, release_id
 from pipelines.stores import transfer
-from pipelines.stores.base import AliasMovedError, NotThereError
+from pipelines.stores.base import AliasMovedError, NotThereError, hash_blob
 from pipelines.stores.s3 import S3Store, part_bytes
 
 if TYPE_CHECKING:
@@ -190,9 +191,21 @@ FAULTS: Final = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+# A write that was done and is not known to be, and an answer that looks like one: at each request.
+# The others break a connection or pass, all on one way through the code: each request meets one of
+# them, in turn, and another one when the order is turned.
+TURNS: Final = {
+    "does it and loses the answer": [FAULTS["does it and loses the answer"]],
+    "answers 200 with a page of HTML": [FAULTS["answers 200 with a page of HTML"]],
+    "breaks in some way": [
+        fault for fault in FAULTS.values() if fault.kind not in {"lose", "html"}
+    ],
+}
+
+
+@pytest.mark.parametrize("faults", TURNS.values(), ids=TURNS)
 def test_whatever_request_of_a_publish_fails_nothing_half_is_seen_and_the_next_run_completes(
-    line: Line, tmp_path: Path, fault: Fault
+    line: Line, tmp_path: Path, faults: list[Fault]
 ) -> None:
     """For each request in turn: it is made again, or the publish ends with a next step."""
     number, struck = 0, True
@@ -200,21 +213,22 @@ def test_whatever_request_of_a_publish_fails_nothing_half_is_seen_and_the_next_r
         number += 1
         # Other bytes each time, so that every run has everything to send.
         made = small(tmp_path / "files", number)
-        struck = publish_twice(line, tmp_path, made, fault, number)
+        struck = publish_twice(line, tmp_path, made, faults[number % len(faults)], number)
     assert number > 15, "every request of a publish was struck"
     moves = factory.ledger(tmp_path).moves("production", STABLE)
     assert [move.sequence for move in moves] == list(range(1, number + 1))
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("faults", TURNS.values(), ids=TURNS)
 def test_whatever_request_of_the_very_first_publish_fails_the_next_run_completes(
-    line: Line, tmp_path: Path, fault: Fault
+    line: Line, tmp_path: Path, faults: list[Fault]
 ) -> None:
     """Into an empty prefix, small files alone: what is created, and not replaced."""
     made = small(tmp_path, size_bytes=1000)
     number, struck = 0, True
     while struck:
         number += 1
+        fault = faults[-number % len(faults)]
         struck = publish_twice(
             line.below(f"run-{number}"), tmp_path / f"{number}", made, fault, number
         )
@@ -582,6 +596,34 @@ def test_each_refusal_is_said_in_words_with_a_next_step(  # noqa: PLR0913, PLR09
     assert hint in caught.value.hint
     assert len(line.proxy.seen) == 1
     assert "not-a-secret" not in caught.value.message + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        b"<Contents><Key>x</Key></Contents>",
+        b"<Contents><Size>1</Size></Contents>",
+        b"<CommonPrefixes></CommonPrefixes>",
+    ],
+)
+def test_a_list_whose_entries_lack_what_they_always_have_is_of_no_s3(
+    line: Line, entries: bytes
+) -> None:
+    """It is an error in words, whichever list it is."""
+    body = b"<ListBucketResult><IsTruncated>false</IsTruncated>%b</ListBucketResult>" % entries
+    line.proxy.strike(Fault("status", status=200, body=body), times=-1)
+
+    with pytest.raises(StoreError, match="no S3"):
+        list(line.open().list_blobs())
+    with pytest.raises(StoreError, match="no S3"):
+        line.open().list_models()
+
+
+def test_a_body_without_an_end_is_not_hashed_for_ever() -> None:
+    """Once more bytes came than a blob has, it is another file."""
+    found, size_bytes = hash_blob(itertools.repeat(b"x" * 1000), lambda _: None, most_bytes=5000)
+    assert size_bytes == 6000
+    assert found != factory.sha256(b"x" * 5000)
 
 
 @pytest.mark.parametrize("code", ["ExpiredToken", "NoSuchBucket", "AccessDenied"])

@@ -15,6 +15,7 @@ starts, so a manifest that is replaced takes its model with it unless another na
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -223,7 +224,8 @@ class Ollama(server.Client):
         import requests  # noqa: PLC0415 - loaded before
 
         try:
-            answer = requests.delete(
+            # As everything else: past the proxies of the environment, which do not know this host.
+            answer = self._session.delete(
                 f"{self.url}/api/delete", json={"model": str(name)}, timeout=server.ANSWER_WITHIN_S
             )
         except requests.RequestException as error:
@@ -432,7 +434,11 @@ def meaning(folder: Path, name: ModelName) -> bytes | None:
 def tags_of(folder: Path, name: ModelName) -> list[ModelName]:
     """Return the names of the same model with other tags, the one written last at the end."""
     directory = ollama_store.manifest_path(folder, name).parent
-    found = sorted(directory.glob("*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    written = []
+    for path in directory.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # that Ollama, or its owner, removed it now
+            written.append((path.stat().st_mtime_ns, path.name, path))
+    found = [path for *_, path in sorted(written)]
     return [
         ModelName(model=name.model, tag=path.name, namespace=name.namespace, host=name.host)
         for path in found
@@ -455,7 +461,7 @@ def blobs_of(data: bytes, where: str) -> list[tuple[str, int]]:
     try:
         value = json.loads(data)
         return [_blob(each) for each in (value["config"], *value["layers"])]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise ServingError(f"the manifest of {where} is none that Ollama takes.") from None
 
 
@@ -463,7 +469,10 @@ def _blob(described: Mapping[str, Any]) -> tuple[str, int]:
     algorithm, _, sha256 = str(described["digest"]).partition(":")
     if algorithm != "sha256" or not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise ValueError
-    return sha256, int(described["size"])
+    size_bytes = described["size"]
+    if not isinstance(size_bytes, int) or size_bytes < 0:
+        raise ValueError
+    return sha256, size_bytes
 
 
 def _size(entry: Mapping[str, Any], key: str) -> int:

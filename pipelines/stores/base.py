@@ -219,12 +219,23 @@ class Repairs(Protocol):
         ...
 
 
-def hash_blob(chunks: Iterator[bytes], on_bytes: OnBytes) -> tuple[str, int]:
-    """Return sha256 and size of what an iterator yields."""
+def hash_blob(
+    chunks: Iterator[bytes], on_bytes: OnBytes, *, most_bytes: int | None = None
+) -> tuple[str, int]:
+    """
+    Return sha256 and size of what an iterator yields.
+
+    Args:
+        chunks: Bytes; who lies may have no end of them.
+        on_bytes: Called with the number of bytes so far.
+        most_bytes: Of more than these only the first are hashed: it is another file.
+    """
     found = hashlib.sha256()
     size_bytes = 0
     for chunk in chunks:
         found.update(chunk)
         size_bytes += len(chunk)
         on_bytes(size_bytes)
+        if most_bytes is not None and size_bytes > most_bytes:
+            break
     return found.hexdigest(), size_bytes

@@ -214,8 +214,12 @@ class HuggingFaceStore:
 
     def _require_owner(self, model: str) -> None:
         """Refuse a token that may not make the repository, before anything is sent."""
-        who = self._ask(model, "whose the token is", self._hub.api.whoami)
-        names = [who["name"], *(each["name"] for each in who.get("orgs", []))]
+
+        def call() -> list[str]:
+            who = self._hub.api.whoami()
+            return [who["name"], *(each["name"] for each in who.get("orgs", []))]
+
+        names = self._ask(model, "whose the token is", call)
         if self._owner not in names:
             raise StoreError(
                 f"hf:{self._repo(model)} does not exist, and the token is of "
@@ -320,7 +324,9 @@ class HuggingFaceStore:
                 raise self._no_blob(model, blob.sha256)
             on_bytes(blob.size_bytes)
             return
-        found, size_bytes = hash_blob(self.read_blob(model, blob.sha256), on_bytes)
+        found, size_bytes = hash_blob(
+            self.read_blob(model, blob.sha256), on_bytes, most_bytes=blob.size_bytes
+        )
         if (found, size_bytes) != (blob.sha256, blob.size_bytes):
             raise self._other_bytes(model, place.path, blob.sha256, found, size_bytes)
 

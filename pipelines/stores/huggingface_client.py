@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import ipaddress
 import logging
 import os
 import re
@@ -26,7 +25,6 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, cast
-from urllib.parse import urlsplit
 
 import httpx2
 import huggingface_hub
@@ -53,6 +51,7 @@ from pipelines.errors import (
     StoreError,
 )
 from pipelines.stores import transfer
+from pipelines.stores.addresses import is_private_way
 from pipelines.stores.base import NotThereError
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ class Hub:
             ParamsError: It is spoken to by plain HTTP, which is not declared.
         """
         endpoint = (registry.endpoint or constants.ENDPOINT).rstrip("/")
-        if not (registry.insecure or _is_private_way(endpoint)):
+        if not (registry.insecure or is_private_way(endpoint)):
             raise ParamsError(
                 f"registry {name} is spoken to by plain HTTP: {_clean(endpoint)}. Whoever is "
                 "between reads the token and may change every answer.",
@@ -463,16 +462,6 @@ def _clean(text: str) -> str:
             text = text.replace(secret, "***")
     text = _LOOKS_SECRET.sub("***", text)
     return console.clean(" ".join(text.split()))[:_LONGEST_DETAIL].rstrip(". ")
-
-
-def _is_private_way(endpoint: str) -> bool:
-    """Tell whether nobody is between: TLS, or this machine."""
-    parts = urlsplit(endpoint)
-    if parts.scheme == "https" or parts.hostname == "localhost":
-        return True
-    with suppress(ValueError):
-        return ipaddress.ip_address(parts.hostname or "").is_loopback
-    return False
 
 
 # --- what is sent -----------------------------------------------------------------------------

@@ -27,21 +27,20 @@ question and asked by all stores of this process.
 from __future__ import annotations
 
 import atexit
-import contextlib
-import ipaddress
 import json
 import os
+import re
 import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 from pipelines import console, proc, track
 from pipelines.errors import FleetError, MachineError, ParamsError, StoreError, ToolError
 from pipelines.mlflow_registry import COMPLETE_TAG, RELEASE_TAG, TYPE_TAG
 from pipelines.release_records import MAX_MOVES, STABLE, parse_alias, release_id, short
 from pipelines.stores import transfer
+from pipelines.stores.addresses import is_private_way
 from pipelines.stores.base import AliasMovedError, Guarantees, NotThereError, StoredBlob
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ class MlflowStore:
         self._local = uri.startswith(track.SQLITE)
         if self._local:
             uri = f"{track.SQLITE}{Path(root.resolve(), uri.removeprefix(track.SQLITE))}"
-        elif not (registry.insecure or _is_private_way(uri)):
+        elif not (registry.insecure or is_private_way(uri)):
             raise ParamsError(
                 f"registry {name} is spoken to by plain HTTP: {registry.url}. Whoever is between "
                 "reads the password and may change every answer.",
@@ -277,10 +276,17 @@ class MlflowStore:
         earlier = sorted(
             (int(name.removeprefix(f"{_MOVES_TAG}{alias}.")), text)
             for name, text in tags.items()
-            if name.startswith(f"{_MOVES_TAG}{alias}.") and name.rpartition(".")[2].isdecimal()
+            if re.fullmatch(rf"{re.escape(_MOVES_TAG + alias)}\.[0-9]{{1,9}}", name)
         )
         # Those that a kill left before the document was written are in the document still.
-        moves = [json.loads(t) for number, t in earlier if number < newest.moves[0].sequence]
+        try:
+            moves = [json.loads(t) for number, t in earlier if number < newest.moves[0].sequence]
+        except (ValueError, RecursionError) as error:
+            raise StoreError(
+                f"{where} has a move beside it that is no JSON.",
+                hint="Something else than this template wrote there. `fleet audit` compares it "
+                "with the ledger in git.",
+            ) from error
         moves += [move.model_dump(mode="json") for move in newest.moves]
         whole = {**newest.model_dump(mode="json"), "moves": moves[-MAX_MOVES:]}
         return parse_alias(json.dumps(whole).encode(), where)
@@ -641,17 +647,6 @@ def _secrets() -> dict[str, str]:
     return {
         f"MLFLOW_TRACKING_{name}": os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in names
     }
-
-
-def _is_private_way(uri: str) -> bool:
-    """Tell whether nobody is between: TLS, or this machine."""
-    parts = urlsplit(uri)
-    host = parts.hostname or ""
-    if parts.scheme == "https" or host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
 
 
 def _is_complete(version: dict[str, Any]) -> bool:

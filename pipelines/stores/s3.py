@@ -241,7 +241,9 @@ class S3Store:
             DigestError: The store has other bytes under that name.
             NotThereError: It has none.
         """
-        found, size_bytes = hash_blob(self.read_blob(model, blob.sha256), on_bytes)
+        found, size_bytes = hash_blob(
+            self.read_blob(model, blob.sha256), on_bytes, most_bytes=blob.size_bytes
+        )
         if (found, size_bytes) != (blob.sha256, blob.size_bytes):
             raise DigestError(
                 f"{self.shown} gives other bytes for {blob.name} than were stored: sha256 "

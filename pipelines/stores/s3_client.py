@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import email.utils
 import functools
-import ipaddress
 import os
 import threading
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 from pipelines import __version__, console
 from pipelines.errors import ParamsError, StoreError
 from pipelines.stores import transfer
+from pipelines.stores.addresses import is_loopback
 from pipelines.stores.base import NotThereError
 
 if TYPE_CHECKING:
@@ -44,16 +44,25 @@ _CONNECTIONS: Final = 10
 
 # What each answer of S3 has; a page of somebody in between does not.
 _ALWAYS_THERE: Final = {
-    "put_object": "ETag",
-    "upload_part": "ETag",
-    "head_object": "ETag",
-    "get_object": "ETag",
-    "complete_multipart_upload": "ETag",
-    "create_multipart_upload": "UploadId",
-    "list_objects_v2": "IsTruncated",
-    "list_multipart_uploads": "IsTruncated",
-    "list_parts": "IsTruncated",
+    "put_object": ("ETag",),
+    "upload_part": ("ETag",),
+    "head_object": ("ETag", "ContentLength", "LastModified"),
+    "get_object": ("ETag",),
+    "complete_multipart_upload": ("ETag",),
+    "create_multipart_upload": ("UploadId",),
+    "list_objects_v2": ("IsTruncated",),
+    "list_multipart_uploads": ("IsTruncated",),
+    "list_parts": ("IsTruncated",),
 }
+# And what each entry of a list has.
+_OF_EACH: Final = {
+    "Contents": ("Key", "Size", "LastModified", "ETag"),
+    "CommonPrefixes": ("Prefix",),
+    "Uploads": ("Key", "UploadId", "Initiated"),
+    "Parts": ("PartNumber", "ETag", "Size"),
+}
+# A list that goes on after ten million entries is none.
+_MAX_PAGES: Final = 10_000
 
 # A part that somebody sent anew meanwhile, of another size perhaps, is gone as the old one was.
 _ABSENT: Final = frozenset({"InvalidPart", "NoSuchKey", "NoSuchUpload"})
@@ -193,7 +202,7 @@ class Bucket:
             marks: Which field of an answer becomes which argument of the next request.
             **request: Arguments.
         """
-        while True:
+        for _ in range(_MAX_PAGES):
             answer = self.ask(operation, what, **request)
             yield answer
             if not answer["IsTruncated"]:
@@ -202,12 +211,13 @@ class Bucket:
             if not any(following.values()) or all(
                 request.get(name) == value for name, value in following.items()
             ):
-                raise StoreError(
-                    f"{self.shown}: {what}: the list never ends: the service says that there is "
-                    "more, and not where.",
-                    hint="This service does not keep to S3's way of listing; use another one.",
-                )
+                break
             request |= {name: value for name, value in following.items() if value}
+        raise StoreError(
+            f"{self.shown}: {what}: the list never ends: the service says that there is more, and "
+            "not where.",
+            hint="This service does not keep to S3's way of listing; use another one.",
+        )
 
     def _client(self, *, patient: bool) -> Answer:
         """Return the client; made at the first use, since that looks for the login."""
@@ -222,7 +232,11 @@ class Bucket:
 
     def _refuse_plain_http(self, address: str) -> None:
         parts = urlsplit(address)
-        if parts.scheme == "http" and not self._registry.insecure and not _is_here(parts.hostname):
+        if (
+            parts.scheme == "http"
+            and not self._registry.insecure
+            and not is_loopback(parts.hostname)
+        ):
             raise ParamsError(
                 f"registries.{self._key}: {console.clean(address)} is plain HTTP to another "
                 "machine: everybody in between could change the models.",
@@ -232,10 +246,17 @@ class Bucket:
 
     def _require_s3(self, operation: str, answer: Answer, what: str) -> None:
         """See that an answer is of S3: a page of something in between has none of its fields."""
-        needed = _ALWAYS_THERE.get(operation)
-        if needed and needed not in answer:
+        missing = [field for field in _ALWAYS_THERE.get(operation, ()) if field not in answer]
+        missing += [
+            f"{field} of one of {entries}"
+            for entries, fields in _OF_EACH.items()
+            for each in answer.get(entries, ())
+            for field in fields
+            if field not in each
+        ]
+        if missing:
             status = answer["ResponseMetadata"]["HTTPStatusCode"]
-            raise self._no_s3(what, f"it answers {status} without {needed}")
+            raise self._no_s3(what, f"it answers {status} without {missing[0]}")
 
     def _no_s3(self, what: str, detail: str) -> StoreError:
         return StoreError(
@@ -370,7 +391,7 @@ def server_time(answer: Answer) -> datetime:
     text = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
     try:
         return email.utils.parsedate_to_datetime(text).astimezone(UTC)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return datetime.now(UTC)
 
 
@@ -447,13 +468,3 @@ def _said(error: Exception) -> str:
     told = getattr(error, "response", {})
     text = told.get("Error", {}).get("Message", "") if isinstance(told, dict) else ""
     return console.clean(" ".join((text or str(error)).split()))[:200].rstrip(".")
-
-
-def _is_here(host: str | None) -> bool:
-    """Tell whether a host is this machine: what is sent there passes no wire."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
