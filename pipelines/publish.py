@@ -12,13 +12,14 @@ to an earlier commit, and a registry that is as it was left costs some looks at 
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel
 
 from pipelines import atomic, console, hashing, params, records, wording
 from pipelines.errors import FleetError, GateError
-from pipelines.records import Part, Record
-from pipelines.release_records import STABLE, PublishRecord, Sha256, short
+from pipelines.records import Record
+from pipelines.release_records import STABLE, PublishRecord, Sha256, release_id, short
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,11 +56,17 @@ class Observed(Record):
     problem: str
 
 
-class _File(Part):
+class _File(BaseModel):
     """What of a file of a release has to be known to look for it."""
 
     sha256: Sha256
     size_bytes: int
+
+
+class _Files(BaseModel):
+    """What of a release has to be known to look for its files; whoever publishes reads the rest."""
+
+    files: tuple[_File, ...]
 
 
 def run(slice_: PublishSlice, at: Layout) -> PublishRecord:
@@ -179,14 +186,13 @@ def _digest(path: Path) -> str | None:
 
 
 def _missing(store: LocalStore, model: str, id_: str) -> list[str]:
-    """Return the id of a release that is not there, or the digests of its files that are not."""
+    """Return the id of a release that is not there or rotten, or the digests of lost files."""
     if id_ not in store.list_releases(model):
         return [id_]
-    # Not parsed in full: what it says is compared by whoever publishes.
-    files = [
-        _File(sha256=each["sha256"], size_bytes=each["size_bytes"])
-        for each in json.loads(store.read_release(model, id_))["files"]
-    ]
+    data = store.read_release(model, id_)
+    if release_id(data) != id_:
+        return [id_]
+    files = _Files.model_validate_json(data).files
     return [file.sha256 for file in files if store.blob_size(model, file.sha256) != file.size_bytes]
 
 

@@ -25,7 +25,13 @@ from record_factory import MODEL
 from pipelines import declaration, params, publish, records
 from pipelines.errors import DigestError, MachineError, StoreError
 from pipelines.ledger import Ledger
-from pipelines.release_records import PublishRecord, Release, parse_release, release_id, short
+from pipelines.release_records import (
+    PublishRecord,
+    Release,
+    parse_release,
+    release_id,
+    short,
+)
 from pipelines.stores.local import LocalStore
 
 if TYPE_CHECKING:
@@ -299,17 +305,24 @@ def test_the_probe_sees_what_somebody_else_did_to_the_registry(at: Layout) -> No
     assert publish.observe(slice_, at).stable is None
 
 
-@pytest.mark.parametrize("spoil", ["aliases", "releases"])
-def test_a_registry_in_disorder_is_noted_and_not_raised(at: Layout, spoil: str) -> None:
+@pytest.mark.parametrize("text", ["no JSON", "{}", "[" * 100_000, '{"files": [{"sha256": 1}]}'])
+@pytest.mark.parametrize("spoil", ["aliases", "releases", "named by an alias"])
+def test_a_registry_in_disorder_is_noted_and_not_raised(at: Layout, spoil: str, text: str) -> None:
     """The probe runs for every model of the fleet: one broken file must not stop the others."""
     published(at)
-    (path,) = (at.root / "registry" / spoil / MODEL).iterdir()
-    path.chmod(0o644)
-    path.write_text("no JSON")
+    id_ = release_id(at.release(MODEL).read_bytes())
+    (alias,) = (at.root / "registry/aliases" / MODEL).iterdir()
+    (release,) = (at.root / "registry/releases" / MODEL).iterdir()
+    path = alias if spoil == "aliases" else release
+    if spoil == "named by an alias":
+        other = release_id(text.encode())
+        alias.write_bytes(alias.read_bytes().replace(id_.encode(), other.encode()))
+        path = release.with_name(f"{other}.json")
+    path.write_text(text)
 
     found = publish.observe(publish_slice(), at)
 
-    assert found.problem
+    assert found.problem or found.missing == (id_,)
     assert str(at.root) not in found.problem
 
 
@@ -317,15 +330,21 @@ def test_the_probe_reads_no_blob(at: Layout, monkeypatch: pytest.MonkeyPatch) ->
     """A look costs the same for 20 GB as for 20 MB."""
     published(at)
     opened: list[str] = []
-    real = Path.open
+    real, real_os = Path.open, os.open
 
     def recorded(path: Path, *args: Any, **options: Any) -> Any:
         opened.append(str(path))
         return real(path, *args, **options)
 
+    def recorded_os(path: Any, *args: Any, **options: Any) -> int:
+        opened.append(str(path))
+        return real_os(path, *args, **options)
+
     monkeypatch.setattr(Path, "open", recorded)
+    monkeypatch.setattr(os, "open", recorded_os)
     publish.observe(publish_slice(), at)
 
+    assert [name for name in opened if "/releases/" in name]
     assert not [name for name in opened if "/blobs/" in name or name.endswith(".gguf")]
 
 
