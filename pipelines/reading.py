@@ -67,14 +67,7 @@ def resolve(
             release is not what its id says.
     """
     id_ = find(store, model, wanted, ledger)
-    data = store.read_release(model, id_)
-    release = parse_release(data, id_, store.shown)
-    if release.model != model:
-        raise StoreError(
-            f"release {short(id_)} of {store.shown} is of {wording.quoted(release.model)}, not of "
-            f"{model}."
-        )
-    return id_, release, data
+    return _release(store, model, id_)
 
 
 def find(store: Store, model: str, wanted: str, ledger: Ledger | None) -> str:
@@ -102,6 +95,26 @@ def find(store: Store, model: str, wanted: str, ledger: Ledger | None) -> str:
     )
 
 
+def _release(store: Store, model: str, id_: str) -> tuple[str, Release, bytes]:
+    """
+    Read a release, and hold it against its id and its place.
+
+    Raises:
+        NotThereError: There is none.
+        StoreError: It is other bytes than its id says, or the release of another model.
+    """
+    data = store.read_release(model, id_)
+    release = parse_release(data, id_, store.shown)
+    if release.model != model:
+        raise StoreError(
+            f"release {short(id_)} of {store.shown} is of {wording.quoted(release.model)}, not of "
+            f"{model}.",
+            hint=f"Somebody copied it there. `fleet verify-registry {store.name}` names all that "
+            "is not what it should be.",
+        )
+    return id_, release, data
+
+
 def whole_release(store: Store, model: str, id_: str) -> tuple[str, Release, bytes]:
     """
     Read a release and see that every file of it is there.
@@ -110,13 +123,7 @@ def whole_release(store: Store, model: str, id_: str) -> tuple[str, Release, byt
         NotThereError: It is not there, or a file of it is missing.
         StoreError: It is not what its id says.
     """
-    data = store.read_release(model, id_)
-    release = parse_release(data, id_, store.shown)
-    if release.model != model:
-        raise StoreError(
-            f"release {short(id_)} of {store.shown} is of {wording.quoted(release.model)}, not of "
-            f"{model}.",
-        )
+    _, release, data = _release(store, model, id_)
     odd = [
         file.name
         for file in release.files
