@@ -26,7 +26,8 @@ from pipelines.params import Registry
 from pipelines.release_records import STABLE, Alias, Move, release_bytes, release_id
 from pipelines.stores import transfer
 from pipelines.stores.base import AliasMovedError, NotThereError, hash_blob
-from pipelines.stores.s3 import S3Store, part_bytes
+from pipelines.stores.s3 import S3Store
+from pipelines.stores.s3_objects import part_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
