@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -9,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
@@ -32,7 +35,7 @@ from pipelines.errors import (
 )
 from pipelines.params import Registry
 from pipelines.release_records import STABLE
-from pipelines.stores import transfer
+from pipelines.stores import huggingface_client, transfer
 from pipelines.stores.base import NotThereError
 from pipelines.stores.huggingface import HuggingFaceStore
 
@@ -55,6 +58,7 @@ CANARIES = (
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub without a repository, and a token in the environment that may write to it."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(transfer, "_FIRST_PAUSE_S", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("HF_TOKEN", hub_writable.WRITE_TOKEN)
     huggingface_hub.close_session()
@@ -860,3 +864,117 @@ def test_what_people_and_ollama_look_for_is_there_by_name(
     card = hub.file(REPO, "README.md").decode()
     assert f"ollama pull hf.co/{REPO}:Q8_0" in card
     assert one.id in card
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Answers everything by JSON that does not end, or that unpacks to as much."""
+
+    protocol_version = "HTTP/1.1"
+    packed = False
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
+        if type(self).packed:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b"10000\r\n%b\r\n" % (b" " * (1 << 16)))
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library may ask a server, by a client of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    huggingface_hub.close_session()
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_answer_without_an_end_is_not_collected(
+    *, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is one unpacked that nobody asked to be packed."""
+    monkeypatch.setattr(huggingface_client, "_MAX_ANSWER_BYTES", 1 << 20)
+    kind = type("Answers", (_Endless,), {"packed": packed})
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        store = HuggingFaceStore("hub", Registry(url="hf:acme", endpoint=endpoint), deadline_s=1)
+        with pytest.raises(StoreError, match="packed" if packed else "larger than any"):
+            store.read_alias(MODEL, STABLE)
+        server.shutdown()
+
+
+def test_a_hub_elsewhere_cannot_send_us_to_servers_of_this_machine() -> None:
+    """By a redirect or by the address of its storage: neither there nor over plain HTTP."""
+    hub_ = huggingface_client.Hub.of("hub", Registry(url="hf:acme"), 1)
+    for url in (
+        "http://127.0.0.1:11434/api/delete",
+        "https://localhost/x",
+        "https://169.254.169.254/latest/meta-data",
+        "http://storage.example.org/x",
+    ):
+        assert not hub_.may_be_asked(url)
+    assert hub_.may_be_asked("https://storage.example.org/signed?x=y")
+
+
+@pytest.mark.usefixtures("online")
+def test_a_redirect_over_plain_http_to_another_machine_is_not_followed() -> None:
+    """Whatever request of the library meets it."""
+
+    class Leads(_Endless):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", "http://192.0.2.1/x")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Leads) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        store = HuggingFaceStore("hub", Registry(url="hf:acme", endpoint=endpoint), deadline_s=1)
+        with pytest.raises(StoreError, match="nothing is sent or read"):
+            store.read_alias(MODEL, STABLE)
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize(
+    "told",
+    [
+        (
+            b'{"branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": 7}],'
+            b' "converts": [], "tags": []}'
+        ),
+        (
+            b'{"branches": [{"name": "main", "ref": "x", "targetCommit": "../.."}],'
+            b' "converts": [], "tags": []}'
+        ),
+        b'{"branches": 7, "converts": [], "tags": []}',
+        b"[]",
+    ],
+)
+def test_branches_that_cannot_be_are_an_error_in_words(told: bytes) -> None:
+    """What is no commit gets into no address."""
+
+    class Says(_Endless):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(told)))
+            self.end_headers()
+            self.wfile.write(told)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Says) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        store = HuggingFaceStore("hub", Registry(url="hf:acme", endpoint=endpoint), deadline_s=1)
+        with pytest.raises(StoreError, match="answers what the Hub does not"):
+            store.read_alias(MODEL, STABLE)
+        server.shutdown()

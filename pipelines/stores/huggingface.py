@@ -63,7 +63,7 @@ from pipelines.stores.huggingface_client import Addition, ConflictError, Hub, Re
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, GitRefInfo
 
     from pipelines.params import Registry
 
@@ -81,6 +81,8 @@ _CARD_FILE: Final = "README.md"
 _ALIASES: Final = "fleet/aliases/"
 _BLOBS: Final = "fleet/blobs/"
 _RELEASE_REF: Final = re.compile(rf"release-([0-9a-f]{{{SHORT_CHARACTERS}}})")
+# A commit of git, by SHA-1 or by SHA-256.
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 # What people look for by name; the rest is for programs, by digest.
@@ -770,18 +772,17 @@ class HuggingFaceStore:
         Raises:
             NotThereError: It does not exist for us, who have no token: it may well be private.
         """
+
+        def call() -> _Refs:
+            found = self._hub.api.list_repo_refs(self._repo(model))
+            return _Refs(_commits(found.branches), _commits(found.tags))
+
         try:
-            found = self._ask(
-                model, "its branches", lambda: self._hub.api.list_repo_refs(self._repo(model))
-            )
+            refs = self._ask(model, "its branches", call)
         except NotThereError:
             if self._hub.is_anonymous:
                 raise
-            found = None
-        refs = _Refs(
-            {ref.name: ref.target_commit for ref in (found.branches if found else ())},
-            {ref.name: ref.target_commit for ref in (found.tags if found else ())},
-        )
+            refs = _Refs({}, {})
         self._seen[model] = (time.monotonic(), refs)
         return refs
 
@@ -801,7 +802,7 @@ class HuggingFaceStore:
                 listed = self._hub.api.list_repo_tree(
                     self._repo(model), revision=commit, recursive=True
                 )
-                return {each.path: each for each in listed if isinstance(each, RepoFile)}
+                return {each.path: _file(each) for each in listed if isinstance(each, RepoFile)}
 
             self._known.trees[key] = self._ask(model, "its files", call)
         return self._known.trees[key]
@@ -943,6 +944,36 @@ def _ref(id_: str) -> str:
 def _require_sha256(text: str) -> None:
     if not _SHA256.fullmatch(text):
         raise StoreError(f"{wording.quoted(text)} is no sha256.")
+
+
+def _commits(refs: Iterable[GitRefInfo]) -> dict[str, str]:
+    """
+    Return the commits of branches or tags by name.
+
+    Raises:
+        ValueError: One of them is none.
+    """
+    found = {ref.name: ref.target_commit for ref in refs}
+    for name, commit in found.items():
+        if not (isinstance(name, str) and isinstance(commit, str) and _COMMIT.fullmatch(commit)):
+            raise ValueError(f"{name!r} means {commit!r}, which is no commit")
+    return found
+
+
+def _file(listed: RepoFile) -> RepoFile:
+    """
+    Return an entry of a listing whose fields are what we compare with.
+
+    Raises:
+        ValueError: They are not.
+    """
+    sizes = [listed.size, *([listed.lfs.size] if listed.lfs else [])]
+    texts = [listed.path, listed.blob_id, *([listed.lfs.sha256] if listed.lfs else [])]
+    if not all(isinstance(size, int) and size >= 0 for size in sizes) or not all(
+        isinstance(text, str) for text in texts
+    ):
+        raise ValueError(f"{listed.path!r} is listed without a size or a digest")
+    return listed
 
 
 def _visibility(private: bool) -> str:  # noqa: FBT001 - the Hub's own word

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, cast
+from urllib.parse import urlsplit
 
 import httpx2
 import huggingface_hub
@@ -51,7 +52,7 @@ from pipelines.errors import (
     StoreError,
 )
 from pipelines.stores import transfer
-from pipelines.stores.addresses import is_private_way
+from pipelines.stores.addresses import is_link_local, is_loopback, is_private_way
 from pipelines.stores.base import NotThereError
 
 if TYPE_CHECKING:
@@ -71,6 +72,10 @@ _ATTEMPT_S: Final = 600.0
 _CHUNK_BYTES: Final = 1 << 20
 _SAMPLE_BYTES: Final = 512
 _LONGEST_DETAIL: Final = 300
+# Of an answer that is read whole; a listing of a thousand files has half a megabyte.
+_MAX_ANSWER_BYTES: Final = 64 << 20
+# Marks a request whose answer is read piece by piece, by a caller who knows its size.
+_LARGE: Final = "gguf-fleet-large"
 
 _NO_CONTENT_LEFT: Final = 416
 _PARTIAL: Final = 206
@@ -103,6 +108,52 @@ class _PassingError(httpx2.HTTPError):
 
 # Until when requests may begin; None outside of `ask`.
 _until: ContextVar[float | None] = ContextVar("_until", default=None)
+# Who is asked within `ask`.
+_asked: ContextVar[Hub | None] = ContextVar("_asked", default=None)
+
+
+class _Limited(httpx2.SyncByteStream):
+    """The body of an answer that is read whole, which has to have an end."""
+
+    def __init__(self, stream: httpx2.SyncByteStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        left_bytes = _MAX_ANSWER_BYTES
+        for chunk in self._stream:
+            left_bytes -= len(chunk)
+            if left_bytes < 0:
+                raise StoreError("the Hub's answer is larger than any that makes sense.")
+            yield chunk
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _before(request: httpx2.Request) -> None:
+    """See where a request goes, redirects and addresses of storage included."""
+    hub_ = _asked.get()
+    if hub_ is None:
+        return
+    if not hub_.may_be_asked(str(request.url)):
+        raise StoreError(
+            f"{_clean(hub_.endpoint)} sends to {_clean(request.url.scheme)}://"
+            f"{_clean(request.url.host)}, over which nothing is sent or read.",
+            hint="It is to give out https addresses of other machines than this one; on a network "
+            f"that you trust declare registries.{hub_.registry}.insecure: true.",
+        )
+    if _LARGE not in request.extensions:
+        request.headers["Accept-Encoding"] = "identity"
+
+
+def _after(response: httpx2.Response) -> None:
+    """Put an end to an answer that is read whole; one that unpacks has none."""
+    if _asked.get() is None or _LARGE in response.request.extensions:
+        return
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise StoreError("the Hub's answer comes packed, which nobody asked for.")
+    if isinstance(response.stream, httpx2.SyncByteStream):
+        response.stream = _Limited(response.stream)
 
 
 class _Client(httpx2.Client):
@@ -133,18 +184,28 @@ class _Client(httpx2.Client):
 def _client() -> httpx2.Client:
     """Make a client like huggingface_hub's own (`default_client_factory`)."""
     made = default_client_factory()
-    ours = _Client(event_hooks=made.event_hooks, follow_redirects=True, timeout=None)
+    hooks = made.event_hooks
+    ours = _Client(
+        event_hooks={
+            "request": [*hooks["request"], _before],
+            "response": [*hooks["response"], _after],
+        },
+        follow_redirects=True,
+        timeout=None,
+    )
     made.close()
     return ours
 
 
 @contextmanager
-def _attempt(within_s: float | None) -> Iterator[None]:
-    token = _until.set(time.monotonic() + within_s if within_s else float("inf"))
+def _attempt(hub_: Hub, within_s: float | None) -> Iterator[None]:
+    until = _until.set(time.monotonic() + within_s if within_s else float("inf"))
+    asked = _asked.set(hub_)
     try:
         yield
     finally:
-        _until.reset(token)
+        _asked.reset(asked)
+        _until.reset(until)
 
 
 @dataclass(frozen=True)
@@ -154,6 +215,7 @@ class Hub:
     registry: str
     endpoint: str
     deadline_s: float
+    insecure: bool = False
 
     @classmethod
     def of(cls, name: str, registry: Registry, deadline_s: float) -> Hub:
@@ -175,7 +237,7 @@ class Hub:
         disable_progress_bars()
         if not isinstance(get_session(), _Client):
             huggingface_hub.set_client_factory(_client)
-        return cls(name, endpoint, deadline_s)
+        return cls(name, endpoint, deadline_s, registry.insecure)
 
     @property
     def api(self) -> huggingface_hub.HfApi:
@@ -183,6 +245,13 @@ class Hub:
         return huggingface_hub.HfApi(
             endpoint=self.endpoint, library_name=_LIBRARY, library_version=__version__
         )
+
+    def may_be_asked(self, url: str) -> bool:
+        """Tell whether a request may go there: of servers of this machine only if it is there."""
+        host = urlsplit(url).hostname
+        if is_loopback(host):
+            return is_loopback(urlsplit(self.endpoint).hostname)
+        return not is_link_local(host) and (self.insecure or is_private_way(url))
 
     @property
     def is_anonymous(self) -> bool:
@@ -207,7 +276,7 @@ class Hub:
         """
 
         def attempt() -> T:
-            with _attempt(None if large else _ATTEMPT_S), warnings.catch_warnings():
+            with _attempt(self, None if large else _ATTEMPT_S), warnings.catch_warnings():
                 # Its remarks about a README's metadata and about files in general.
                 warnings.simplefilter("ignore")
                 try:
@@ -326,7 +395,7 @@ class Hub:
             if offset:
                 headers["Range"] = f"bytes={offset}-"
             client = get_session()
-            request = client.build_request("GET", url, headers=headers)
+            request = client.build_request("GET", url, headers=headers, extensions={_LARGE: True})
             response = client.send(request, stream=True)
             if response.status_code == _NO_CONTENT_LEFT:
                 return response
