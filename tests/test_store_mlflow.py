@@ -317,6 +317,20 @@ def test_all_moves_are_remembered_though_a_tag_has_room_for_few(
     assert alias.moves == factory.ledger(tmp_path).moves("models", STABLE)
 
 
+def test_garbage_beside_an_alias_is_an_error_in_words(
+    tmp_path: Path, new_database: Callable[[Path], None]
+) -> None:
+    """A tag that looks like an earlier move of ours and is none."""
+    new_database(tmp_path / "mlflow.db")
+    world = _world(tmp_path, "sqlite:///mlflow.db")
+    store_contract.publish(world, tmp_path, factory.composed(tmp_path / "files", types=("Q8_0",)))
+    store = _open(tmp_path, "sqlite:///mlflow.db")
+    store._ask("point", model=MODEL, aliases={}, tags={"fleet.moves.stable.0": "<html>"})
+
+    with pytest.raises(StoreError, match="no JSON"):
+        store.read_alias(MODEL, STABLE)
+
+
 def test_a_move_too_long_for_a_tag_is_refused_before_anything_moves() -> None:
     """A person reads which words to make shorter."""
     made = store_contract._move(1, "a" * 64, None).model_copy(update={"why": "long " * 1200})
