@@ -50,6 +50,9 @@ quants:
   {MODEL}-Q4_K_M: {{model: {MODEL}, type: Q4_K_M, imatrix: true}}
 hosts:
   local: {{memory_mib: 2048}}
+# As the records that stand for a run were judged.
+gates: {{max_kld_mean_nats: 0.06}}
+load_test: {{slo: {{ttft_ms: 300, tpot_ms: 50}}}}
 """
 # Short answers: these weights know no end.
 MODELFILE: Final = """\
