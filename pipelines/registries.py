@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pipelines import console, params
-from pipelines.errors import FleetError, ParamsError
+from pipelines.errors import FleetError, ParamsError, RetryLaterError
 from pipelines.ledger import Ledger
 from pipelines.release_records import STABLE, Release, ReleaseFile, parse_release, short
 from pipelines.stores.base import NotThereError
 from pipelines.wording import counted, did_you_mean, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from pipelines.layout import Layout
     from pipelines.params import Declaration
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from pipelines.stores.base import Store
 
 _PLAIN_TIME_CHARACTERS = 16
+# How long a registry may take for the first answer; of a store's retries, three or four.
+ANSWERS_WITHIN_S: Final = 15.0
+_Answer = TypeVar("_Answer")
 
 
 def names(declared: Declaration) -> list[str]:
@@ -92,7 +97,9 @@ class Failures:
     def add(self, what: str, error: FleetError) -> None:
         """Tell and keep one error."""
         self.errors.setdefault(what, error)
-        console.error(f"{what}: {error.message}")
+        # Many a message begins with what it is about.
+        is_named = error.message.startswith(f"{what} ")
+        console.error(error.message if is_named else f"{what}: {error.message}")
         if error.hint:
             console.info(f"  next: {error.hint}")
 
@@ -107,6 +114,78 @@ class Failures:
             what: {"exit_code": error.exit_code, "message": error.message, "next": error.hint}
             for what, error in self.errors.items()
         }
+
+
+# --- the first question -----------------------------------------------------------------------
+
+
+def answers(
+    questions: Mapping[str, Callable[[], _Answer]],
+) -> dict[str, _Answer | FleetError]:
+    """
+    Ask all registries at once what each is asked first; one that is gone keeps nobody waiting.
+
+    Whoever sends files asks for minutes; who reads, or waits for a rollback, has an answer or an
+    error after `ANSWERS_WITHIN_S`.
+
+    Args:
+        questions: What to call, by the name of the registry; only questions: a call that comes to
+            no end is left behind.
+
+    Returns:
+        For each, in the order given: the answer, or what went wrong.
+    """
+    found: dict[str, _Answer | Exception] = {}
+
+    def ask(name: str, question: Callable[[], _Answer]) -> None:
+        try:
+            found[name] = question()
+        except Exception as error:  # noqa: BLE001 - raised again by who asked
+            found[name] = error
+
+    # Daemons: one that waits for an answer keeps no command from ending.
+    threads = [
+        threading.Thread(target=ask, args=each, daemon=True, name=f"ask {each[0]}")
+        for each in questions.items()
+    ]
+    for thread in threads:
+        thread.start()
+    ends_at = time.monotonic() + ANSWERS_WITHIN_S
+    for thread in threads:
+        thread.join(max(0.0, ends_at - time.monotonic()))
+    told: dict[str, _Answer | FleetError] = {}
+    for name in questions:
+        answer = found[name] if name in found else _late()
+        if isinstance(answer, RetryLaterError):
+            answer.hint = _ASK_AGAIN
+        if isinstance(answer, Exception) and not isinstance(answer, FleetError):
+            raise answer
+        told[name] = answer
+    return told
+
+
+_ASK_AGAIN: Final = "Nothing was changed: it was only asked. Ask again when it can be reached."
+
+
+def _late() -> RetryLaterError:
+    return RetryLaterError(f"it did not answer within {ANSWERS_WITHIN_S:.0f} s.")
+
+
+def first_alias(store: Store, model: str) -> Alias | None:
+    """
+    Ask one registry for `stable`, for `ANSWERS_WITHIN_S` and no longer.
+
+    Raises:
+        RetryLaterError: It does not answer.
+        StoreError: What it gives cannot be read.
+    """
+    answer = answers({store.name: lambda: store.read_alias(model, STABLE)[0]})[store.name]
+    if isinstance(answer, RetryLaterError):
+        named = RetryLaterError(f"{store.name}: {answer.message}", hint=answer.hint)
+        raise named from answer
+    if isinstance(answer, FleetError):
+        raise answer
+    return answer
 
 
 # --- what is there of a release ---------------------------------------------------------------

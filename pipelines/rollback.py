@@ -10,28 +10,30 @@ ends what a kill has cut off. Nothing is built and no file is sent.
 
 from __future__ import annotations
 
-import threading
-import time
+import re
+import shlex
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pipelines import console, stable_line, wording
-from pipelines.errors import RetryLaterError, StoreError
+from pipelines.errors import FleetError, RetryLaterError, StoreError
 from pipelines.ledger import Ledger
 from pipelines.moves import By
 from pipelines.publish_to import as_told, require_reason
 from pipelines.publishing import LATEST, Outcome, point
-from pipelines.reading import resolve
+from pipelines.reading import PREVIOUS, resolve
 from pipelines.registries import (
     Failures,
     Shelf,
+    answers,
     history,
     meant_before,
     names,
     print_json,
     require_model,
 )
-from pipelines.release_records import SHORT_CHARACTERS, STABLE, release_id, short
+from pipelines.release_records import STABLE, release_id, short
 from pipelines.stores import open_store
 from pipelines.stores.base import NotThereError
 
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
 
 # How many releases an error offers instead.
 _MAX_OFFERED: Final = 6
-# How long a registry may take to say whether it holds a model; of its retries, three or four.
-_ANSWERS_WITHIN_S: Final = 15.0
+# What stands between double quotes as it is, in every shell.
+_PLAIN: Final = re.compile(r"[^\"$`\\!]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ def main(  # noqa: PLR0913 - one for each option
 
     Returns:
         0, or the exit code of the first registry that could not be asked or moved; the others were.
+        Which command moves that one is said.
 
     Raises:
         ParamsError: Model, registry or reason are wrong.
@@ -105,16 +108,25 @@ def main(  # noqa: PLR0913 - one for each option
     by = By.from_environment(require_reason(reason))
     ledger = Ledger.load(at.ledger(model), model)
     failures = Failures()
-    stores = _concerned(declared, at, model, registry, ledger=ledger, failures=failures)
-    plan = _plan(at, model, target, stores, ledger)
+    stores, left = _concerned(declared, at, model, registry, ledger=ledger)
     wanted = declared.models[model].stable
+    try:
+        plan = _plan(at, model, target, stores, ledger, wanted=wanted, left=left, why=by.why)
+    except FleetError:
+        for name, error in left.items():
+            failures.add(name, error)
+        raise
+    for name, error in left.items():
+        failures.add(name, _left(error, _command(model, plan.stable, by.why, name)))
     if not dry_run:
         stable_line.write(at.params, model, plan.stable)
     outcomes: dict[str, Outcome] = {}
     for name, store in plan.stores.items():
-        with failures.of(name):
+        try:
             outcomes[name] = point(model, plan.target, store, ledger, by=by, dry_run=dry_run)
-    undo = _undo(model, wanted, plan, registry)
+        except FleetError as error:
+            failures.add(name, _left(error, _command(model, plan.stable, by.why, name)))
+    undo = _undo(at, model, wanted, plan, outcomes, registry=registry)
     if as_json:
         told = {
             "model": model,
@@ -138,34 +150,32 @@ def main(  # noqa: PLR0913 - one for each option
 # --- before anything is changed ---------------------------------------------------------------
 
 
-def _concerned(  # noqa: PLR0913 - each is one independent fact
-    declared: Declaration,
-    at: Layout,
-    model: str,
-    registry: str | None,
-    *,
-    ledger: Ledger,
-    failures: Failures,
-) -> dict[str, Store]:
+def _concerned(
+    declared: Declaration, at: Layout, model: str, registry: str | None, *, ledger: Ledger
+) -> tuple[dict[str, Store], dict[str, FleetError]]:
     """
-    Find the registries that hold the model; one that cannot be reached is told and left out.
+    Find the registries that hold the model, and those that do not say so: these are left out.
 
-    So is one that holds nothing of it though the ledger says that it did: in a fresh clone that is
-    the local one, and it must not keep anybody from rolling back where models are served from.
+    A server that is down, a login that is missing, a state that cannot be read: what is wrong with
+    one registry keeps nobody from a rollback of the others. One that holds nothing of the model
+    though the ledger says that it did is left out, too: in a fresh clone that is the local one.
+
+    Returns:
+        The stores, by name; and what went wrong with the others.
 
     Raises:
-        StoreError: None does, or none could be asked.
+        FleetError: None holds it, or none could be asked.
     """
     stores = {
         name: open_store(name, declared, at.root)
         for name in (names(declared) if registry is None else (registry,))
     }
     found: dict[str, Store] = {}
-    for name, holds in _ask(stores, model).items():
-        if isinstance(holds, RetryLaterError):
-            failures.add(name, holds)
-        elif isinstance(holds, Exception):
-            raise holds
+    left: dict[str, FleetError] = {}
+    asked = answers({name: partial(_holds, store, model) for name, store in stores.items()})
+    for name, holds in asked.items():
+        if isinstance(holds, FleetError):
+            left[name] = holds
         elif holds:
             found[name] = stores[name]
         elif ledger.last(name, STABLE) is not None:
@@ -173,50 +183,19 @@ def _concerned(  # noqa: PLR0913 - each is one independent fact
                 f"{name} holds nothing of {model}, though the ledger says that it did: it is "
                 f"left out. `fleet publish {model} --to {name}` fills it."
             )
+    if not found and left:
+        for name, error in list(left.items())[1:]:
+            console.error(f"{name}: {error.message}")
+        name, first = next(iter(left.items()))
+        first.message = f"{name}: {first.message} Nothing was changed."
+        raise first
     if not found:
-        if failures.errors:
-            raise next(iter(failures.errors.values()))
         where = f"registry {registry}" if registry else "any declared registry"
         raise StoreError(
             f"{model} was never published to {where}: there is nothing to roll back to.",
             hint=f"fleet releases {model}",
         )
-    return found
-
-
-def _ask(stores: Mapping[str, Store], model: str) -> dict[str, bool | Exception]:
-    """
-    Ask all registries at once which of them hold the model.
-
-    One that is gone is asked again for minutes by whoever sends files; here people wait for a
-    rollback of the others, so that it is left out after `_ANSWERS_WITHIN_S`.
-
-    Returns:
-        For each, in the order given: whether it does, or what went wrong.
-    """
-    answers: dict[str, bool | Exception] = {}
-
-    def ask(name: str, store: Store) -> None:
-        try:
-            answers[name] = _holds(store, model)
-        except Exception as error:  # noqa: BLE001 - raised again by who asked
-            answers[name] = error
-
-    # Daemons: one that waits for an answer keeps no command from ending.
-    threads = [
-        threading.Thread(target=ask, args=each, daemon=True, name=f"ask {each[0]}")
-        for each in stores.items()
-    ]
-    for thread in threads:
-        thread.start()
-    ends_at = time.monotonic() + _ANSWERS_WITHIN_S
-    for thread in threads:
-        thread.join(max(0.0, ends_at - time.monotonic()))
-    late = RetryLaterError(
-        f"it did not answer within {_ANSWERS_WITHIN_S:.0f} s and was left as it is.",
-        hint="Type the same command again when it can be reached: it moves what is left.",
-    )
-    return {name: answers.get(name, late) for name in stores}
+    return found, left
 
 
 def _holds(store: Store, model: str) -> bool:
@@ -224,15 +203,24 @@ def _holds(store: Store, model: str) -> bool:
     return alias is not None or bool(store.list_releases(model))
 
 
-def _plan(
-    at: Layout, model: str, target: str, stores: Mapping[str, Store], ledger: Ledger
+def _plan(  # noqa: PLR0913 - each is one independent fact
+    at: Layout,
+    model: str,
+    target: str,
+    stores: Mapping[str, Store],
+    ledger: Ledger,
+    *,
+    wanted: str,
+    left: Mapping[str, FleetError],
+    why: str,
 ) -> _Plan:
     """
     Find the release and see that every registry holds it whole.
 
     Raises:
         NotThereError: One does not; the message offers what can be rolled back to.
-        StoreError: `previous` means another release in each registry.
+        StoreError: `previous` means another release in each registry, or would take back a rollback
+            that one which was left has not seen yet.
     """
     without: list[str] = []
     if target == LATEST:
@@ -241,11 +229,7 @@ def _plan(
     else:
         ids = {name: _find(model, target, store, ledger) for name, store in stores.items()}
         if len(set(ids.values())) > 1:
-            said = wording.listed([f"{short(found)} in {name}" for name, found in ids.items()])
-            raise StoreError(
-                f"`{target}` of {model} is not the same everywhere: {said}. Nothing was changed.",
-                hint=f"Name the release: fleet rollback {model} --to {short(ids[next(iter(ids))])}",
-            )
+            raise _differing(model, stores, ids, wanted=wanted, why=why)
         id_ = next(iter(ids.values()))
         for store in stores.values():
             _require_whole(store, model, id_, ledger)
@@ -256,12 +240,63 @@ def _plan(
             f"{wording.listed(list(stores))}. Nothing was changed.",
             hint=f"fleet repro {model}, then fleet publish {model} --to NAME",
         )
-    before = {}
-    for name, store in moving.items():
-        alias, _token = store.read_alias(model, STABLE)
-        before[name] = alias.release if alias else None
+    before = {name: _meant_now(store, model) for name, store in moving.items()}
+    behind = [
+        name
+        for name in left
+        if (last := ledger.last(name, STABLE)) is not None and last.release != wanted
+    ]
+    if target == PREVIOUS and behind and set(before.values()) == {wanted}:
+        raise StoreError(
+            f"{wording.listed(list(before))} {'has' if len(before) == 1 else 'have'} gone to "
+            f"{short(wanted)} already, as params.yaml wants, and {wording.listed(behind)}, which "
+            f"cannot be asked now, has not: `{PREVIOUS}` would take that back, to {short(id_)}. "
+            "Nothing was changed.",
+            hint=f"To end what was begun, when it can be reached: "
+            f"{_command(model, wanted, why, behind[0] if len(behind) == 1 else None)}. "
+            f"To take it back: {_command(model, id_, why)}",
+        )
     stable = LATEST if target == LATEST else id_
     return _Plan(target=id_, stable=stable, stores=moving, before=before, without=tuple(without))
+
+
+def _meant_now(store: Store, model: str) -> str | None:
+    alias, _token = store.read_alias(model, STABLE)
+    return alias.release if alias else None
+
+
+def _differing(
+    model: str, stores: Mapping[str, Store], ids: Mapping[str, str], *, wanted: str, why: str
+) -> StoreError:
+    """Say what `previous` means where; if some have moved already, where those have gone to."""
+    aliases = {name: store.read_alias(model, STABLE)[0] for name, store in stores.items()}
+    now = {name: alias.release if alias else None for name, alias in aliases.items()}
+    said = wording.listed(
+        [f"{short(found)} in {name} (now {short(now[name])})" for name, found in ids.items()]
+    )
+    text = f"`{PREVIOUS}` of {model} is not the same everywhere: {said}."
+    back = {
+        alias.release
+        for alias in aliases.values()
+        if alias and alias.moves[-1].action == "rollback"
+    }
+    # Some mean it now and were brought there; it is what `previous` means for the others.
+    goals = [
+        goal for goal in sorted(back) if all(goal in {ids[name], now[name]} for name in stores)
+    ]
+    goals = [wanted] if wanted in goals else goals
+    if len(goals) == 1:
+        moved = [name for name in stores if now[name] == goals[0]]
+        verb = "has" if len(moved) == 1 else "have"
+        text += f" {wording.listed(moved)} {verb} gone to {short(goals[0])} already."
+        hint = f"To bring the others there, too: {_command(model, goals[0], why)}"
+    else:
+        served = set(now.values())
+        left = [found for found in dict.fromkeys(ids.values()) if found not in served]
+        commands = [_command(model, found, why) for found in left]
+        hint = f"Name the release: {', or '.join(commands)}" if commands else ""
+        hint = hint or f"`fleet releases {model}` tells what each was; name the release."
+    return StoreError(f"{text} Nothing was changed.", hint=hint)
 
 
 def _latest(at: Layout, model: str) -> str:
@@ -333,11 +368,52 @@ def _cannot(why: str, store: Store, model: str, ledger: Ledger) -> NotThereError
 # --- what was done ----------------------------------------------------------------------------
 
 
-def _undo(model: str, wanted: str, plan: _Plan, registry: str | None) -> str:
-    """Return the command that takes it back."""
-    to = wanted if wanted == LATEST else wanted[:SHORT_CHARACTERS]
+def _command(model: str, to: str, why: str, registry: str | None = None) -> str:
+    """Return a rollback as it can be typed, with the id of the release: that means one thing."""
     where = f" --registry {registry}" if registry else ""
-    return f'fleet rollback {model} --to {to}{where} --reason "undo {short(plan.target)}"'
+    reason = f'"{why}"' if _PLAIN.fullmatch(why) else shlex.quote(why)
+    return f"fleet rollback {model} --to {_shown(to)}{where} --reason {reason}"
+
+
+def _left(error: FleetError, command: str) -> FleetError:
+    """Add to an error the command that moves what was left."""
+    if isinstance(error, RetryLaterError):
+        error.hint = f"It was left as it is. When it can be reached: {command}"
+    else:
+        error.hint = f"{error.hint} Then: {command}".strip()
+    return error
+
+
+def _undo(  # noqa: PLR0913 - each is one independent fact
+    at: Layout,
+    model: str,
+    wanted: str,
+    plan: _Plan,
+    outcomes: Mapping[str, Outcome],
+    *,
+    registry: str | None,
+) -> str:
+    """
+    Return the command that takes it back; empty if nothing was changed.
+
+    It names what `stable` meant before; `latest`, if params.yaml said so and that is the same.
+    """
+    why = f"undo {short(plan.target)}"
+    before = {
+        name: plan.before[name]
+        for name, outcome in outcomes.items()
+        if outcome.moved is not None and plan.before[name] is not None
+    }
+    if not before:
+        return "" if wanted == plan.stable else _command(model, wanted, why, registry)
+    try:
+        declared = _latest(at, model) if wanted == LATEST else wanted
+    except StoreError:
+        declared = None
+    there = {name: wanted if id_ == declared else str(id_) for name, id_ in before.items()}
+    if len(set(there.values())) == 1:
+        return _command(model, next(iter(there.values())), why, registry)
+    return " && ".join(_command(model, to, why, name) for name, to in there.items())
 
 
 def _print(  # noqa: PLR0913 - each is one independent fact
@@ -363,7 +439,7 @@ def _print(  # noqa: PLR0913 - each is one independent fact
             f"params.yaml: `stable: {_shown(wanted)}` of {model} {verb} "
             f"`stable: {_shown(plan.stable)}`."
         )
-    if not dry_run:
+    if undo and not dry_run:
         console.info("  next: commit params.yaml and results/, so that every checkout knows of it")
         console.info(f"  undo: {undo}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from release_checkout import MODEL, OTHER, PARAMS, REASON, Checkout
 
-from pipelines import declaration, rollback, stable_line
+from pipelines import declaration, registries, rollback, stable_line
 from pipelines.errors import MachineError, ParamsError, RetryLaterError
 from pipelines.params import Registry
 from pipelines.stores import open_store
@@ -357,7 +358,7 @@ def test_hostile_words_reach_neither_terminal_nor_ledger(checkout: Checkout) -> 
 def test_a_registry_that_cannot_be_reached_is_named_and_the_others_are_moved(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit 75; the same command later moves the one that was left."""
+    """Exit 75; the command that is printed names the release and moves the one that was left."""
     old = checkout.publish(1, *BOTH)
     new = checkout.publish(2, *BOTH)
     real = open_store
@@ -377,7 +378,7 @@ def test_a_registry_that_cannot_be_reached_is_named_and_the_others_are_moved(
     monkeypatch.setattr("pipelines.rollback.open_store", real)
 
     assert ran.code == 75
-    assert "mirror: mirror cannot be reached." in ran.err
+    assert "error: mirror cannot be reached." in ran.err
     assert (checkout.alias("local").release, checkout.alias("mirror").release) == (old, new)
     assert back(checkout, old).code == 0
     assert checkout.alias("mirror").release == old
@@ -392,7 +393,7 @@ def test_a_registry_that_does_not_answer_keeps_nobody_waiting(
     checkout.publish(2)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-    monkeypatch.setattr(rollback, "_ANSWERS_WITHIN_S", 1.0)
+    monkeypatch.setattr(registries, "ANSWERS_WITHIN_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         checkout.declare("silent", Registry(url="s3://bucket/fleet", endpoint=endpoint))
@@ -402,6 +403,113 @@ def test_a_registry_that_does_not_answer_keeps_nobody_waiting(
     assert ran.code == 75
     assert "silent: it did not answer within 1 s" in ran.err
     assert checkout.alias().release == old
+
+
+def unreachable(monkeypatch: pytest.MonkeyPatch, down: str) -> None:
+    """Let one registry be as a server that is down."""
+
+    def flaky(name: str, *rest: Any) -> Store:
+        store: Store = open_store(name, *rest)
+        if name == down:
+
+            def refuse(*_: object) -> None:
+                raise RetryLaterError("no route to it.", hint="What was sent is not sent again.")
+
+            monkeypatch.setattr(store, "read_alias", refuse)
+        return store
+
+    monkeypatch.setattr("pipelines.rollback.open_store", flaky)
+
+
+def typed(line: str) -> list[str]:
+    """What a hint says can be typed."""
+    return shlex.split(line.partition("fleet rollback ")[2].splitlines()[0])
+
+
+def test_after_half_a_rollback_the_hint_brings_the_other_half(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`previous` with one registry down: what is printed as next names id, registry and reason."""
+    old, new = checkout.publish(1, *BOTH), checkout.publish(2, *BOTH)
+    with monkeypatch.context() as while_down:
+        unreachable(while_down, "mirror")
+        ran = back(checkout, "previous")
+
+        assert ran.code == 75
+        command = f'fleet rollback {MODEL} --to {old[:12]} --registry mirror --reason "{REASON}"'
+        assert command in ran.err
+        assert "same command" not in ran.err
+        again = back(checkout, "previous")
+
+        assert again.code == 8
+        assert f"local has gone to {old[:12]} already" in again.err
+        assert checkout.alias("local").release == old
+    ran = checkout.fleet("rollback", *typed(ran.err))
+
+    assert ran.code == 0, ran.err
+    assert [checkout.alias(name).release for name in BOTH] == [old, old]
+    assert f"undo: fleet rollback {MODEL} --to {new[:12]} --registry mirror" in ran.err
+
+
+def test_previous_after_half_a_rollback_names_where_the_others_have_gone(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry is back: which means what, which has moved, and never the bad release."""
+    old, new = checkout.publish(1, *BOTH), checkout.publish(2, *BOTH)
+    with monkeypatch.context() as while_down:
+        unreachable(while_down, "mirror")
+        back(checkout, "previous")
+
+    ran = back(checkout, "previous")
+
+    assert ran.code == 8
+    assert f"{new[:12]} in local (now {old[:12]})" in ran.err
+    assert f"{old[:12]} in mirror (now {new[:12]})" in ran.err
+    assert f"local has gone to {old[:12]} already" in ran.err
+    hint = ran.err.partition("next:")[2]
+    assert new[:12] not in hint
+    assert checkout.fleet("rollback", *typed(hint)).code == 0
+    assert [checkout.alias(name).release for name in BOTH] == [old, old]
+
+
+def test_a_repeat_by_id_is_undone_to_what_was_stable_before(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It moved the rest; undo is never the release that it has set, and nothing has no undo."""
+    old, new = checkout.publish(1, *BOTH), checkout.publish(2, *BOTH)
+    with monkeypatch.context() as while_down:
+        unreachable(while_down, "mirror")
+        back(checkout, old)
+
+    ran = back(checkout, old)
+    assert f"undo: fleet rollback {MODEL} --to {new[:12]} --reason" in ran.err
+
+    ran = back(checkout, old)
+    assert "undo:" not in ran.err
+    assert back(checkout, old, "--json").json["undo"] == ""
+
+
+def test_a_missing_login_keeps_nobody_from_rolling_back_the_others(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A bucket and no AWS_*: named and left with exit 8, the others are moved."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    old = checkout.publish(1, *BOTH)
+    checkout.publish(2, *BOTH)
+    checkout.declare("cloud", Registry(url="s3://bucket/fleet", endpoint="http://127.0.0.1:9"))
+
+    ran = back(checkout, "previous")
+
+    assert ran.code == 8
+    assert "cloud: " in ran.err
+    assert "there is no login to AWS" in ran.err
+    assert "Set AWS_ACCESS_KEY_ID" in ran.err
+    assert f"Then: fleet rollback {MODEL} --to {old[:12]} --registry cloud" in ran.err
+    assert [checkout.alias(name).release for name in BOTH] == [old, old]
 
 
 def test_a_fresh_clone_rolls_back_the_others(checkout: Checkout) -> None:
