@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +25,7 @@ from pipelines import console, disk, locks, params, registries, wording
 from pipelines.errors import DigestError, FleetError, GateError, ParamsError, StoreError
 from pipelines.ledger import Ledger
 from pipelines.publishing import read_to, resolve
+from pipelines.publishing_words import shown_size
 from pipelines.release_records import SHORT_CHARACTERS, short
 from pipelines.serving import own_ollama
 from pipelines.serving.ollama_store import ModelName, blob_path, place_manifest
@@ -67,6 +69,8 @@ class ServeResult:
         url: Of the Ollama.
         models_dir: Its folder.
         before: What the name meant: a versioned name, or a digest; None if nothing.
+        back: Command that serves again what the name meant; None if that was nothing of ours, or
+            the registry does not have it.
         switched: Whether it means something else now.
         placed_bytes: Size of the files that were not there.
         linked_bytes: What of that takes no room of its own: hard links.
@@ -87,6 +91,7 @@ class ServeResult:
     url: str
     models_dir: str
     before: str | None
+    back: str | None
     switched: bool
     placed_bytes: int
     linked_bytes: int
@@ -201,6 +206,8 @@ def run(  # noqa: PLR0913 - one for each independent fact
         folder=folder,
         served=served,
         versioned=replace(served, tag=f"{type_.lower()}-{short(id_)}"),
+        typed=_Typed(host=host, quant=quant, models_dir=models_dir, url=url, name=name),
+        ledger=ledger,
     )
     if plan.versioned == served:
         raise ParamsError(
@@ -222,6 +229,17 @@ def run(  # noqa: PLR0913 - one for each independent fact
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Typed:
+    """Options as somebody typed them, but for the registry; None for what was not typed."""
+
+    host: str | None
+    quant: str | None
+    models_dir: Path | None
+    url: str | None
+    name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """What is to be served, and where; `data` is the manifest."""
 
@@ -234,6 +252,8 @@ class _Plan:
     folder: Path
     served: ModelName
     versioned: ModelName
+    typed: _Typed
+    ledger: Ledger | None
 
     @property
     def sha256(self) -> str:
@@ -372,6 +392,7 @@ def _serve(plan: _Plan) -> ServeResult:
     """Place, prove, switch, prove; see the module."""
     had = own_ollama.meaning(plan.folder, plan.versioned)
     before = _before(plan)
+    meant = own_ollama.meaning(plan.folder, plan.served)
     placed = _place_blobs(plan)
     if placed.replaced:
         _unload(plan, placed.replaced)
@@ -387,6 +408,7 @@ def _serve(plan: _Plan) -> ServeResult:
     switched = _switch(plan)
     return replace(
         _result(plan, before, answer),
+        back=_back(plan, meant) if switched and meant else None,
         switched=switched,
         placed_bytes=placed.bytes,
         linked_bytes=placed.linked_bytes,
@@ -491,17 +513,56 @@ def _before(plan: _Plan) -> str | None:
     return None if data is None else _known_as(plan, data)
 
 
+def _back(plan: _Plan, meant: bytes) -> str | None:
+    """
+    Say the command that serves again what the name meant, by the id of its release.
+
+    Options are those that were typed; where they mean another quant of that release, that one is
+    named. What the registry does not have now it could not serve, so nothing is said of it.
+    """
+    ours = [tag for name in _versions_of(plan, meant) if _is_ours(tag := name.tag)]
+    if not ours:
+        return None
+    type_, _, id12 = ours[-1].rpartition("-")
+    model, typed = plan.release.model, plan.typed
+    try:
+        id_, release, _ = resolve(plan.store, model, id12, plan.ledger)
+    except FleetError:
+        return None
+    what = [("--host", typed.host), ("--quant", typed.quant)]
+    with contextlib.suppress(FleetError):
+        if _type_of(release, id_, typed.host, typed.quant).lower() == type_:
+            type_ = ""
+    if type_:
+        named = next((each.type for each in release.quants if each.type.lower() == type_), None)
+        if named is None:
+            return None
+        what = [("--quant", named)]
+    registry = None if plan.store.name == params.LOCAL_REGISTRY else plan.store.name
+    words = ["fleet", "serve", f"{model}@{short(id_)}"]
+    for option, value in (
+        ("--from", registry),
+        *what,
+        ("--models-dir", typed.models_dir),
+        ("--url", typed.url),
+        ("--name", typed.name),
+    ):
+        if value is not None:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+def _is_ours(tag: str) -> bool:
+    return bool(_OURS.fullmatch(tag)) and not tag.startswith(_BEFORE)
+
+
 def _remove_older(plan: _Plan) -> tuple[str, ...]:
     """
     Remove the names of older releases than the last few, with the files that nothing else needs.
 
     What is in memory stays: somebody is using it by that name. A failure is only told.
     """
-    ours = [
-        name
-        for name in own_ollama.tags_of(plan.folder, plan.served)
-        if _OURS.fullmatch(name.tag) and not name.tag.startswith(_BEFORE)
-    ]
+    ours = [name for name in own_ollama.tags_of(plan.folder, plan.served) if _is_ours(name.tag)]
     older = [name for name in ours if name != plan.versioned][: -(KEPT_COUNT - 1)]
     removed = []
     with contextlib.suppress(ServingError):
@@ -559,21 +620,58 @@ def _place_blobs(plan: _Plan) -> _Placed:
 
 def _place(plan: _Plan, file: ReleaseFile, placed: _Placed, on_bytes: OnBytes) -> None:
     target = blob_path(plan.folder, file.sha256)
-    if target.is_file():
+    rotten = target.is_file()
+    if rotten:
         if _sha256(target, on_bytes) == file.sha256:
             return
         console.warn(
-            f"{target} had other bytes than its name says; Ollama, which hashes nothing, served "
-            "them. It is replaced."
+            f"{target} has other bytes than its name says; Ollama, which hashes nothing, serves "
+            "them."
         )
+    try:
+        linked = _link(plan, file, target, on_bytes)
+        if not linked:
+            read_to(plan.store, plan.release.model, file, target, on_bytes)
+            # Ollama may run as another user, and our umask is not made for it.
+            target.chmod(target.stat().st_mode | 0o444)
+    except DigestError as error:
+        if rotten:
+            raise _rotten_twice(plan, file, target) from error
+        raise
+    if rotten:
+        console.warn(f"{target} was replaced.")
         placed.replaced += (file.sha256,)
-    if _link(plan, file, target, on_bytes):
-        placed.linked_bytes += file.size_bytes
-    else:
-        read_to(plan.store, plan.release.model, file, target, on_bytes)
-        # Ollama may run as another user, and our umask is not made for it.
-        target.chmod(target.stat().st_mode | 0o444)
+    placed.linked_bytes += file.size_bytes if linked else 0
     placed.bytes += file.size_bytes
+
+
+def _rotten_twice(plan: _Plan, file: ReleaseFile, target: Path) -> DigestError:
+    """
+    Say that neither Ollama's folder nor the registry has the file, and what to do.
+
+    Only a link to the registry's own file that no name in Ollama needs is removed: that was placed
+    by us for nobody. What a name needs stays, since without it that name could not be asked at all.
+    """
+    source = _local_file(plan.store, file.sha256)
+    ours = source is not None and source.is_file() and source.samefile(target)
+    users = own_ollama.users_of(plan.folder, file.sha256)
+    if ours and not users:
+        target.unlink()
+        fate = "The file in Ollama's folder was removed: no name there needed it."
+    elif users:
+        needs = "needs" if len(users) == 1 else "need"
+        fate = f"It was left there, since {', '.join(users)} {needs} it: what they answer is wrong."
+    else:
+        fate = "It was left there; no name there needs it."
+    there = source if source is not None and source.is_file() else "that file there"
+    return DigestError(
+        f"{plan.store.shown} has other bytes under {file.name} than its sha256 {file.sha256} says, "
+        f"and so has {target}{', which is the same file by a hard link' if ours else ''}. No byte "
+        f"of it was placed, and nothing was switched. {fate}",
+        hint=f"`fleet verify-registry {plan.store.name}` names what else is wrong. Remove {there} "
+        "and publish again from a copy that is right, or serve from another registry (--from "
+        "NAME): serving then replaces the file in Ollama's folder.",
+    )
 
 
 def _link(plan: _Plan, file: ReleaseFile, target: Path, on_bytes: OnBytes) -> bool:
@@ -654,6 +752,7 @@ def _result(plan: _Plan, before: str | None, answer: Answer | None) -> ServeResu
         url=plan.ollama.url,
         models_dir=str(plan.folder),
         before=before,
+        back=None,
         switched=False,
         placed_bytes=0,
         linked_bytes=0,
@@ -670,7 +769,7 @@ def sentence(result: ServeResult) -> str:
     """Say what was done, in a few lines."""
     what = f"{registries.shown(result.model, result.release)} ({result.type})"
     before = f", which means {result.before}" if result.before else ""
-    size = f"{wording.number(result.placed_bytes / _MIB)} MiB"
+    size = shown_size(result.placed_bytes)
     if result.dry_run:
         verb = "switch" if result.switched else "leave"
         return (
@@ -697,8 +796,9 @@ def sentence(result: ServeResult) -> str:
         lines.append(f"  memory   {wording.number(result.memory_mib)} MiB{on_card}")
     if result.removed:
         lines.append(f"  removed  {', '.join(result.removed)}")
+    if result.back:
+        lines.append(f"  back     {result.back}")
     lines.append(
-        f"  back     fleet serve {result.model}@previous; `ollama rm {result.versioned_name}` "
-        "removes this release when nothing serves it"
+        f"  remove   `ollama rm {result.versioned_name}`, when this release is served by no name"
     )
     return "\n".join(lines)

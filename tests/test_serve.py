@@ -299,6 +299,64 @@ def test_a_second_release_switches_and_a_rollback_places_nothing(fleet: Fleet) -
     assert fleet.answers(f"fleet/{MODEL}:f16-{two.id[:12]}")
 
 
+def test_the_way_back_names_what_was_served_and_works_as_it_is_typed(fleet: Fleet) -> None:
+    """By id, with the options that were typed; `previous` may be a release never served here."""
+    one = composed(fleet.root / "files")
+    two = composed(fleet.root / "files", 2, previous=one.id)
+    three = composed(fleet.root / "files", 3, previous=two.id)
+    fleet.publish(one)
+    first = fleet.serve(host="large", name="assistant")
+    fleet.publish(two)  # published, never served
+    fleet.publish(three)
+
+    second = fleet.serve(host="large", name="assistant")
+    other = fleet.serve(quant="F16", name="assistant")
+    again = fleet.serve(quant="F16", name="assistant")
+
+    options = f"--models-dir {fleet.models} --url {fleet.url} --name assistant"
+    assert first.back is None
+    assert "  back " not in serve.sentence(first)
+    assert second.back == f"fleet serve {MODEL}@{one.id[:12]} --host large {options}"
+    assert f"  back     {second.back}\n" in serve.sentence(second)
+    # Before was the quant of another host, which these options do not mean.
+    assert other.back == f"fleet serve {MODEL}@{three.id[:12]} --quant F32 {options}"
+    assert again.back is None
+
+    back = fleet.serve(three.id[:12], quant="F32", name="assistant")
+    assert back.manifest_sha256 == second.manifest_sha256
+
+
+def test_the_way_back_names_the_registry_and_only_one_that_has_the_release(fleet: Fleet) -> None:
+    """A release of another registry cannot be served from this one, so nothing is promised."""
+    one = composed(fleet.root / "files")
+    two = composed(fleet.root / "files", 2, previous=one.id)
+    three = composed(fleet.root / "files", 3, previous=two.id)
+    fleet.publish(one)
+    fleet.serve()
+    site = LocalStore("site", fleet.root / "site")
+    told: dict[str, Any] = {"model": MODEL, "url": fleet.url, "models_dir": fleet.models}
+    backs = []
+    for made in (two, three):
+        ledger = factory.ledger(fleet.root)
+        publishing.publish(made, site, ledger, stable="latest", by=factory.by())
+        backs.append(serve.run(site, ledger, wanted=STABLE, **told).back)
+
+    assert backs[0] is None
+    assert backs[1] is not None
+    assert backs[1].startswith(f"fleet serve {MODEL}@{two.id[:12]} --from site ")
+
+
+def test_sizes_are_told_in_units_that_fit(fleet: Fleet) -> None:
+    """A small file is no fraction of a MiB."""
+    fleet.publish(composed(fleet.root / "files"))
+    result = fleet.serve()
+    small = replace(result, placed_bytes=27, linked_bytes=27)
+    assert "  placed   27 bytes, hard links in " in serve.sentence(small)
+    large = replace(result, placed_bytes=5 << 30, linked_bytes=0)
+    assert "  placed   5.00 GiB in " in serve.sentence(large)
+    assert serve.sentence(replace(small, dry_run=True)).startswith("Would place 27 bytes in ")
+
+
 def test_serving_again_switches_nothing_and_says_so(fleet: Fleet) -> None:
     """It is proven once more all the same."""
     fleet.publish(composed(fleet.root / "files"))
@@ -593,9 +651,76 @@ def test_a_rotten_blob_that_is_there_already_is_replaced_and_taken_out_of_memory
     result = fleet.serve()
 
     assert result.replaced == (made.release.quants[0].gguf_sha256,)
-    assert "had other bytes than its name says" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has other bytes than its name says" in said
+    assert f"{blob} was replaced." in said
     assert hashlib.sha256(blob.read_bytes()).hexdigest() == made.release.quants[0].gguf_sha256
     assert fleet.chat().json()["message"]["content"] == right
+
+
+def test_a_file_that_rotted_for_ollama_and_the_registry_at_once_is_named_and_not_hidden(
+    fleet: Fleet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are one file by a hard link: nothing is replaced, and nobody says that it was."""
+    made = composed(fleet.root / "files")
+    fleet.publish(made)
+    fleet.serve()
+    sha256 = made.release.quants[0].gguf_sha256
+    blob = _blob(fleet, made)
+    _rot(blob)
+
+    with pytest.raises(DigestError) as caught:
+        fleet.serve()
+
+    versioned = f"fleet/{MODEL}:f16-{made.id[:12]}"
+    told = caught.value.message
+    assert str(blob) in told
+    assert "the same file by a hard link" in told
+    assert f"left there, since {versioned}, {NAME} need it" in told
+    assert "fleet verify-registry local" in caught.value.hint
+    assert "replaced" not in capsys.readouterr().err
+    assert blob.exists()
+
+    # What the hint says: removed, published again from a copy that is right, and served again.
+    rotten = fleet.root / "registry/blobs/sha256" / sha256
+    assert f"Remove {rotten} and publish again" in caught.value.hint
+    rotten.unlink()
+    fleet.publish(composed(fleet.root / "again"))
+    result = fleet.serve()
+
+    assert result.replaced == (sha256,)
+    assert hashlib.sha256(blob.read_bytes()).hexdigest() == sha256
+    assert fleet.answers()
+
+
+def test_a_rotten_link_that_no_name_needs_does_not_stay_in_ollamas_folder(fleet: Fleet) -> None:
+    """As after a serve that was killed before the manifest; one of somebody's stays."""
+    made = composed(fleet.root / "files")
+    fleet.publish(made)
+    blob = _blob(fleet, made)
+    blob.parent.mkdir(exist_ok=True)
+    blob.hardlink_to(fleet.root / "registry/blobs/sha256" / made.release.quants[0].gguf_sha256)
+    _rot(blob)
+
+    with pytest.raises(DigestError, match="removed: no name there needed it"):
+        fleet.serve()
+    assert not blob.exists()
+
+    blob.write_bytes(b"a file of its own")
+    with pytest.raises(DigestError, match="left there; no name there needs it"):
+        fleet.serve()
+    assert blob.read_bytes() == b"a file of its own"
+    assert fleet.digests() == {}
+
+
+def _rot(path: Path) -> None:
+    """Change a byte where it lies, as a disk does: for every name of the file."""
+    path.chmod(0o644)
+    with path.open("r+b") as opened:
+        opened.seek(-4096, os.SEEK_END)
+        byte = opened.read(1)
+        opened.seek(-4096, os.SEEK_END)
+        opened.write(bytes([byte[0] ^ 1]))
 
 
 def test_bytes_that_rotted_in_the_registry_are_never_placed(fleet: Fleet) -> None:
@@ -877,7 +1002,7 @@ def test_addresses_and_names_are_read_as_ollama_reads_them(
 def test_the_verb_serves_from_a_checkout_and_tells_people_and_programs(
     fleet: Fleet, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`fleet serve MODEL`: sentences on stdout, with the way back; --json for programs."""
+    """`fleet serve MODEL`: sentences on stdout; --json for programs."""
     made = composed(fleet.root / "files")
     publishing.publish(
         made,
@@ -905,7 +1030,8 @@ def test_the_verb_serves_from_a_checkout_and_tells_people_and_programs(
 
     assert told.returncode == 0, told.stderr
     assert told.stdout.startswith(f"{NAME} is {MODEL}@{made.id[:12]} (F16) now.")
-    assert f"fleet serve {MODEL}@previous" in told.stdout
+    assert "  back " not in told.stdout  # nothing was served before
+    assert f"`ollama rm fleet/{MODEL}:f16-{made.id[:12]}`" in told.stdout
     assert json.loads(as_json.stdout)["switched"] is False
     assert json.loads(as_json.stdout)["manifest_sha256"] == fleet.digests()[NAME]
     assert unknown.returncode == 2

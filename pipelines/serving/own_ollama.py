@@ -446,6 +446,23 @@ def tags_of(folder: Path, name: ModelName) -> list[ModelName]:
     ]
 
 
+def users_of(folder: Path, sha256: str) -> list[str]:
+    """Return the names, of whomever, whose manifests name a blob; as people type them."""
+    found = []
+    for path in sorted((folder / "manifests").glob("*/*/*/*")):
+        with contextlib.suppress(FileNotFoundError):
+            if (
+                path.is_file()
+                and path.stat().st_size <= _MAX_MANIFEST_BYTES
+                and sha256.encode() in path.read_bytes()
+            ):
+                # Not a ModelName: other people's tags have capitals.
+                text = f"{'/'.join(path.parts[-4:-1])}:{path.name}"
+                text = text.removeprefix(f"{_DEFAULT_HOST}/")
+                found.append(console.clean(text.removeprefix(f"{_DEFAULT_NAMESPACE}/")))
+    return found
+
+
 def forget(folder: Path, name: ModelName) -> None:
     """Let a name mean nothing; its blobs stay until Ollama starts the next time."""
     ollama_store.manifest_path(folder, name).unlink(missing_ok=True)
