@@ -14,9 +14,18 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import console, wording
-from pipelines.errors import FleetError, StoreError
+from pipelines.errors import FleetError, RetryLaterError, StoreError
 from pipelines.ledger import Ledger, LedgerError
-from pipelines.registries import Failures, Told, history, names, print_json, require_model, when
+from pipelines.registries import (
+    Failures,
+    Told,
+    first_alias,
+    history,
+    names,
+    print_json,
+    require_model,
+    when,
+)
 from pipelines.registry_verify import Finding, compare
 from pipelines.release_records import STABLE, parse_release, release_id, short
 from pipelines.stores import open_store
@@ -97,8 +106,9 @@ def main(declared: Declaration, at: Layout, *, model: str | None, as_json: bool)
     if model is not None and model not in known:
         require_model(declared, model)
     failures = Failures()
+    silent: dict[str, FleetError] = {}
     models = (model,) if model is not None else sorted({*declared.models, *known})
-    stories = [tell(declared, at, each, failures) for each in models]
+    stories = [tell(declared, at, each, failures, silent) for each in models]
     if as_json:
         told = {"models": [_as_json(story) for story in stories], "errors": failures.as_json()}
         print_json(told)
@@ -111,7 +121,13 @@ def main(declared: Declaration, at: Layout, *, model: str | None, as_json: bool)
     return failures.exit_code
 
 
-def tell(declared: Declaration, at: Layout, model: str, failures: Failures) -> Story:
+def tell(
+    declared: Declaration,
+    at: Layout,
+    model: str,
+    failures: Failures,
+    silent: dict[str, FleetError],
+) -> Story:
     """
     Read the ledger of a model and ask every registry about it.
 
@@ -120,6 +136,7 @@ def tell(declared: Declaration, at: Layout, model: str, failures: Failures) -> S
         at: The checkout.
         model: Its key.
         failures: Gets the registries that could not be asked.
+        silent: Gets those that did not answer; they are not waited for a second time.
     """
     spec = declared.models.get(model)
     story = Story(model=model, wanted=spec.stable if spec else None)
@@ -135,9 +152,13 @@ def tell(declared: Declaration, at: Layout, model: str, failures: Failures) -> S
         alias: Alias | None = None
         if name in names(declared):
             try:
+                if name in silent:
+                    raise silent[name]
                 store = open_store(name, declared, at.root)
-                alias, _token = store.read_alias(model, STABLE)
+                alias = first_alias(store, model)
             except FleetError as error:
+                if isinstance(error, RetryLaterError):
+                    silent[name] = error
                 failures.add(f"{name}, {model}", error)
                 store = None
         told = history(alias, moves)

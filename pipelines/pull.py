@@ -20,6 +20,7 @@ from pipelines.reading import read_to, resolve
 from pipelines.registries import print_json, shown
 from pipelines.release_records import short
 from pipelines.stores import open_store
+from pipelines.stores.base import NotThereError
 from pipelines.stores.transfer import Progress
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from pipelines.stores.base import Store
 
 _MIB: Final = 2**20
+# Ignored by git and DVC: a model is no part of the repository.
+_PULLED: Final = "pulled"
 _RELEASE_NAME: Final = "release.json"
 _FROM: Final = re.compile(r"^FROM[ \t].*$", re.MULTILINE)
 
@@ -70,7 +73,7 @@ def main(  # noqa: PLR0913 - one for each option
         registry: Key of the registry; None for the local one.
         types: Quants that are wanted; none for the one that `stable` means.
         every: All quants.
-        to: The folder; None for `MODEL-<release>` below the checkout.
+        to: The folder; None for `pulled/MODEL-<release>` below the checkout.
         dry_run: Say what would be fetched.
         as_json: Print JSON.
 
@@ -84,7 +87,12 @@ def main(  # noqa: PLR0913 - one for each option
     wanted_model, wanted = registries.reference(reference)
     store = open_store(registry or params.LOCAL_REGISTRY, declared, at.root)
     ledger = Ledger.load(at.ledger(wanted_model), wanted_model)
-    id_, release, data = resolve(store, wanted_model, wanted, ledger)
+    registries.require_answer(store, wanted_model)
+    try:
+        id_, release, data = resolve(store, wanted_model, wanted, ledger)
+    except NotThereError:
+        _require_known(declared, at, store, wanted_model)
+        raise
     chosen = _types(release, types, every=every)
     pull = _Wanted(
         id=id_,
@@ -92,7 +100,7 @@ def main(  # noqa: PLR0913 - one for each option
         data=data,
         types=chosen,
         files=_files(release, chosen),
-        directory=to if to is not None else at.root / f"{wanted_model}-{short(id_)}",
+        directory=to if to is not None else at.root / _PULLED / f"{wanted_model}-{short(id_)}",
     )
     if not dry_run:
         _bring(store, pull)
@@ -102,6 +110,23 @@ def main(  # noqa: PLR0913 - one for each option
     else:
         _print(pull, store, dry_run=dry_run)
     return 0
+
+
+def _require_known(declared: Declaration, at: Layout, store: Store, model: str) -> None:
+    """
+    Say which model may have been meant, if nobody knows this one.
+
+    Raises:
+        NotThereError: It is neither declared, nor in the ledgers, nor in the registry.
+    """
+    known = sorted(registries.ledgers_of(declared, at))
+    if model in known or store.list_releases(model):
+        return
+    raise NotThereError(
+        f"model {wording.quoted(model)} is not declared here, and {store.shown} has no release of "
+        f"it{wording.did_you_mean(model, known) or '.'}",
+        hint=f"Declared: {', '.join(known)}.",
+    )
 
 
 def _types(release: Release, types: Sequence[str], *, every: bool) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ def answers(
         thread.join(max(0.0, ends_at - time.monotonic()))
     told: dict[str, _Answer | FleetError] = {}
     for name in questions:
-        answer = found[name] if name in found else _late()
+        answer = found[name] if name in found else _late(name)
         if isinstance(answer, RetryLaterError):
             answer.hint = _ASK_AGAIN
         if isinstance(answer, Exception) and not isinstance(answer, FleetError):
@@ -167,8 +167,23 @@ def answers(
 _ASK_AGAIN: Final = "Nothing was changed: it was only asked. Ask again when it can be reached."
 
 
-def _late() -> RetryLaterError:
-    return RetryLaterError(f"it did not answer within {ANSWERS_WITHIN_S:.0f} s.")
+def _late(name: str) -> RetryLaterError:
+    return RetryLaterError(f"{name} did not answer within {ANSWERS_WITHIN_S:.0f} s.")
+
+
+def require_answer(store: Store, model: str) -> None:
+    """
+    See that a registry answers at all, before somebody waits for it for minutes.
+
+    Raises:
+        RetryLaterError: It does not.
+    """
+    try:
+        first_alias(store, model)
+    except RetryLaterError:
+        raise
+    except FleetError:
+        return  # it does; what is wrong there is said by what is asked next
 
 
 def first_alias(store: Store, model: str) -> Alias | None:
@@ -180,9 +195,6 @@ def first_alias(store: Store, model: str) -> Alias | None:
         StoreError: What it gives cannot be read.
     """
     answer = answers({store.name: lambda: store.read_alias(model, STABLE)[0]})[store.name]
-    if isinstance(answer, RetryLaterError):
-        named = RetryLaterError(f"{store.name}: {answer.message}", hint=answer.hint)
-        raise named from answer
     if isinstance(answer, FleetError):
         raise answer
     return answer

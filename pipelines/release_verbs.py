@@ -197,7 +197,7 @@ def _add_pull(
         "--quant", action="append", default=[], metavar="TYPE", help="may be repeated; default: one"
     )
     verb.add_argument("--all", action="store_true", help="every quant of the release")
-    verb.add_argument("--to", type=Path, metavar="DIR", help="default: MODEL-<release>")
+    verb.add_argument("--to", type=Path, metavar="DIR", help="default: pulled/MODEL-<release>")
     _dry_run(verb)
     _json(verb)
 

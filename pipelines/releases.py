@@ -10,12 +10,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipelines import console, wording
-from pipelines.errors import StoreError
+from pipelines.errors import FleetError, StoreError
 from pipelines.ledger import Ledger
-from pipelines.registries import Failures, Shelf, history, names, print_json, require_model, when
+from pipelines.registries import (
+    Failures,
+    Shelf,
+    answers,
+    first_alias,
+    history,
+    names,
+    print_json,
+    require_model,
+    when,
+)
 from pipelines.release_records import STABLE, short
 from pipelines.stores import open_store
 
@@ -25,6 +36,8 @@ if TYPE_CHECKING:
     from pipelines.layout import Layout
     from pipelines.params import Declaration
     from pipelines.registries import Told
+    from pipelines.release_records import Alias
+    from pipelines.stores.base import Store
 
 _HEADS: tuple[str, ...] = (
     "", "#", "when (UTC)", "action", "release", "files", "who", "why",
@@ -78,20 +91,22 @@ def main(
     ledger = Ledger.load(at.ledger(model), model)
     failures = Failures()
     found: list[Listed] = []
-    for name in names(declared) if registry is None else (registry,):
-        if registry is not None:
-            found.append(listed(declared, at, model, name, ledger))
-            continue
-        with failures.of(name):
-            one = listed(declared, at, model, name, ledger)
-            if one.rows:
-                found.append(one)
+    wanted = declared.models[model].stable
+    if registry is not None:
+        store = open_store(registry, declared, at.root)
+        found.append(listed(store, first_alias(store, model), wanted, model, ledger))
+    else:
+        for name, (store, alias) in _asked(declared, at, model, failures).items():
+            with failures.of(name):
+                one = listed(store, alias, wanted, model, ledger)
+                if one.rows:
+                    found.append(one)
     if as_json:
         told = [_as_json(one) for one in found]
         print_json(
             {
                 "model": model,
-                "wanted": declared.models[model].stable,
+                "wanted": wanted,
                 "registries": told,
                 "errors": failures.as_json(),
             }
@@ -101,24 +116,51 @@ def main(
     return failures.exit_code
 
 
-def listed(declared: Declaration, at: Layout, model: str, name: str, ledger: Ledger) -> Listed:
+def _asked(
+    declared: Declaration, at: Layout, model: str, failures: Failures
+) -> dict[str, tuple[Store, Alias | None]]:
+    """Ask all registries at once for `stable`; those that cannot be asked go to `failures`."""
+    stores: dict[str, Store] = {}
+    for name in names(declared):
+        with failures.of(name):
+            stores[name] = open_store(name, declared, at.root)
+    found: dict[str, tuple[Store, Alias | None]] = {}
+    asked = answers({name: partial(_alias, store, model) for name, store in stores.items()})
+    for name, alias in asked.items():
+        if isinstance(alias, FleetError):
+            failures.add(name, alias)
+        else:
+            found[name] = stores[name], alias
+    return found
+
+
+def _alias(store: Store, model: str) -> Alias | None:
+    return store.read_alias(model, STABLE)[0]
+
+
+def listed(store: Store, alias: Alias | None, wanted: str, model: str, ledger: Ledger) -> Listed:
     """
-    Ask one registry for the moves of `stable`, and for what is there of each release.
+    Say what a registry tells of `stable`, and ask what is there of each release.
+
+    Args:
+        store: The registry.
+        alias: What it says of `stable`.
+        wanted: What params.yaml says of it.
+        model: Key of the model.
+        ledger: Of the model.
 
     Raises:
         StoreError: What it gives cannot be read.
-        RetryLaterError: It cannot be reached.
+        RetryLaterError: It cannot be reached any more.
     """
-    store = open_store(name, declared, at.root)
-    alias, _token = store.read_alias(model, STABLE)
-    told = history(alias, ledger.moves(name, STABLE))
+    told = history(alias, ledger.moves(store.name, STABLE))
     shelf = Shelf(store, model)
     stable = alias.release if alias else None
     moved = dict.fromkeys(each.move.release for each in told)
     others = [id_ for id_ in sorted(store.list_releases(model)) if id_ not in moved]
     states: dict[str, str] = {}
     with console.Progress(
-        f"asking {name}", total=len(moved) + len(others), unit="releases"
+        f"asking {store.name}", total=len(moved) + len(others), unit="releases"
     ) as progress:
         for done, id_ in enumerate((*moved, *others)):
             progress.update(done)
@@ -134,9 +176,9 @@ def listed(declared: Declaration, at: Layout, model: str, name: str, ledger: Led
     ]
     rows += [Row(told=None, release=id_, state=states[id_], is_stable=False) for id_ in others]
     return Listed(
-        registry=name,
+        registry=store.name,
         address=console.clean(store.shown),
-        wanted=declared.models[model].stable,
+        wanted=wanted,
         stable=stable,
         rows=tuple(rows),
     )

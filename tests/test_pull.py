@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from release_checkout import MODEL, REASON, Checkout
 
+from pipelines import registries
+from pipelines.params import Registry
 from pipelines.release_records import canonical, release_id
 from pipelines.stores.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from registry_servers import S3Server
 
@@ -53,7 +56,7 @@ def test_a_pull_brings_the_stable_quant_its_modelfile_and_the_release(checkout: 
     ran = checkout.fleet("pull", MODEL)
 
     assert ran.code == 0, ran.err
-    folder = checkout.root / f"{MODEL}-{id_[:12]}"
+    folder = checkout.root / "pulled" / f"{MODEL}-{id_[:12]}"
     assert digest(folder / "release.json") == id_
     (gguf,) = checkout.release(1).release.of("gguf", "Q8_0")
     assert digest(folder / gguf.name) == gguf.sha256
@@ -287,7 +290,7 @@ def test_a_dry_run_writes_nothing(checkout: Checkout) -> None:
 
     assert ran.code == 0
     assert "would fetch" in ran.out
-    assert not (checkout.root / f"{MODEL}-{id_[:12]}").exists()
+    assert not (checkout.root / "pulled" / f"{MODEL}-{id_[:12]}").exists()
 
 
 @pytest.mark.parametrize(
@@ -314,6 +317,51 @@ def test_bad_words_are_answered(
     assert ran.code == code
     assert said in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_what_is_pulled_is_nothing_to_git_and_dvc() -> None:
+    """The default folder is ignored by both, so that no model slips into a commit."""
+    root = Path(__file__).resolve().parents[1]
+
+    assert "/pulled/" in (root / ".gitignore").read_text().splitlines()
+    assert "/pulled" in (root / ".dvcignore").read_text().splitlines()
+
+
+def test_a_model_that_nobody_knows_gets_a_suggestion(checkout: Checkout) -> None:
+    """Neither declared nor published: a slip of the finger, most likely."""
+    checkout.publish(1)
+
+    ran = checkout.fleet("pull", "tiny-lama")
+
+    assert ran.code == 8
+    assert f'did you mean "{MODEL}"?' in ran.err
+    assert "fleet publish tiny-lama" not in ran.err
+
+
+def test_a_registry_that_is_silent_is_not_waited_for(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first question has a bound in every verb that reads; no word of what was sent."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setattr(registries, "ANSWERS_WITHIN_S", 1.0)
+    checkout.publish(1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        checkout.declare("silent", Registry(url="s3://bucket/fleet", endpoint=endpoint))
+
+        for argv in (
+            ("pull", MODEL, "--from", "silent"),
+            ("releases", MODEL, "--registry", "silent"),
+            ("releases", MODEL),
+            ("audit",),
+        ):
+            ran = checkout.fleet(*argv)
+
+            assert ran.code == 75, argv
+            assert ran.err.count("silent did not answer within 1 s") >= 1, argv
+            assert "sent" not in ran.err
+            assert "Ask again when it can be reached" in ran.err
 
 
 def test_a_pull_from_s3_is_the_same_pull(checkout: Checkout, s3_server: S3Server) -> None:
