@@ -300,9 +300,10 @@ class Ledger:
             line = _LINE.validate_json(data)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            place = console.clean(".".join(map(str, first["loc"])))[:100]
+            at = console.clean(".".join(map(str, first["loc"])))[:100]
+            place = f"{at}: " if at else ""
             raise LedgerError(
-                f"{where}: no line of a ledger: {place}: {console.clean(first['msg'])[:200]}.",
+                f"{where}: no line of a ledger: {place}{console.clean(first['msg'])[:200]}.",
                 hint=_HINT,
             ) from error
         value = json.loads(data)

@@ -62,11 +62,27 @@ def _move_words(settled: Settled, *, past: bool) -> str:
         if not settled.restored:
             return f"{STABLE} still means {short(settled.before)}" if past else f"leave {STABLE}"
         return "put back the moves of the ledger"
-    verbs = {"publish": ("move", "moved"), "rollback": ("roll back", "rolled back")}
-    verb = verbs[move.action][past]
+    verb = ("move", "moved")[past]
+    way = f"{verb} {STABLE}"
+    if move.action == "rollback":
+        way = (
+            f"{way} forward"
+            if _is_forward(settled)
+            else f"{('roll', 'rolled')[past]} back {STABLE}"
+        )
     origin = f" from {short(move.previous)}" if move.previous else ""
-    moved = f"{verb} {STABLE}{origin} to {short(move.release)} (move {move.sequence})"
+    moved = f"{way}{origin} to {short(move.release)} (move {move.sequence})"
     return f"put back the moves of the ledger and {moved}" if settled.restored else moved
+
+
+def _is_forward(settled: Settled) -> bool:
+    """Whether the alias goes to a release that it has meant only after the one that it leaves."""
+    move = settled.moved
+    moves = settled.alias.moves if settled.alias else ()
+    first = {each.release: each.sequence for each in reversed(moves[:-1])}
+    if move is None or move.previous is None:
+        return False
+    return first.get(move.release, 0) > first.get(move.previous, move.sequence)
 
 
 def shown_size(size_bytes: int) -> str:

@@ -187,7 +187,8 @@ def _concerned(
         for name, error in list(left.items())[1:]:
             console.error(f"{name}: {error.message}")
         name, first = next(iter(left.items()))
-        first.message = f"{name}: {first.message} Nothing was changed."
+        said = first.message.removeprefix(f"{name} ")
+        first.message = f"{name}{' ' if said != first.message else ': '}{said} Nothing was changed."
         raise first
     if not found:
         where = f"registry {registry}" if registry else "any declared registry"

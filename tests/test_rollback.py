@@ -84,6 +84,8 @@ def test_latest_ends_a_rollback(checkout: Checkout) -> None:
     ran = back(checkout, "latest")
 
     assert ran.code == 0, ran.err
+    assert "local: Moved stable forward from " in ran.out
+    assert "olled back" not in ran.out
     assert checkout.alias().release == new
     assert declaration.load(checkout.at.params).models[MODEL].stable == "latest"
 
@@ -401,7 +403,7 @@ def test_a_registry_that_does_not_answer_keeps_nobody_waiting(
         ran = back(checkout, old)
 
     assert ran.code == 75
-    assert "silent: it did not answer within 1 s" in ran.err
+    assert "error: silent did not answer within 1 s" in ran.err
     assert checkout.alias().release == old
 
 
