@@ -196,6 +196,12 @@ def _of_value(detail: ErrorDetails) -> ErrorDetails:
     return detail
 
 
+_LOGIN_PLACE = (
+    "user and password belong in the environment (AWS_* for `s3:`, HF_TOKEN for `hf:`, "
+    "MLFLOW_TRACKING_* for `mlflow:`, GGUF_FLEET_<NAME>_* for `oci:`), never in this file"
+)
+
+
 def _type_flaw(document: Document, detail: ErrorDetails) -> Flaw:
     """Say in the words of the declaration what pydantic says in its own."""
     from pipelines import schema  # noqa: PLC0415 - builds the JSON Schema; only after a mistake
@@ -214,11 +220,15 @@ def _type_flaw(document: Document, detail: ErrorDetails) -> Flaw:
     if detail["type"] == "missing":
         meaning = f" {part['description']}" if "description" in part else ""
         return Flaw(loc, f"is missing.{meaning} Allowed: {words}", on_key=True)
+    # Never repeated: these may hold a password.
     if loc == ("track", "tracking_uri"):
-        # Never repeated: it may hold a password.
-        return Flaw(loc, f"is not {words}")
-    if "enum" in part and (close := did_you_mean(str(detail["input"]), part["enum"])):
+        shown = ""
+    elif loc[:1] == ("registries",) and "@" in f"{detail['input']}{shown}":
+        words, shown = f"{words}; {_LOGIN_PLACE}", ""
+    if shown and "enum" in part and (close := did_you_mean(str(detail["input"]), part["enum"])):
         return Flaw(loc, f"{shown} is unknown{close} Allowed: {words}")
+    if not shown:
+        return Flaw(loc, f"is not {words}")
     quotes = "pattern" in part and isinstance(detail["input"], int | float)
     return Flaw(loc, f"{shown} is not {words}" + ("; put it in quotes" if quotes else ""))
 

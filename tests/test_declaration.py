@@ -643,6 +643,34 @@ def test_a_password_is_refused_and_not_repeated(tmp_path: Path) -> None:
         assert "hunter2" not in str(problems)
 
 
+@pytest.mark.parametrize("key", ["url", "endpoint"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://key:hunter2@bucket",
+        "oci://ci:hunter2@host:5000/models",
+        "hf:ci:hunter2@owner",
+        "mlflow:http://ci:hunter2@host:5000",
+        "https://ci:hunter2@host",
+        "http://ci:hunter2@host",
+        "ci:hunter2@host",
+        "file:hunter2@host/..",
+    ],
+)
+def test_a_login_in_the_address_of_a_registry_is_refused_and_not_repeated(
+    tmp_path: Path, key: str, address: str
+) -> None:
+    """Neither a log nor an annotation shows it; it says where a login belongs."""
+    entry = {"url": "s3://bucket/prefix", key: address}
+    text = edited("local: {url: 'file:registry'}", f"production: {json.dumps(entry)}")
+
+    problems = refused(tmp_path, text)
+
+    assert any(f"registries.production.{key}: is not" in each for each in problems)
+    assert "belong in the environment" in str(problems)
+    assert "hunter2" not in str(problems)
+
+
 def test_a_problem_cannot_give_the_ci_runner_a_command(tmp_path: Path) -> None:
     """`::` and `##[` in a key or a value are broken up before they are shown."""
     text = edited("backend: cpu", "backend: '##[error]x ::warning::y'")
