@@ -74,6 +74,8 @@ def main(  # noqa: PLR0913 - one for each option
             done[each] = _one(declared, at, each, store, by, dry_run=dry_run)
             if not as_json:
                 console.out(f"{each}: {done[each].sentence}")
+    if not (as_json or dry_run) and any(outcome.moved for outcome in done.values()):
+        console.info("  next: git add results && git commit, so that every checkout knows of it")
     if as_json:
         models = {each: as_told(outcome) for each, outcome in done.items()}
         told = {"registry": to, "dry_run": dry_run, "models": models, "errors": failures.as_json()}

@@ -149,6 +149,7 @@ def test_what_passed_its_gates_goes_to_another_registry(checkout: Checkout) -> N
     ran = checkout.fleet("publish", MODEL, "--to", "mirror", "--reason", REASON)
 
     assert ran.code == 0, ran.err
+    assert "next: git add results && git commit" in ran.err
     alias = checkout.alias("mirror", MODEL)
     move = alias.moves[-1]
     assert (move.sequence, move.action, move.who, move.why) == (1, "publish", "Ada", REASON)
@@ -336,6 +337,21 @@ def test_one_model_that_is_refused_keeps_no_other_from_being_published(
     assert list(ran.json["models"]) == [SECOND]
     assert ran.json["errors"][MODEL]["exit_code"] == 5
     assert checkout.alias("mirror", SECOND).sequence == 1
+
+
+def test_a_refusal_and_an_undeclared_registry_are_said_once_with_the_next_step(
+    checkout: Checkout,
+) -> None:
+    """The model is named once, and the section to declare a registry in is named."""
+    checkout.at.model_record("load-test", MODEL).unlink()
+
+    ran = checkout.fleet("publish", MODEL, "--to", "mirror")
+    assert f"error: {MODEL} is not published" in ran.err
+    assert f"{MODEL}: {MODEL}" not in ran.err
+
+    ran = checkout.fleet("publish", MODEL, "--to", "production")
+    assert ran.code == 2
+    assert "under `registries` of params.yaml (docs/params.md)" in ran.err
 
 
 def test_a_pinned_release_goes_before_the_newest(checkout: Checkout) -> None:

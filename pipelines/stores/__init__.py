@@ -34,7 +34,8 @@ def open_store(name: str, declared: Declaration, root: Path) -> Store:
         known = sorted({*declared.registries, params.LOCAL_REGISTRY})
         raise ParamsError(
             f"registry {quoted(name)} is not declared{did_you_mean(name, known) or '.'}",
-            hint=f"Declared: {', '.join(known)}.",
+            hint=f"Declared: {', '.join(known)}. Declare it under `registries` of params.yaml "
+            "(docs/params.md).",
         )
     kind, _, rest = registry.url.partition(":")
     if kind == "file":
