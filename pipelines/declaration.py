@@ -503,7 +503,10 @@ def _plain_http_flaws(here: Loc, entry: dict[str, Any]) -> Iterator[Flaw]:
         address = text.removeprefix("mlflow:") if isinstance(text, str) else ""
         if not address.startswith("http://") or entry.get("insecure") is True:
             continue
-        host = urlsplit(address).hostname or ""
+        try:
+            host = urlsplit(address).hostname or ""
+        except ValueError:
+            continue  # the types say what a URL is
         if not _is_loopback(host):
             told = f"is plain HTTP to {quoted(host)}: anybody on the way reads and changes what is"
             yield Flaw((*here, key), f"{told} sent. Take https, or declare `insecure: true`")

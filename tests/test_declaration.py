@@ -651,6 +651,8 @@ def test_a_password_is_refused_and_not_repeated(tmp_path: Path) -> None:
         "oci://ci:hunter2@host:5000/models",
         "hf:ci:hunter2@owner",
         "mlflow:http://ci:hunter2@host:5000",
+        "mlflow:http://[ci:hunter2@host",
+        "http://[ci:hunter2@host",
         "https://ci:hunter2@host",
         "http://ci:hunter2@host",
         "ci:hunter2@host",
