@@ -108,7 +108,8 @@ def main(  # noqa: PLR0913 - one for each option
     by = By.from_environment(require_reason(reason))
     ledger = Ledger.load(at.ledger(model), model)
     failures = Failures()
-    stores, left = _concerned(declared, at, model, registry, ledger=ledger)
+    again = _command(model, target, by.why, registry)
+    stores, left = _concerned(declared, at, model, registry, ledger=ledger, again=again)
     wanted = declared.models[model].stable
     try:
         plan = _plan(at, model, target, stores, ledger, wanted=wanted, left=left, why=by.why)
@@ -150,8 +151,14 @@ def main(  # noqa: PLR0913 - one for each option
 # --- before anything is changed ---------------------------------------------------------------
 
 
-def _concerned(
-    declared: Declaration, at: Layout, model: str, registry: str | None, *, ledger: Ledger
+def _concerned(  # noqa: PLR0913 - each is one independent fact
+    declared: Declaration,
+    at: Layout,
+    model: str,
+    registry: str | None,
+    *,
+    ledger: Ledger,
+    again: str,
 ) -> tuple[dict[str, Store], dict[str, FleetError]]:
     """
     Find the registries that hold the model, and those that do not say so: these are left out.
@@ -189,7 +196,7 @@ def _concerned(
         name, first = next(iter(left.items()))
         said = first.message.removeprefix(f"{name} ")
         first.message = f"{name}{' ' if said != first.message else ': '}{said} Nothing was changed."
-        raise first
+        raise _left(first, again)
     if not found:
         where = f"registry {registry}" if registry else "any declared registry"
         raise StoreError(

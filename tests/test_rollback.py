@@ -453,6 +453,22 @@ def test_after_half_a_rollback_the_hint_brings_the_other_half(
     assert f"undo: fleet rollback {MODEL} --to {new[:12]} --registry mirror" in ran.err
 
 
+def test_the_only_registry_that_is_down_is_an_error_with_the_command_for_later(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was moved, so that what was typed still means the same."""
+    checkout.publish(1, *BOTH)
+    new = checkout.publish(2, *BOTH)
+    unreachable(monkeypatch, "mirror")
+
+    ran = back(checkout, "previous", "--registry", "mirror")
+
+    assert ran.code == 75
+    assert "mirror: no route to it. Nothing was changed." in ran.err
+    assert f"fleet rollback {MODEL} --to previous --registry mirror --reason" in ran.err
+    assert checkout.alias("mirror").release == new
+
+
 def test_previous_after_half_a_rollback_names_where_the_others_have_gone(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
