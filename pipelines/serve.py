@@ -562,7 +562,20 @@ def _remove_older(plan: _Plan) -> tuple[str, ...]:
 
     What is in memory stays: somebody is using it by that name. A failure is only told.
     """
-    ours = [name for name in own_ollama.tags_of(plan.folder, plan.served) if _is_ours(name.tag)]
+    with contextlib.suppress(FleetError):
+        # By the releases that there are: a tag of the operator's may look like one of ours.
+        releases = {short(id_) for id_ in plan.store.list_releases(plan.release.model)}
+        return _remove(plan, releases)
+    return ()
+
+
+def _remove(plan: _Plan, releases: set[str]) -> tuple[str, ...]:
+    """Remove the names of these releases but the last few."""
+    ours = [
+        name
+        for name in own_ollama.tags_of(plan.folder, plan.served)
+        if _is_ours(name.tag) and name.tag.rpartition("-")[2] in releases
+    ]
     older = [name for name in ours if name != plan.versioned][: -(KEPT_COUNT - 1)]
     removed = []
     with contextlib.suppress(ServingError):

@@ -380,6 +380,10 @@ def test_the_last_three_releases_stay_and_older_ones_go_with_their_files(fleet: 
             json={"model": results[-1].versioned_name, "keep_alive": 0},
             timeout=30,
         )
+        if seed == 2:
+            # The operator's own, under a name as ours.
+            ours = fleet.models / f"manifests/registry.ollama.ai/fleet/{MODEL}"
+            shutil.copy(ours / f"f16-{made[1].id[:12]}", ours / "f16-0123456789ab")
     mine = fleet.models / "manifests/registry.ollama.ai/library/mine/latest"
     mine.parent.mkdir(parents=True)
     shutil.copy(
@@ -391,6 +395,7 @@ def test_the_last_three_releases_stay_and_older_ones_go_with_their_files(fleet: 
     assert set(fleet.digests()) == {
         NAME,
         "mine:latest",
+        f"fleet/{MODEL}:f16-0123456789ab",
         *(f"fleet/{MODEL}:f16-{each.id[:12]}" for each in made[1:]),
     }
     assert (fleet.root / "registry/blobs/sha256" / made[0].release.quants[0].gguf_sha256).exists()
