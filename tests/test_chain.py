@@ -170,7 +170,7 @@ def test_the_run_ends_with_a_release_or_says_why_not(
     """What was promoted is in the local registry, every byte, under the id that is printed."""
     root, done = finished
     record = json.loads((root / "results" / MODEL / "publish.json").read_text())
-    (said,) = re.findall(rf"^{MODEL}: ((?:not )?released .*)$", done.stdout, re.MULTILINE)
+    (said,) = re.findall(rf"^{MODEL}: ((?:not )?released\b.*)$", done.stdout, re.MULTILINE)
 
     if record["status"] == "refused":  # a busy machine may have disturbed a measurement
         assert said.startswith("not released: ")
