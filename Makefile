@@ -26,7 +26,7 @@ toolchain: setup  ## Build the pinned llama.cpp and Ollama (about 7 minutes on 2
 repro: setup  ## Run the chain on every declared model: convert, quantize, measure, choose, serve, report
 	@$(RUN) exec python -m pipelines repro $(ARGS)
 
-test: toolchain  ## Run all tests (about 20 minutes on 2 cores); ARGS="-k choose" picks some
+test: toolchain  ## Run all tests (about 30 minutes on 2 cores); ARGS="-k choose" picks some
 	@$(RUN) python -m pytest $(ARGS)
 
 check: setup  ## Lint, types, workflow audit, schema and docs in sync (about 15 seconds)
@@ -40,7 +40,7 @@ check: setup  ## Lint, types, workflow audit, schema and docs in sync (about 15 
 bench: toolchain  ## Measure what the fleet costs over bare llama.cpp -> results/overhead.json
 	@$(RUN) python -m bench.overhead $(ARGS)
 
-prove: setup  ## Prove what a registry promises: histories, kills, reads -> results/release-proofs.json (1 hour)
+prove: setup  ## Prove what a registry promises: histories, kills, reads -> results/release-proofs.json (2 hours)
 	@$(RUN) GGUF_FLEET_HISTORIES=1000 python -m pytest tests/test_registry_histories.py
 	@$(RUN) python -m bench.release $(ARGS)
 

@@ -23,6 +23,7 @@ from pipelines import atomic, console, hashing, marked_yaml, params
 from pipelines.errors import FleetError, ParamsError, Problem
 from pipelines.layout import Layout
 from pipelines.marked_yaml import Finding
+from pipelines.stores.addresses import is_loopback
 from pipelines.wording import did_you_mean, quoted
 
 if TYPE_CHECKING:
@@ -507,13 +508,9 @@ def _plain_http_flaws(here: Loc, entry: dict[str, Any]) -> Iterator[Flaw]:
             host = urlsplit(address).hostname or ""
         except ValueError:
             continue  # the types say what a URL is
-        if not _is_loopback(host):
+        if not is_loopback(host):
             told = f"is plain HTTP to {quoted(host)}: anybody on the way reads and changes what is"
             yield Flaw((*here, key), f"{told} sent. Take https, or declare `insecure: true`")
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
 def _twin_flaws(registries: list[tuple[str, dict[str, Any]]]) -> Iterator[Flaw]:

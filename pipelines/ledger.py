@@ -14,25 +14,24 @@ whether its last lines are missing: `fleet audit` compares it with the registrie
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-import filelock
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipelines import atomic, console, disk, wording
-from pipelines.errors import RetryLaterError, StoreError
+from pipelines import atomic, console, disk, locks, wording
+from pipelines.errors import StoreError
 from pipelines.records import Part
 from pipelines.release_records import Move, ReleaseWaiver, Sequence, Sha256, short
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 _LOCK_TIMEOUT_S: Final = 60.0
+_SILENT_S: Final = 2.0
 _HINT: Final = (
     "It is only ever appended to. Take back the edit: `git log -p` shows who made it, and `git "
     "checkout COMMIT -- FILE` brings back how it was."
@@ -189,9 +188,9 @@ class Ledger:
         """Registries of which it holds moves, sorted."""
         return tuple(sorted({registry for registry, _ in self._chains}))
 
-    def append(self, registry: str, alias: str, move: Move) -> None:
+    def append(self, registry: str, alias: str, *moves: Move) -> None:
         """
-        Write a move, unless it is there.
+        Write moves, the oldest first, those that are not there.
 
         The file is read again first: another process may have written meanwhile. The new one is on
         the disk, whole, before its name is.
@@ -203,14 +202,20 @@ class Ledger:
         """
         with disk.explained(self.path), self._writing():
             self._read()
-            moves = self.moves(registry, alias)
-            if move in moves:
-                return
-            if moves and move.sequence <= moves[-1].sequence:
-                raise self._two_stories(registry, alias, move)
+            known = self.moves(registry, alias)
             chain = self._chains.get((registry, alias), ())
             after = _digest(chain[-1].data) if chain else None
-            lines = lines_of(self.model, registry, alias, move, after)
+            last = known[-1].sequence if known else 0
+            lines: list[LedgerLine] = []
+            for move in moves:
+                if move in known:
+                    continue
+                if move.sequence <= last:
+                    raise self._two_stories(registry, alias, move)
+                lines += lines_of(self.model, registry, alias, move, after)
+                after, last = _digest(line_bytes(lines[-1])), move.sequence
+            if not lines:
+                return
             old = self.path.read_bytes() if self.path.exists() else b""
             atomic.write_bytes(
                 self.path, old + b"".join(line_bytes(line) + b"\n" for line in lines)
@@ -232,26 +237,18 @@ class Ledger:
             "one.",
         )
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Take turns with other writers of this checkout; the kernel frees the lock of a killed."""
+    def _writing(self) -> AbstractContextManager[None]:
+        """Take turns with other writers of this checkout."""
         from pipelines.toolchain import default_cache_root  # noqa: PLC0415 - only who writes
 
         # Not beside the file: there it would be one more in git's eyes.
         name = _digest(str(self.path.resolve()).encode())[:16]
-        lock = filelock.FileLock(default_cache_root() / "locks" / f"ledger-{name}.lock")
-        (default_cache_root() / "locks").mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=_LOCK_TIMEOUT_S)
-        except filelock.Timeout as error:
-            raise RetryLaterError(
-                f"another process has been writing {self.path} for {_LOCK_TIMEOUT_S:.0f} s.",
-                hint="Try again when it has ended.",
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
+        return locks.exclusively(
+            default_cache_root() / "locks" / f"ledger-{name}.lock",
+            f"writing {self.path}",
+            silent_s=_SILENT_S,
+            timeout_s=_LOCK_TIMEOUT_S,
+        )
 
     # reading
 

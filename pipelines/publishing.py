@@ -325,16 +325,15 @@ def _settle(
 
 def _copy(moves: Iterable[Move], store: Store, ledger: Ledger) -> None:
     """Append moves that the registry knows and the ledger does not."""
-    for move in moves:
-        ledger.append(store.name, STABLE, move)
+    ledger.append(store.name, STABLE, *moves)
 
 
 def _write_down(ledger: Ledger, registry: str, alias: Alias, ours: Move) -> None:
     """Append what the registry knows up to our own move."""
     known = ledger.last(registry, alias.alias)
-    for move in alias.moves:
-        if (known is None or move.sequence > known.sequence) and move.sequence <= ours.sequence:
-            ledger.append(registry, alias.alias, move)
+    last = known.sequence if known else 0
+    moves = [move for move in alias.moves if last < move.sequence <= ours.sequence]
+    ledger.append(registry, alias.alias, *moves)
 
 
 def _require_read_back(store: Store, written: Alias) -> None:

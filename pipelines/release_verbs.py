@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pipelines.errors import ParamsError
 
@@ -46,13 +46,10 @@ def add(
         add_verb: Adds one.
         find: Returns the paths of the checkout that we stand in.
     """
-    _add_rollback(verbs, add_verb, find)
-    _add_releases(verbs, add_verb, find)
-    _add_pull(verbs, add_verb, find)
-    _add_serve(verbs, add_verb, find)
-    _add_gc(verbs, add_verb, find)
-    _add_verify(verbs, add_verb, find)
-    _add_audit(verbs, add_verb, find)
+    for each in _VERBS:
+        verb = add_verb(verbs, each.name, each.help, partial(_in_checkout, find, each.run))
+        each.add_options(verb)
+        _json(verb)
 
 
 def add_publish(verb: argparse.ArgumentParser) -> None:
@@ -98,10 +95,24 @@ def publish_to(args: argparse.Namespace, declared: Declaration, at: Layout) -> i
     )
 
 
-def _load(at: Layout) -> Declaration:
+class _Verb(NamedTuple):
+    """A verb: its options beside `--json`, and what it does in a checkout."""
+
+    name: str
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Declaration, Layout, argparse.Namespace], int]
+
+
+def _in_checkout(
+    find: Callable[[], Layout],
+    run: Callable[[Declaration, Layout, argparse.Namespace], int],
+    args: argparse.Namespace,
+) -> int:
     from pipelines import declaration  # noqa: PLC0415 - not for --help
 
-    return declaration.load(at.params)
+    at = find()
+    return run(declaration.load(at.params), at, args)
 
 
 def _dry_run(verb: argparse._ActionsContainer) -> None:
@@ -117,17 +128,7 @@ def _json(verb: argparse.ArgumentParser) -> None:
 # --- one pair for each verb: its options, and the call ----------------------------------------
 
 
-def _add_rollback(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_verb: AddVerb,
-    find: Callable[[], Layout],
-) -> None:
-    verb = add_verb(
-        verbs,
-        "rollback",
-        "let `stable` of a model mean an earlier release, in params.yaml and in the registries",
-        partial(_rollback, find),
-    )
+def _rollback_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="MODEL", help="key in params.yaml")
     verb.add_argument(
         "--to",
@@ -138,15 +139,13 @@ def _add_rollback(
     verb.add_argument("--registry", metavar="NAME", help="default: every one that holds the model")
     verb.add_argument("--reason", required=True, metavar="TEXT", help="why, for the ledger")
     _dry_run(verb)
-    _json(verb)
 
 
-def _rollback(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+def _rollback(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
     from pipelines import rollback  # noqa: PLC0415 - not for --help
 
-    at = find()
     return rollback.main(
-        _load(at),
+        declared,
         at,
         model=args.model,
         target=args.to,
@@ -157,40 +156,18 @@ def _rollback(find: Callable[[], Layout], args: argparse.Namespace) -> int:
     )
 
 
-def _add_releases(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_verb: AddVerb,
-    find: Callable[[], Layout],
-) -> None:
-    verb = add_verb(
-        verbs,
-        "releases",
-        "show who moved `stable` of a model, when and why",
-        partial(_releases, find),
-    )
+def _releases_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="MODEL", help="key in params.yaml")
     verb.add_argument("--registry", metavar="NAME", help="default: every one that holds the model")
-    _json(verb)
 
 
-def _releases(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+def _releases(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
     from pipelines import releases  # noqa: PLC0415 - not for --help
 
-    at = find()
-    return releases.main(_load(at), at, model=args.model, registry=args.registry, as_json=args.json)
+    return releases.main(declared, at, model=args.model, registry=args.registry, as_json=args.json)
 
 
-def _add_pull(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_verb: AddVerb,
-    find: Callable[[], Layout],
-) -> None:
-    verb = add_verb(
-        verbs,
-        "pull",
-        "fetch a release: verified GGUF, Modelfile, release.json",
-        partial(_pull, find),
-    )
+def _pull_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="MODEL[@RELEASE]", help="`stable` if no release is named")
     verb.add_argument("--from", dest="registry", metavar="NAME", help="registry; default: local")
     verb.add_argument(
@@ -199,15 +176,13 @@ def _add_pull(
     verb.add_argument("--all", action="store_true", help="every quant of the release")
     verb.add_argument("--to", type=Path, metavar="DIR", help="default: pulled/MODEL-<release>")
     _dry_run(verb)
-    _json(verb)
 
 
-def _pull(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+def _pull(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
     from pipelines import pull  # noqa: PLC0415 - not for --help
 
-    at = find()
     return pull.main(
-        _load(at),
+        declared,
         at,
         reference=args.model,
         registry=args.registry,
@@ -219,17 +194,7 @@ def _pull(find: Callable[[], Layout], args: argparse.Namespace) -> int:
     )
 
 
-def _add_serve(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_verb: AddVerb,
-    find: Callable[[], Layout],
-) -> None:
-    verb = add_verb(
-        verbs,
-        "serve",
-        "put a release into your own Ollama, and back if it fails",
-        partial(_serve, find),
-    )
+def _serve_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="MODEL[@RELEASE]", help="`stable` if no release is named")
     verb.add_argument("--from", dest="registry", metavar="NAME", help="registry; default: local")
     what = verb.add_mutually_exclusive_group()
@@ -241,16 +206,14 @@ def _add_serve(
     verb.add_argument("--url", metavar="URL", help="of that Ollama; default: OLLAMA_HOST")
     verb.add_argument("--name", metavar="NAME", help="served name; default: fleet/MODEL:stable")
     _dry_run(verb)
-    _json(verb)
 
 
-def _serve(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+def _serve(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
     from pipelines import registries, serve  # noqa: PLC0415 - not for --help
 
-    at = find()
     model, alias = registries.reference(args.model)
     return serve.main(
-        _load(at),
+        declared,
         at,
         model=model,
         alias=alias,
@@ -265,17 +228,7 @@ def _serve(find: Callable[[], Layout], args: argparse.Namespace) -> int:
     )
 
 
-def _add_gc(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_verb: AddVerb,
-    find: Callable[[], Layout],
-) -> None:
-    verb = add_verb(
-        verbs,
-        "gc",
-        "free what no promised rollback needs; a dry run unless --apply",
-        partial(_gc, find),
-    )
+def _gc_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--registry", required=True, metavar="NAME", help="key in params.yaml")
     verb.add_argument(
         "--keep-moves", type=int, default=10, metavar="N", help="last moves kept; default: 10"
@@ -290,15 +243,13 @@ def _add_gc(
     how = verb.add_mutually_exclusive_group()
     how.add_argument("--apply", action="store_true", help="remove it")
     _dry_run(how)
-    _json(verb)
 
 
-def _gc(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+def _gc(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
     from pipelines import registry_gc  # noqa: PLC0415 - not for --help
 
-    at = find()
     return registry_gc.main(
-        _load(at),
+        declared,
         at,
         name=args.registry,
         keep_moves=args.keep_moves,
@@ -308,45 +259,51 @@ def _gc(find: Callable[[], Layout], args: argparse.Namespace) -> int:
     )
 
 
-def _add_verify(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_verb: AddVerb,
-    find: Callable[[], Layout],
-) -> None:
-    verb = add_verb(
-        verbs,
-        "verify-registry",
-        "hash everything in a registry again and compare it with git",
-        partial(_verify, find),
-    )
+def _verify_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("name", metavar="NAME", help="key in params.yaml")
-    _json(verb)
 
 
-def _verify(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+def _verify(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
     from pipelines import registry_verify  # noqa: PLC0415 - not for --help
 
-    at = find()
-    return registry_verify.main(_load(at), at, name=args.name, as_json=args.json)
+    return registry_verify.main(declared, at, name=args.name, as_json=args.json)
 
 
-def _add_audit(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_verb: AddVerb,
-    find: Callable[[], Layout],
-) -> None:
-    verb = add_verb(
-        verbs,
-        "audit",
-        "tell which bytes ran when, made from what, by whose decision, and check the ledger",
-        partial(_audit, find),
-    )
+def _audit_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", nargs="?", metavar="MODEL", help="default: every model")
-    _json(verb)
 
 
-def _audit(find: Callable[[], Layout], args: argparse.Namespace) -> int:
+def _audit(declared: Declaration, at: Layout, args: argparse.Namespace) -> int:
     from pipelines import audit  # noqa: PLC0415 - not for --help
 
-    at = find()
-    return audit.main(_load(at), at, model=args.model, as_json=args.json)
+    return audit.main(declared, at, model=args.model, as_json=args.json)
+
+
+_VERBS: tuple[_Verb, ...] = (
+    _Verb(
+        "rollback",
+        "let `stable` of a model mean an earlier release, in params.yaml and in the registries",
+        _rollback_options,
+        _rollback,
+    ),
+    _Verb(
+        "releases", "show who moved `stable` of a model, when and why", _releases_options, _releases
+    ),
+    _Verb("pull", "fetch a release: verified GGUF, Modelfile, release.json", _pull_options, _pull),
+    _Verb(
+        "serve", "put a release into your own Ollama, and back if it fails", _serve_options, _serve
+    ),
+    _Verb("gc", "free what no promised rollback needs; a dry run unless --apply", _gc_options, _gc),
+    _Verb(
+        "verify-registry",
+        "hash everything in a registry again and compare it with git",
+        _verify_options,
+        _verify,
+    ),
+    _Verb(
+        "audit",
+        "tell which bytes ran when, made from what, by whose decision, and check the ledger",
+        _audit_options,
+        _audit,
+    ),
+)

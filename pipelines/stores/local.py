@@ -27,10 +27,8 @@ import time
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Final
 
-import filelock
-
-from pipelines import atomic, console, disk, hashing
-from pipelines.errors import DigestError, MachineError, RetryLaterError, StoreError
+from pipelines import atomic, console, disk, hashing, locks
+from pipelines.errors import DigestError, MachineError, StoreError
 from pipelines.release_records import Alias, Release, alias_bytes, parse_alias, release_id, short
 from pipelines.stores.base import (
     AliasMovedError,
@@ -52,7 +50,7 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _MAX_DOCUMENT_BYTES: Final = 64 << 20
 # How long a writer waits for another one; a copy of a large file is what may take long.
 _LOCK_TIMEOUT_S: Final = 3600.0
-_SAYS_SO_AFTER_S: Final = 2.0
+_SILENT_S: Final = 2.0
 _FICLONE: Final = 0x40049409
 _READ_ONLY: Final = 0o444
 # dev, inode, size, mtime and ctime in ns: unchanged means that nobody wrote to it.
@@ -359,27 +357,16 @@ class LocalStore:
     def _writing(self) -> Iterator[None]:
         """Take turns with other writers, then remove what a killed one has left."""
         parts = self.root / "parts"
-        parts.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(parts / ".lock")
-        try:
-            lock.acquire(timeout=min(_SAYS_SO_AFTER_S, self._lock_timeout_s))
-        except filelock.Timeout:
-            console.info(f"Waiting for another process that writes to {self.shown}.")
-            try:
-                lock.acquire(timeout=self._lock_timeout_s)
-            except filelock.Timeout as error:
-                raise RetryLaterError(
-                    f"another process has been writing to {self.shown} for "
-                    f"{self._lock_timeout_s:.0f} s.",
-                    hint="Try again when it has ended.",
-                ) from error
-        try:
+        with locks.exclusively(
+            parts / ".lock",
+            f"writing to {self.shown}",
+            silent_s=_SILENT_S,
+            timeout_s=self._lock_timeout_s,
+        ):
             for left in _entries(parts):
                 if left.suffix == atomic.PART_SUFFIX:
                     atomic.remove(left)
             yield
-        finally:
-            lock.release()
 
     @contextmanager
     def _part(self, name: str) -> Iterator[Path]:
