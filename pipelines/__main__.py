@@ -48,9 +48,11 @@ class Stage:
 STAGES = (
     Stage("fetch", "model", "bring the verified bytes of the pinned revision"),
     Stage("convert", "model", "make the 16-bit GGUF"),
+    Stage("verify", "model", "prove the conversion: tokens, template, tensors, logits"),
     Stage("calibrate", "model", "compute the importance matrix, if one is declared"),
     Stage("quantize", "quant", "make one quantized GGUF and prove what is in it"),
     Stage("benchmark", "quant", "measure speed, divergence from f16 and memory"),
+    Stage("evaluate", "model", "do the declared tasks with f16 and every quant, and pair them"),
     Stage("choose", "model", "pick the best quant for each host and say why not the others"),
     Stage("load-test", "model", "serve the chosen quant, load it, judge the service levels"),
     Stage("publish", "model", "make what passed its gates a release in the local registry"),

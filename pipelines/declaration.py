@@ -681,7 +681,9 @@ def slices(declared: Declaration) -> dict[tuple[str, str], Closed]:
     for model in declared.models:
         found["fetch", model] = params.fetch_slice(declared, model)
         found["convert", model] = params.convert_slice(declared, model)
+        found["verify", model] = params.verify_slice(declared, model)
         found["calibrate", model] = params.calibrate_slice(declared, model)
+        found["evaluate", model] = params.evaluate_slice(declared, model)
         found["choose", model] = params.choose_slice(declared, model)
         found["load-test", model] = params.load_test_slice(declared, model)
         found["publish", model] = params.publish_slice(declared, model)

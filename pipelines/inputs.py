@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # Records of a model without which there is no release.
-_PUBLISHED = ("fetch", "convert", "calibrate", "choose", "load-test")
+_PUBLISHED = ("fetch", "convert", "verify", "calibrate", "evaluate", "choose", "load-test")
 
 
 class InputError(FleetError):
@@ -60,9 +60,11 @@ def paths(stage: str, slice_: Mapping[str, object], at: Layout) -> tuple[Path, .
     served = (at.source(model), at.f16(model), *(path.parent for path in quant))
     return {
         "convert": (at.source(model), at.model_record("fetch", model)),
+        "verify": (at.source(model), at.model_record("fetch", model), *f16),
         "calibrate": f16,
         "quantize": (*f16, *(matrix if slice_.get("imatrix") else ())),
         "benchmark": (*f16, *quant, at.machine),
+        "evaluate": (*f16, *(path.parent for path in quant)),
         "load-test": (*served, at.model_record("fetch", model), at.model_record("choose", model)),
         "publish": (
             at.source(model),

@@ -111,6 +111,14 @@ class Layout:
         """Every move of an alias and every waiver, one line each; appended to, never rewritten."""
         return self.root / "results" / model / "ledger.jsonl"
 
+    def comparison(self, model: str) -> Path:
+        """Champion against challenger, with every sample; written by `fleet compare` alone."""
+        return self.root / "results" / model / "compare.json"
+
+    def compared(self, model: str) -> Path:
+        """Which comparison there is of a model, as the probe finds it at every run."""
+        return self.root / "work/compared" / f"{model}.json"
+
     def observed(self, model: str) -> Path:
         """What the local registry holds of a model, as the probe finds it at every run."""
         return self.root / "work/published" / f"{model}.json"
@@ -131,12 +139,16 @@ class Layout:
     def of_model(self, model: str) -> tuple[Path, ...]:
         """Everything that the stages write of one model and of none of its quants."""
         # Not release and ledger: what was once served stays on record.
-        stages = ("fetch", "convert", "calibrate", "choose", "load-test", "publish")
+        stages = (
+            "fetch", "convert", "verify", "calibrate", "evaluate", "choose", "load-test", "publish",
+        )  # fmt: skip
         return (
             *(self.model_record(stage, model) for stage in stages),
             self.metrics(model),
             self.load_metrics(model),
             self.frontier(model),
+            self.comparison(model),
+            self.compared(model),
             self.observed(model),
             self.receipt(model),
             self.source(model),

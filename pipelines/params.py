@@ -152,6 +152,7 @@ _PRINTABLE = AfterValidator(printable)
 ModelKey = Annotated[str, StringConstraints(pattern=MODEL_KEY), _PRINTABLE]
 QuantKey = Annotated[str, StringConstraints(pattern=QUANT_KEY), _PRINTABLE]
 CorpusKey = ModelKey
+EvalKey = ModelKey
 HostKey = ModelKey
 Sha256 = Annotated[str, StringConstraints(pattern=SHA256), _PRINTABLE]
 Revision = Annotated[str, StringConstraints(pattern=REVISION), _PRINTABLE]
@@ -218,6 +219,11 @@ class Gates(Closed):
     )
     max_ppl_ratio: Positive | None = Field(
         None, description="Perplexity of the quant over that of f16, on the same text."
+    )
+    min_cosine_mean: Share | None = Field(
+        None,
+        description="Mean cosine between the embeddings of f16 and quant; for encoders, which have "
+        "no perplexity.",
     )
     min_decode_tok_s: Positive | None = Field(
         None, description="Tokens generated in a second, at the deepest declared depth."
@@ -289,6 +295,18 @@ class Waiver(Closed):
     until: Day = Field(description="Last day on which it lets a release be published.")
 
 
+# `off` where the weights of upstream do not fit the memory of any machine that runs the chain.
+VerifyLogits = Literal["auto", "off"]
+
+
+class ModelVerify(Closed):
+    """How the conversion of one model is proven, where that differs from the top-level `verify`."""
+
+    logits: VerifyLogits | None = Field(
+        None, description="Whether upstream's own implementation is run for comparison."
+    )
+
+
 class Model(Closed):
     """One model of the fleet."""
 
@@ -315,6 +333,12 @@ class Model(Closed):
         default=ModelServing(), description="Overrides of the top-level `serving`."
     )
     slo: Slo = Field(default=Slo(), description="Overrides of the host's and the fleet's `slo`.")
+    verify: ModelVerify = Field(
+        default=ModelVerify(), description="Overrides of the top-level `verify`."
+    )
+    evals: tuple[EvalKey, ...] = Field(
+        (), description="Sets of `evals` on which its quants are compared with f16.", max_length=32
+    )
     stable: Stable = Field(
         "latest",
         description="Release that is served: `latest`, or the id of an earlier one, which rolls "
@@ -330,6 +354,23 @@ class Model(Closed):
     )
 
 
+# Named mixtures of tensor types; what each means stands in `pipelines.presets`.
+Preset = Literal[
+    "protect-output",
+    "protect-attention",
+    "protect-embeddings",
+    "moe-protect-active",
+    "hybrid-protect-ssm",
+]
+
+
+class RecipeFile(Closed):
+    """A file of tensor rules that another tool made, and the bytes it must have."""
+
+    path: RelativePath = Field(description="File below the repository: a line `REGEX=TYPE` each.")
+    sha256: Sha256 = Field(description="sha256 of the file.")
+
+
 class Quant(Closed):
     """One GGUF of one model."""
 
@@ -340,6 +381,12 @@ class Quant(Closed):
         (), description="Types of single tensors; a rule that matches nothing is an error.",
         max_length=256,
     )  # fmt: skip
+    preset: Preset | None = Field(
+        None, description="Named tensor rules, tried after `tensor_types` and `recipe_file`."
+    )
+    recipe_file: RecipeFile | None = Field(
+        None, description="Tensor rules of a file, tried after `tensor_types`."
+    )
     output_tensor_type: TensorType | None = Field(None, description="Type of the output tensor.")
     token_embedding_type: TensorType | None = Field(None, description="Type of the embeddings.")
     pure: bool = Field(default=False, description="No mixtures: all tensors get `type`.")
@@ -492,6 +539,90 @@ class LoadTest(Closed):
     slo: Slo = Field(default=Slo(), description="Service levels of every model and host.")
 
 
+class Verify(Closed):
+    """How a conversion is proven: upstream's files against the 16-bit GGUF."""
+
+    logits: VerifyLogits = Field(
+        "auto",
+        description="`auto`: upstream's own implementation is run on held-out text where memory "
+        "allows; `off` leaves that out, and every verdict says so.",
+    )
+    logits_tokens: Annotated[int, Field(ge=64, le=65_536)] = Field(
+        512, description="Tokens of held-out text on which the logits are compared."
+    )
+
+
+# What a set asks of a model, and so how an answer is judged.
+EvalKind = Literal["multiple-choice", "exact-match", "json-schema", "tool-call"]
+
+
+class Eval(Closed):
+    """A set of tasks: JSON lines, one item each."""
+
+    kind: EvalKind = Field(
+        description="`multiple-choice`: the likeliest continuation; `exact-match`: the answer; "
+        "`json-schema`: an answer that the schema of the item accepts; `tool-call`: the call that "
+        "the item expects, through the server's own tool parser."
+    )
+    path: RelativePath = Field(description="File below the repository.")
+    sha256: Sha256 = Field(description="sha256 of the file.")
+    license: LicenseId = Field(description="Licence of the set.")
+    chance: Share | None = Field(
+        None,
+        description="Share that guessing gets right; of a multiple choice known from the items.",
+    )
+
+
+class Evaluate(Closed):
+    """How task evals are run and judged: paired with f16, never by an absolute score."""
+
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        0.05,
+        description="Probability of so many more losses than gains by chance, below which a quant "
+        "counts as harmed (McNemar's exact test, one-sided).",
+    )
+    canary_margin: Share = Field(
+        0.10, description="What f16 must be above chance; a set on which it is not is void."
+    )
+    generate_tokens: Tokens = Field(64, description="Tokens that an answer may have.")
+    timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        120, description="Silence after which an item has failed."
+    )
+
+
+class Compare(Closed):
+    """How champion and challenger are compared on one machine."""
+
+    pairs: Annotated[int, Field(ge=4, le=64)] = Field(
+        8, description="Pairs of processes; as many again, once, if they leave it undecided."
+    )
+    control_pairs: Annotated[int, Field(ge=3, le=32)] = Field(
+        4, description="Pairs of the champion with itself, which show what the machine can tell."
+    )
+    repetitions: Annotated[int, Field(ge=2, le=100)] = Field(
+        5, description="Repetitions of each test in one process."
+    )
+    dropped_repetitions: Annotated[int, Field(ge=0, le=99)] = Field(
+        1, description="First repetitions of a process that do not count."
+    )
+    min_decode_effect: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.03, description="Relative difference in decode speed that matters."
+    )
+    min_prefill_effect: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.05, description="Relative difference in prefill speed that matters."
+    )
+    min_quality_effect: Annotated[float, Field(gt=0, lt=10)] = Field(
+        0.10, description="Relative difference in mean divergence that matters."
+    )
+    max_minutes: Annotated[int, Field(ge=1, le=1440)] = Field(
+        30, description="Time that a comparison may take; it says beforehand what it will."
+    )
+    required: bool = Field(
+        default=False,
+        description="HOLD what was not compared with the release that is served now.",
+    )
+
+
 class Track(Closed):
     """Where runs are shown."""
 
@@ -562,9 +693,13 @@ class Declaration(Closed):
         description="The GGUFs to make, as <model>-<TYPE>.", min_length=1
     )
     gates: Gates = Field(default=Gates(), description="Limits for every model.")
+    verify: Verify = Field(default=Verify(), description="The proof of a conversion.")
     calibrate: Calibrate = Field(default=Calibrate(), description="The importance matrix.")
     benchmark: Benchmark = Field(default=Benchmark(), description="The measurements.")
+    evals: dict[EvalKey, Eval] = Field(default_factory=dict, description="Sets of tasks, by name.")
+    evaluate: Evaluate = Field(default=Evaluate(), description="The task evals.")
     choose: Choose = Field(default=Choose(), description="The choice.")
+    compare: Compare = Field(default=Compare(), description="Champion against challenger.")
     serving: Serving = Field(default=Serving(), description="The engine that serves.")
     load_test: LoadTest = Field(default=LoadTest(), description="The load test.")
     track: Track = Field(default=Track(), description="MLflow.")
@@ -595,6 +730,15 @@ class ConvertSlice(Closed):
     recipe: int
 
 
+class VerifySlice(Closed):
+    """Decides how the conversion is proven; the held-out text is the model's evaluation corpus."""
+
+    model: str
+    recipe: int
+    corpus: Corpus
+    verify: Verify
+
+
 class CalibrateSlice(Closed):
     """Decides the importance matrix; without a corpus there is none."""
 
@@ -614,6 +758,8 @@ class QuantizeSlice(Closed):
     type: QuantType
     imatrix: bool
     tensor_types: tuple[TensorRule, ...]
+    preset: Preset | None
+    recipe_file: RecipeFile | None
     output_tensor_type: TensorType | None
     token_embedding_type: TensorType | None
     pure: bool
@@ -631,6 +777,19 @@ class BenchmarkSlice(Closed):
     context_tokens: int
     corpus: Corpus
     benchmark: Benchmark
+
+
+class EvaluateSlice(Closed):
+    """Decides which tasks the quants of a model do, and how they are judged."""
+
+    model: str
+    quants: dict[str, QuantType]
+    recipe: int
+    context_tokens: int
+    modelfile: str
+    threads: int | None
+    evals: dict[str, Eval]
+    evaluate: Evaluate
 
 
 class ChooseSlice(Closed):
@@ -704,6 +863,33 @@ def fetch_slice(declared: Declaration, model: str) -> FetchSlice:
 def convert_slice(declared: Declaration, model: str) -> ConvertSlice:
     """Resolve what `convert` of a model reads."""
     return ConvertSlice(model=model, recipe=declared.toolchain.recipe)
+
+
+def verify_slice(declared: Declaration, model: str) -> VerifySlice:
+    """Resolve what `verify` of a model reads; a model's own value beats the top-level one."""
+    spec = declared.models[model]
+    own = spec.verify.model_dump(exclude_none=True)
+    return VerifySlice(
+        model=model,
+        recipe=declared.toolchain.recipe,
+        corpus=declared.corpora[spec.evaluation],
+        verify=declared.verify.model_copy(update=own),
+    )
+
+
+def evaluate_slice(declared: Declaration, model: str) -> EvaluateSlice:
+    """Resolve what `evaluate` of a model reads."""
+    spec = declared.models[model]
+    return EvaluateSlice(
+        model=model,
+        quants=quants_of(declared, model),
+        recipe=declared.toolchain.recipe,
+        context_tokens=spec.context_tokens,
+        modelfile=spec.modelfile,
+        threads=declared.benchmark.threads,
+        evals={name: declared.evals[name] for name in spec.evals},
+        evaluate=declared.evaluate,
+    )
 
 
 def calibrate_slice(declared: Declaration, model: str) -> CalibrateSlice:
