@@ -1,5 +1,5 @@
 """
-Which models the pinned llama.cpp converts, told from config.json alone.
+Which models the pinned llama.cpp converts, told from config.json, and what a GGUF is good for.
 
 The table is read out of the converter's own source, `TEXT_MODEL_MAP` in `conversion/__init__.py`,
 as a literal: no import, so no torch, and nothing of it is executed. So an architecture that the
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pipelines.errors import ToolError, UpstreamError
 
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from pipelines.gguf_header import Header
+
+    Pooling = Literal["none", "mean", "cls", "last", "rank"]
+
 _TABLE: Final = "TEXT_MODEL_MAP"
+# llama.h, enum llama_pooling_type.
+_POOLINGS: Final[dict[object, Pooling]] = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
+# Encoders that say nothing of causality, since theirs is fixed in llama.cpp.
+_NEVER_CAUSAL: Final = frozenset({"t5encoder"})
 
 
 def supported(converter: Path) -> frozenset[str]:
@@ -95,6 +103,55 @@ def require_supported(config: Mapping[str, Any], known: frozenset[str], commit: 
         f"    It converts {len(known)} architectures: {', '.join(sorted(known))}.",
         hint="Raise toolchain.llama_cpp_python if a newer llama.cpp supports it.",
     )
+
+
+def is_encoder(header: Header) -> bool:
+    """
+    Tell whether a model makes vectors of texts, rather than going on with them.
+
+    By what Ollama and llama-server tell it, too: the file names a pooling, whatever its value
+    (`<arch>.pooling_type`; Ollama then offers /api/embed and refuses to chat). A model without one
+    whose attention sees what comes later cannot go on with a text either.
+    """
+    architecture = header.text("general.architecture")
+    return f"{architecture}.pooling_type" in header.metadata or not is_causal(header)
+
+
+def is_causal(header: Header) -> bool:
+    """
+    Tell whether a token's attention ends at itself: what llama-imatrix and perplexities presume.
+
+    It does so in some encoders, too: those that were made of a decoder.
+    """
+    architecture = header.text("general.architecture")
+    causal = header.metadata.get(f"{architecture}.attention.causal", True)
+    return causal is not False and architecture not in _NEVER_CAUSAL
+
+
+def pooling(header: Header) -> Pooling:
+    """
+    Say how an encoder makes one vector of a text.
+
+    Raises:
+        UpstreamError: The file does not say, so that each token would have a vector of its own; or
+            it makes one score of two texts, which is no vector.
+    """
+    architecture = header.text("general.architecture")
+    found = _POOLINGS.get(header.metadata.get(f"{architecture}.pooling_type", 0))
+    if found in {None, "none"}:
+        raise UpstreamError(
+            f"{header.path.name} ({architecture}) does not say how the vectors of its tokens "
+            "become one of the text, so no server makes embeddings of it.",
+            hint="The repository of an embedding model has modules.json and 1_Pooling/config.json; "
+            "fetch them with it.",
+        )
+    if found == "rank":
+        raise UpstreamError(
+            f"{header.path.name} ({architecture}) ranks pairs of texts and makes no embeddings: "
+            "the fleet can measure neither its quality nor its service.",
+        )
+    assert found is not None
+    return found
 
 
 def _assigned_name(node: ast.stmt) -> str | None:

@@ -43,6 +43,7 @@ class BenchExpectation:
     repetitions: int
     execution: Execution
     tests: tuple[SpeedTest, ...]
+    embeddings: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,16 @@ class SpeedResult:
 def speed_tests(
     *, prompt_tokens: int, generate_tokens: int, depths: Sequence[int]
 ) -> tuple[SpeedTest, ...]:
-    """List the tests of one llama-bench run in the order in which it makes them."""
+    """
+    List the tests of one llama-bench run in the order in which it makes them.
+
+    No decode of no tokens: that is how an encoder is measured.
+    """
     tests: list[SpeedTest] = []
     for depth in depths:
-        tests += (
-            SpeedTest(test="prefill", tokens=prompt_tokens, depth_tokens=depth),
-            SpeedTest(test="decode", tokens=generate_tokens, depth_tokens=depth),
-        )
+        tests.append(SpeedTest(test="prefill", tokens=prompt_tokens, depth_tokens=depth))
+        if generate_tokens:
+            tests.append(SpeedTest(test="decode", tokens=generate_tokens, depth_tokens=depth))
     return tuple(tests)
 
 
@@ -87,6 +91,7 @@ def speed_argv(  # noqa: PLR0913 - each is one option of the tool
     depths: Sequence[int],
     repetitions: int,
     execution: Execution,
+    embeddings: bool = False,
 ) -> list[str]:
     """
     Measure prefill and decode at each depth in one process: the model is loaded once.
@@ -99,7 +104,7 @@ def speed_argv(  # noqa: PLR0913 - each is one option of the tool
         *("-m", model, "-o", "jsonl", "--progress", "-r", str(repetitions), "--prio", "0"),
         *("-p", str(prompt_tokens), "-n", str(generate_tokens)),
         *("-d", ",".join(str(depth) for depth in depths)),
-        *_bench_options(execution, load_mode="auto"),
+        *_bench_options(execution, load_mode="auto", embeddings=embeddings),
     ]
 
 
@@ -107,7 +112,12 @@ MEMORY_PAUSE_S = 1
 
 
 def memory_argv(
-    tools: Toolchain, model: str, *, context_tokens: int, execution: Execution
+    tools: Toolchain,
+    model: str,
+    *,
+    context_tokens: int,
+    execution: Execution,
+    embeddings: bool = False,
 ) -> list[str]:
     """
     Fill a context of `context_tokens` once, then pause, so that its peak can be read.
@@ -124,7 +134,7 @@ def memory_argv(
         str(tools.tool("llama-bench")),
         *("-m", model, "-o", "jsonl", "--progress", "-r", "1", "--prio", "0", "--no-warmup"),
         *("--delay", str(MEMORY_PAUSE_S), "-p", f"{context_tokens},1", "-n", "0", "-d", "0"),
-        *_bench_options(execution, load_mode="none"),
+        *_bench_options(execution, load_mode="none", embeddings=embeddings),
     ]
 
 
@@ -135,12 +145,12 @@ def memory_tests(context_tokens: int) -> tuple[SpeedTest, ...]:
     )
 
 
-def _bench_options(execution: Execution, *, load_mode: str) -> list[str]:
+def _bench_options(execution: Execution, *, load_mode: str, embeddings: bool) -> list[str]:
     return [
         *execution.argv(),
         *("-lm", load_mode, "-sm", "layer", "-mg", "0", "-ncmoe", "0", "-nkvo", "0"),
-        *("--poll", "50", "--cpu-strict", "0", "-embd", "0", "-nopo", "0", "--no-host", "0"),
-        *("--repack", "1"),
+        *("--poll", "50", "--cpu-strict", "0", "-nopo", "0", "--no-host", "0"),
+        *("-embd", "1" if embeddings else "0", "--repack", "1"),
     ]
 
 
@@ -238,6 +248,7 @@ def _same_run(
         "type_v": run.kv_type,
         "n_batch": run.batch_tokens,
         "n_ubatch": run.ubatch_tokens,
+        "embeddings": expected.embeddings,
     }
     for name, value in wanted.items():
         if name not in found:
