@@ -13,10 +13,10 @@ Equal sources give equal bytes. The name in the metadata is upstream's (`hf:`) o
 from __future__ import annotations
 
 import re
-import sys
 from typing import TYPE_CHECKING, Final
 
 from pipelines import (
+    apart,
     architectures,
     atomic,
     console,
@@ -41,24 +41,6 @@ if TYPE_CHECKING:
 
 # `--outtype f16`: matrices in 16 bits, norms and the like in 32.
 ALLOWED_TYPES: Final = frozenset({"F32", "F16"})
-
-# Runs the converter as `python converter ...` would, except that Python code, its own or that of a
-# library, can open no connection and start no program. So a tokenizer that "needs" remote code
-# fails here instead of running. It is a net for honest mistakes and no sandbox: native code does
-# not pass through Python's audit hooks.
-_LAUNCHER: Final = """
-import runpy, sys
-def refuse(event, args):
-    if event in REFUSED:
-        raise PermissionError("the converter may not use " + event + " " + repr(args)[:200])
-REFUSED = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto",
-           "socket.sendmsg", "socket.bind", "subprocess.Popen", "os.system", "os.exec", "os.spawn",
-           "os.posix_spawn", "os.fork", "os.forkpty"}
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-sys.addaudithook(refuse)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 _PROGRESS: Final = re.compile(r"Writing:\s+(\d+)%")
 _RAISED: Final = re.compile(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception))(?:: (.*))?$")
@@ -156,16 +138,16 @@ def convert(  # noqa: PLR0913 - each is one independent fact, named at the call
         metadata,
         {"general.source.repo_url": url} if repository else {"general.basename": name},
     )
-    words: list[str | Path] = [
-        sys.executable, "-c", _LAUNCHER, tools.converter, named,
+    words = apart.script(
+        "the converter", tools.converter, named,
         "--outfile", into, "--outtype", "f16", "--model-name", name, "--metadata", metadata,
-    ]  # fmt: skip
+    )  # fmt: skip
     try:
         with console.Progress(label, total=100) as progress:
             done = proc.run(
                 words,
                 log=log,
-                env=_environment(scratch),
+                env=apart.environment(scratch),
                 inherit_env=False,
                 on_line=lambda line: _show(line, progress),
                 ok_codes=(0, 1),
@@ -208,23 +190,6 @@ def _require_source(directory: Path, source: records.FetchRecord, tools: Toolcha
         )
     known = architectures.supported(tools.converter)
     architectures.require_supported(fetch.read_config(directory), known, tools.commit)
-
-
-def _environment(scratch: Path) -> dict[str, str]:
-    """All that the converter sees of our environment besides PATH."""
-    return {
-        "HOME": str(scratch.absolute()),
-        "TMPDIR": str(scratch.absolute()),
-        "HF_HOME": str(scratch.absolute()),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        # Tensors pass through the CPU one by one; a GPU that benchmarks must not be touched.
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONHASHSEED": "0",
-        "PYTHONUTF8": "1",
-        "LC_ALL": "C.UTF-8",
-    }
 
 
 def _read_back(path: Path, log: Path) -> Header:

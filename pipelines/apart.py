@@ -1,0 +1,84 @@
+"""
+How Python programs run that read a stranger's files: apart, and with next to nothing.
+
+A converter or a tokenizer is a large library that reads what anybody may have written. So it gets
+none of our environment but PATH, no GPU, a home that is thrown away, and an audit hook that lets
+Python code, its own or that of a library, open no connection and start no program. A tokenizer that
+"needs" remote code fails there instead of running. It is a net for honest mistakes and no sandbox:
+native code does not pass through Python's audit hooks.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Final
+
+# argv: who is told of, `-m` and a module or the path of a script, then its own arguments.
+_LAUNCHER: Final = """
+import runpy, sys
+who = sys.argv[1]
+def refuse(event, args):
+    if event in REFUSED:
+        raise PermissionError(who + " may not use " + event + " " + repr(args)[:200])
+REFUSED = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto",
+           "socket.sendmsg", "socket.bind", "subprocess.Popen", "os.system", "os.exec", "os.spawn",
+           "os.posix_spawn", "os.fork", "os.forkpty"}
+is_module = sys.argv[2] == "-m"
+sys.argv = sys.argv[3:] if is_module else sys.argv[2:]
+if not is_module:
+    sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+sys.addaudithook(refuse)
+if is_module:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def script(who: str, path: Path, *words: str | Path) -> list[str | Path]:
+    """
+    Return the command that runs a Python file as `python path ...` would, with the hook.
+
+    Args:
+        who: Begins the message of a refusal: "the converter".
+        path: The file.
+        words: Its arguments.
+    """
+    return [sys.executable, "-c", _LAUNCHER, who, path, *words]
+
+
+def module(who: str, name: str, *words: str | Path) -> list[str | Path]:
+    """
+    Return the command that runs a module of ours as `python -m name ...` would, with the hook.
+
+    `environment(..., ours=True)` is what lets it be found.
+    """
+    return [sys.executable, "-c", _LAUNCHER, who, "-m", name, *words]
+
+
+def environment(scratch: Path, *, ours: bool = False) -> dict[str, str]:
+    """
+    Return all that such a program sees of our environment besides PATH.
+
+    Args:
+        scratch: Directory for its home and its temporary files; the caller removes it.
+        ours: Let it import our own modules, too.
+    """
+    seen = {
+        "HOME": str(scratch.absolute()),
+        "TMPDIR": str(scratch.absolute()),
+        "HF_HOME": str(scratch.absolute()),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        # Files pass through the CPU one by one; a GPU that benchmarks must not be touched.
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONHASHSEED": "0",
+        "PYTHONUTF8": "1",
+        "LC_ALL": "C.UTF-8",
+    }
+    if ours:
+        seen["PYTHONPATH"] = str(Path(__file__).absolute().parent.parent)
+        seen["PYTHONDONTWRITEBYTECODE"] = "1"
+    return seen
