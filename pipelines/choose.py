@@ -5,7 +5,8 @@ The rule, in order; nothing is weighed against anything else, so that every step
 
 1. Doubt first: a quant whose measurement cannot be trusted or compared never wins
    (`pipelines.evidence`).
-2. Gates: each declared limit must be kept. A limit that cannot be judged is not kept.
+2. Gates: each declared limit must be kept. A limit that cannot be judged is not kept. A quant that
+   the task evals prove harmed (`pipelines.harm`) has missed one.
 3. Memory: the worse of predicted and measured memory, plus the margin, must fit the host.
 4. Objective: `speed` is decode speed at the deepest measured depth, `quality` the mean divergence,
    `size` the size of the file. A quant leaves the field if another one is *clearly* better: by more
@@ -24,11 +25,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipelines import atomic, proc, records
+from pipelines import atomic, harm, proc, records
 from pipelines.election import Election
 from pipelines.errors import MachineError
+from pipelines.evaluate_records import EvaluateRecord
 from pipelines.evidence import Trusted, examine
-from pipelines.limits import memory_notes
+from pipelines.limits import Miss, memory_notes
 from pipelines.load_records import SweepRecord
 from pipelines.objectives import dominators
 from pipelines.records import BenchmarkRecord, Candidate, ChoiceRecord, QuantizeRecord
@@ -53,6 +55,7 @@ def choose(
     quantized: Mapping[str, QuantizeRecord | str],
     measured: Mapping[str, BenchmarkRecord | str],
     incumbents: Mapping[str, str] | None = None,
+    evaluated: EvaluateRecord | None = None,
 ) -> ChoiceRecord:
     """
     Choose; no file is read or written.
@@ -62,10 +65,12 @@ def choose(
         quantized: Record of each declared key, or why there is none.
         measured: Record of each declared key, or why there is none.
         incumbents: Type that was chosen for each host in the last commit, if one was.
+        evaluated: Task evals, if there are any: a quant that they prove harmed misses a gate.
     """
     evidence = examine(slice_, quantized, measured)
     trusted = [one for one in evidence if isinstance(one, Trusted)]
     above = dominators(trusted, slice_.choose)
+    harmed = {one.type: _harms(one, evaluated) for one in trusted} if evaluated else {}
     return ChoiceRecord(
         model=slice_.model,
         objective=slice_.objective,
@@ -75,10 +80,19 @@ def choose(
         gates=slice_.gates.model_dump(exclude_none=True),
         notes=memory_notes(trusted, slice_.hosts),
         hosts=tuple(
-            Election(slice_, host, evidence, above, (incumbents or {}).get(host)).result()
+            Election(slice_, host, evidence, above, (incumbents or {}).get(host), harmed).result()
             for host in slice_.hosts
         ),
     )
+
+
+def _harms(one: Trusted, evaluated: EvaluateRecord) -> list[Miss]:
+    """Say on which sets a quant is proven worse than f16, each as a limit that it misses."""
+    alpha = evaluated.alpha
+    return [
+        Miss(harm.clause(set_, quant, alpha).removeprefix(f"{one.type} is "), alpha)
+        for set_, quant in harm.found(evaluated, one.type, one.quantized.gguf.sha256)
+    ]
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -93,8 +107,16 @@ def run(slice_: ChooseSlice, at: Layout) -> ChoiceRecord:
     """
     quantized = _read_all(slice_, at, "quantize", QuantizeRecord)
     measured = _read_all(slice_, at, "benchmark", BenchmarkRecord)
+    # Without sets it says nothing; with one declared, the verdict misses it (`pipelines.verdict`).
+    evaluated = records.read_or_reason(at.model_record("evaluate", slice_.model), EvaluateRecord)
     incumbents, notes = committed_winners(slice_.model, at)
-    choice = choose(slice_, quantized, measured, incumbents)
+    choice = choose(
+        slice_,
+        quantized,
+        measured,
+        incumbents,
+        None if isinstance(evaluated, str) else evaluated,
+    )
     candidates = choice.hosts[0].candidates if choice.hosts else ()
     shown = [one for one in candidates if one.verdict != "INVALID"]
     atomic.write_json(at.frontier(slice_.model), [_frontier_row(one) for one in shown])

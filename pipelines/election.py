@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 class Election:
     """The choice for one host: who may stand, who wins, and what is said to everybody."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - each is one independent fact
         self,
         slice_: ChooseSlice,
         host: str,
         evidence: Sequence[Evidence],
         dominators: Mapping[str, str],
         incumbent: str | None,
+        also_missed: Mapping[str, Sequence[Miss]] | None = None,
     ) -> None:
         """
         Hold it.
@@ -40,6 +41,7 @@ class Election:
             evidence: Every declared quant, in the order of the declaration.
             dominators: For each type off the Pareto front one that makes it pointless.
             incumbent: Type that was chosen for the host in the last commit, if one was.
+            also_missed: By type, what a quant failed at beside gates and memory.
         """
         self.slice = slice_
         self.host = host
@@ -48,6 +50,7 @@ class Election:
         self.incumbent = incumbent
         self.metric, self.order = OBJECTIVES[slice_.objective]
         self.doubts = {one.type: one.reason for one in evidence if isinstance(one, Doubted)}
+        self.also_missed = also_missed or {}
         self.missed: dict[str, list[Miss]] = {}
         self.passing: list[Trusted] = []
         self._judge()
@@ -61,6 +64,7 @@ class Election:
                 continue
             missed, unjudged = misses(one, self.slice.gates)
             missed += memory_miss(one, self.slice, self.host)
+            missed += self.also_missed.get(one.type, ())
             if missed:
                 self.missed[one.type] = missed
             elif unjudged:
