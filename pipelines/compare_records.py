@@ -30,7 +30,8 @@ class PairSample(Part):
     """
     One pair of neighbouring processes of one test, in tokens a second.
 
-    `order` tells which of them ran first. Medians of the repetitions that count.
+    `order` tells which of them ran first. Medians of the repetitions that count; these are in
+    `*_samples_tok_s`, without the first ones, which are dropped.
     """
 
     index: int
@@ -38,14 +39,28 @@ class PairSample(Part):
     champion_tok_s: Finite
     challenger_tok_s: Finite
     log_ratio: Finite
+    champion_samples_tok_s: tuple[Finite, ...] = ()
+    challenger_samples_tok_s: tuple[Finite, ...] = ()
+
+
+class VoidPair(Part):
+    """A pair that others disturbed, and so was measured again; never for a speed of its own."""
+
+    phase: Literal["control", "pairs"]
+    index: int
+    reason: str
 
 
 class SpeedComparison(Part):
     """
-    One test: paired log-ratios ln(challenger / champion), their mean and its 95 % interval.
+    One test: paired log-ratios ln(challenger / champion), their middle and its interval.
 
-    `effect` is the relative difference that matters; `control_*` the same of the champion with
-    itself, `drift` the relative change of the champion over the run.
+    `log_ratio_mean` is Hodges and Lehmann's estimate, the median of all means of two pairs;
+    `coverage` that of the interval, 0.95 or more from six pairs on. `effect` is the relative
+    difference that matters; `control_pairs` are of the champion with itself, `control_half_width`
+    is half of the interval that the comparison can reach at their scatter, after a doubling;
+    `drift` is the relative change of the champion over the run. Only a test that `is_gated` counts
+    for the outcome of the whole.
     """
 
     test: Literal["prefill", "decode"]
@@ -61,6 +76,8 @@ class SpeedComparison(Part):
     drift: Finite
     outcome: Outcome
     sentence: str
+    is_gated: bool = True
+    coverage: Finite = 0.95
 
 
 class QualityComparison(Part):
@@ -116,6 +133,8 @@ class CompareRecord(Record):
     outcome: Outcome
     sentence: str
     doubled: bool
+    void_pairs: tuple[VoidPair, ...] = ()
+    notes: tuple[str, ...] = ()
     budget_s: Finite
     wall_s: Finite
     measured_at: str
