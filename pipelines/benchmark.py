@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pipelines import (
     atomic,
+    certificate,
     console,
     corpora,
     gguf_header,
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from pipelines.params import Benchmark, BenchmarkSlice
     from pipelines.records import BenchmarkRecord, FileDigest
     from pipelines.toolchain import Toolchain
-    from pipelines.watch import Usage
 
 MIB: Final = 1 << 20
 # How far the f16's perplexity may lie from the one that its stored logits give: they are kept in
@@ -216,11 +216,7 @@ class _Speed:
     """Samples, and the circumstances under which they were taken."""
 
     results: tuple[SpeedResult, ...]
-    usage: Usage
-    before: validity.CpuTimes
-    after: validity.CpuTimes
-    wall_s: float
-    gpu: gpu.Observation | None
+    watched: certificate.Watch
     attempts: int = 1
 
 
@@ -235,10 +231,10 @@ def measure_speed_in_peace(bench: Bench) -> _Speed:
     while True:
         speed = replace(measure_speed(bench), attempts=attempt)
         busy = validity.was_busy(
-            speed.before,
-            speed.after,
-            speed.usage,
-            wall_s=speed.wall_s,
+            speed.watched.before,
+            speed.watched.after,
+            speed.watched.usage(),
+            wall_s=speed.watched.wall_s,
             threads=bench.execution.threads,
         )
         if not busy or attempt == SPEED_ATTEMPTS:
@@ -268,21 +264,14 @@ def measure_speed(bench: Bench) -> _Speed:
     )
     with (
         console.Progress(f"speed of {bench.wanted.key}", total=1) as progress,
-        watch.Watch("llama-bench") as ours,
-        gpu.Watch(ours.pids) as cards,
+        certificate.Watch("llama-bench") as watched,
     ):
-        before = validity.cpu_times()
         done = bench.run(argv, lambda line: _show_bench(progress, line), timed=True)
-        after = validity.cpu_times()
     return _Speed(
         results=llama_bench.parse_bench(
             done.stdout, _expectation(bench, tests, declared.repetitions), bench.log
         ),
-        usage=ours.usage(),
-        before=before,
-        after=after,
-        wall_s=done.wall_s,
-        gpu=cards.observation() if cards.sees_cards else None,
+        watched=watched,
     )
 
 
@@ -327,19 +316,12 @@ def _speed_record(result: SpeedResult, dropped: int) -> records.Speed:
 
 def _judge(bench: Bench, speed: _Speed, estimate: MemoryEstimate, peak: _Peak) -> records.Validity:
     declared = bench.wanted.benchmark
-    return validity.judge(
-        validity.Conditions(
+    return speed.watched.judge(
+        validity.Run(
             backend=bench.tools.backend,
-            before=speed.before,
-            after=speed.after,
-            wall_s=speed.wall_s,
-            usage=speed.usage,
-            cards=gpu.cards(),
-            gpu=speed.gpu,
             gpu_info=speed.results[0].gpu_info,
             weights_mib=estimate.model_mib,
             peak_mib=peak.mib,
-            battery=validity.on_battery(),
             spreads={
                 f"{result.test.test} at {result.test.depth_tokens}": stats.spread(
                     result.samples_tok_s[declared.dropped_repetitions :]

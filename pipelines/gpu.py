@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from collections.abc import Set as AbstractSet
 
 MIB: Final = 1 << 20
@@ -34,6 +34,26 @@ SLOWDOWN_REASONS: Final = {
     0x40: "hardware thermal slowdown",
     0x80: "hardware power brake",
 }
+
+POWER_CAP: Final = 0x04
+_IDLE: Final = 0x01
+
+# Of nvml.h; pynvml has the same, not all of them in every release.
+_CLOCK_SM: Final = 1
+_TEMPERATURE_GPU: Final = 0
+_THRESHOLD_SLOWDOWN: Final = 1
+_ERRORS_UNCORRECTED: Final = 1
+_COUNTER_VOLATILE: Final = 0
+_RETIRED_DOUBLE_BIT: Final = 1
+_EVENT_XID: Final = 0x08
+_LOST_ERRORS: Final = frozenset({15, 16})  # GPU_IS_LOST, RESET_REQUIRED
+
+# One in so many samples reads what should not change: limits and counters of errors.
+_SELDOM: Final = 10
+# A card that reports more than this is broken, and says nothing new.
+_MOST_XIDS: Final = 20
+# A median of fewer clocks would be one clock.
+_LEAST_DRIFT_SAMPLES: Final = 5
 
 # What a loaded driver leaves on Linux; the last is how Windows' driver shows in its subsystem.
 _TRACES: Final = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")
@@ -208,6 +228,8 @@ class Observation:
     """
     What the cards did between two moments.
 
+    Of several cards the worst counts. What a card or its driver does not tell is None, or missing.
+
     Attributes:
         peak_mib: Largest memory that our processes held on all cards together. Where the driver
             cannot tell processes apart (`attributed` is False: containers with process numbers of
@@ -215,9 +237,23 @@ class Observation:
         attributed: Whether the driver named our processes.
         foreign: Names or numbers of other programs that computed on the cards.
         slowdowns: Share of the samples in which each unwanted reason lowered a clock.
-        clock_mhz: Median of the SM clock over all samples and cards; None if never told.
+        clock_mhz: Median of the SM clock over all busy samples and cards; None if never told.
         temperature_c: Highest.
         samples_count: Moments at which all of this was read.
+        power_capped: Share of the samples in which the power limit set the clock, as designed.
+        clock_fall: Relative fall of the median SM clock from the first quarter of the busy samples
+            to the last. Samples at the power limit do not count: there the load sets the clock.
+        heating_c: Rise of the median temperature between the same.
+        temperature_margin_c: Least distance from the temperature at which the card slows down.
+        clock_difference: Largest relative difference between the median clocks of two sides.
+        power_limits_w: All limits that each card was seen to enforce, in their order.
+        ecc_errors_count: Uncorrected errors of memory that were new.
+        retired_count: Rows or pages of memory that were newly taken out of use.
+        xids: Numbers of the critical errors that the driver reported meanwhile.
+        lost: Whether a card stopped answering ("GPU is lost").
+        pcie_lanes_share: Lanes in use, at most, of those that card and slot agree on.
+        display: Whether a screen hangs on a card.
+        persistence: Whether the driver stays loaded when nobody uses the card.
     """
 
     peak_mib: float
@@ -227,6 +263,88 @@ class Observation:
     clock_mhz: float | None
     temperature_c: int | None
     samples_count: int
+    power_capped: float = 0.0
+    clock_fall: float | None = None
+    heating_c: float | None = None
+    temperature_margin_c: int | None = None
+    clock_difference: float | None = None
+    power_limits_w: tuple[tuple[int, ...], ...] = ()
+    ecc_errors_count: int | None = None
+    retired_count: int | None = None
+    xids: tuple[int, ...] = ()
+    lost: bool = False
+    pcie_lanes_share: float | None = None
+    display: bool | None = None
+    persistence: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moment:
+    """One card at one moment; None is what it does not tell. `side` is whose work it did."""
+
+    side: str
+    clock_mhz: int | None
+    temperature_c: int | None
+    reasons: int | None
+
+    @property
+    def busy(self) -> bool:
+        """Whether it worked: an idle card has the clock of an idle card."""
+        return not (self.reasons or 0) & _IDLE
+
+
+@dataclass
+class _CardReadings:
+    """All that has been read so far of one card."""
+
+    moments: list[_Moment] = field(default_factory=list)
+    power_limits_w: list[int] = field(default_factory=list)
+    lanes: list[int] = field(default_factory=list)
+    lanes_possible: int | None = None
+    slowdown_c: int | None = None
+    ecc_errors: list[int] = field(default_factory=list)
+    retired: list[int] = field(default_factory=list)
+    display: bool | None = None
+    persistence: bool | None = None
+
+    def busy(self) -> list[_Moment]:
+        """Moments at which it worked; all if it never did."""
+        return [each for each in self.moments if each.busy] or self.moments
+
+    def share(self, bit: int) -> float:
+        """Share of its moments at which a reason set its clock."""
+        return sum(bool((each.reasons or 0) & bit) for each in self.moments) / max(
+            1, len(self.moments)
+        )
+
+    def drift(self) -> tuple[float, float] | None:
+        """Return how far the clock fell and the heat rose, or None where there is too little."""
+        free = [
+            (each.clock_mhz, each.temperature_c)
+            for each in self.busy()
+            if each.clock_mhz and each.temperature_c and not (each.reasons or 0) & POWER_CAP
+        ]
+        quarter = len(free) // 4
+        if quarter < _LEAST_DRIFT_SAMPLES:
+            return None
+        first, last = free[:quarter], free[-quarter:]
+        clocks = [statistics.median(clock for clock, _ in part) for part in (first, last)]
+        heats = [statistics.median(heat for _, heat in part) for part in (first, last)]
+        return 1 - clocks[1] / clocks[0], heats[1] - heats[0]
+
+    def difference(self) -> float | None:
+        """Return the largest relative difference between the clocks of two sides."""
+        sides: dict[str, list[int]] = {}
+        for each in self.busy():
+            if each.side and each.clock_mhz:
+                sides.setdefault(each.side, []).append(each.clock_mhz)
+        medians = [statistics.median(clocks) for clocks in sides.values()]
+        return 1 - min(medians) / max(medians) if len(medians) > 1 else None
+
+    def margin_c(self) -> int | None:
+        """Return the least distance from the temperature at which it slows down."""
+        heats = [each.temperature_c for each in self.moments if each.temperature_c is not None]
+        return self.slowdown_c - max(heats) if heats and self.slowdown_c else None
 
 
 @dataclass
@@ -236,9 +354,9 @@ class _Readings:
     peak_ours_bytes: int = 0
     peak_used_bytes: int = 0
     foreign: set[str] = field(default_factory=set)
-    slowdowns: dict[str, int] = field(default_factory=dict)
-    clocks_mhz: list[int] = field(default_factory=list)
-    temperatures_c: list[int] = field(default_factory=list)
+    cards: list[_CardReadings] = field(default_factory=list)
+    xids: list[int] = field(default_factory=list)
+    lost: bool = False
     samples_count: int = 0
 
 
@@ -249,16 +367,21 @@ class Watch:
         self,
         ours: Callable[[], AbstractSet[int]],
         *,
-        every_s: float = SAMPLE_EVERY_S,
+        every_s: float | None = SAMPLE_EVERY_S,
     ) -> None:
-        """Prepare; `ours` returns the numbers of the processes that belong to us at the moment."""
+        """
+        Prepare; `ours` returns the numbers of the processes that belong to us at the moment.
+
+        Without `every_s` it reads when `sample` is called, at the beginning, and at the end.
+        """
+        self.side = ""
         self._ours = ours
         self._every_s = every_s
         self._stack = contextlib.ExitStack()
         self._nvml: Any = None
         self._handles: list[Any] = []
+        self._events: Any = None
         self._used_before_bytes = 0
-        self._foreign_before: set[int] = set()
         self._readings = _Readings()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -269,30 +392,36 @@ class Watch:
         if self._nvml is not None:
             self._handles = _ask(self._nvml, lambda: _handles(self._nvml)) or []
         if self._handles:
+            self._readings.cards = [_CardReadings() for _ in self._handles]
             self._used_before_bytes = sum(self._used(handle) for handle in self._handles)
-            self._foreign_before = {
-                pid for handle in self._handles for pid in self._processes(handle)
-            } - set(self._ours())
-            self._readings.foreign |= {self._label(pid) for pid in self._foreign_before}
-            self._thread.start()
+            there = {pid for handle in self._handles for pid in self._processes(handle)}
+            self._readings.foreign |= {self._label(pid) for pid in there - set(self._ours())}
+            self._listen()
+            self._once()
+            self._settings()
+            if self._every_s is not None:
+                self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop reading and close the driver."""
+        """Stop reading, look a last time at what changes seldom, and close the driver."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
+        if self._handles:
+            self._settings()
+            if self._events is not None:
+                self._call("nvmlEventSetFree", self._events)
         self._stack.close()
-
-    @property
-    def sees_cards(self) -> bool:
-        """Whether there was anything to read."""
-        return bool(self._handles)
 
     def _loop(self) -> None:
         while not self._stopped.wait(self._every_s):
-            with contextlib.suppress(self._nvml.NVMLError):
-                self.sample()
+            self.sample()
+
+    @property
+    def sees_cards(self) -> bool:
+        """Whether there is anything to watch."""
+        return bool(self._handles)
 
     def sample(self) -> None:
         """Read every card once."""
@@ -301,63 +430,177 @@ class Watch:
         seen = self._readings
         ours = set(self._ours())
         ours_bytes = used_bytes = 0
-        for handle in self._handles:
+        for handle, card in zip(self._handles, seen.cards, strict=True):
             processes = self._processes(handle)
             ours_bytes += sum(size for pid, size in processes.items() if pid in ours)
             used_bytes += self._used(handle)
             # Where our own numbers show up, every other one is somebody else.
             if ours & processes.keys():
                 seen.foreign |= {self._label(pid) for pid in processes.keys() - ours}
-            self._condition(handle)
+            card.moments.append(self._moment(handle))
+            if (lanes := self._call("nvmlDeviceGetCurrPcieLinkWidth", handle)) is not None:
+                card.lanes.append(lanes)
         seen.peak_ours_bytes = max(seen.peak_ours_bytes, ours_bytes)
         seen.peak_used_bytes = max(seen.peak_used_bytes, used_bytes)
+        if seen.samples_count % _SELDOM == 0:
+            self._settings()
         seen.samples_count += 1
 
-    def _condition(self, handle: Any) -> None:  # noqa: ANN401 - a handle of the driver
-        nvml, seen = self._nvml, self._readings
-        clock = _ask(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))
-        heat = _ask(nvml, lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
+    def _moment(self, handle: Any) -> _Moment:  # noqa: ANN401 - a handle of the driver
         # Renamed in driver 535; old releases of pynvml have only the old name.
-        reasons_of = getattr(
-            nvml,
+        new, old = (
             "nvmlDeviceGetCurrentClocksEventReasons",
-            getattr(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", None),
+            "nvmlDeviceGetCurrentClocksThrottleReasons",
         )
-        bits = _ask(nvml, lambda: reasons_of(handle)) if reasons_of else None
-        if clock is not None:
-            seen.clocks_mhz.append(clock)
-        if heat is not None:
-            seen.temperatures_c.append(heat)
-        for bit, reason in SLOWDOWN_REASONS.items():
-            if (bits or 0) & bit:
-                seen.slowdowns[reason] = seen.slowdowns.get(reason, 0) + 1
+        return _Moment(
+            side=self.side,
+            clock_mhz=self._call("nvmlDeviceGetClockInfo", handle, _CLOCK_SM),
+            temperature_c=self._call("nvmlDeviceGetTemperature", handle, _TEMPERATURE_GPU),
+            reasons=self._call(new if hasattr(self._nvml, new) else old, handle),
+        )
+
+    def _once(self) -> None:
+        """Read what does not change."""
+        for handle, card in zip(self._handles, self._readings.cards, strict=True):
+            card.slowdown_c = self._call(
+                "nvmlDeviceGetTemperatureThreshold", handle, _THRESHOLD_SLOWDOWN
+            )
+            card.lanes_possible = self._call("nvmlDeviceGetMaxPcieLinkWidth", handle)
+            display = self._call("nvmlDeviceGetDisplayActive", handle)
+            card.display = None if display is None else bool(display)
+            mode = self._call("nvmlDeviceGetPersistenceMode", handle)
+            card.persistence = None if mode is None else bool(mode)
+
+    def _settings(self) -> None:
+        """Read what should not change: limits, and counters of errors."""
+        for handle, card in zip(self._handles, self._readings.cards, strict=True):
+            limit_mw = self._call("nvmlDeviceGetEnforcedPowerLimit", handle)
+            if limit_mw is not None and [round(limit_mw / 1000)] != card.power_limits_w[-1:]:
+                card.power_limits_w.append(round(limit_mw / 1000))
+            errors = self._call(
+                "nvmlDeviceGetTotalEccErrors", handle, _ERRORS_UNCORRECTED, _COUNTER_VOLATILE
+            )
+            if errors is not None:
+                card.ecc_errors.append(errors)
+            if (retired := self._retired(handle)) is not None:
+                card.retired.append(retired)
+        self._hear()
+
+    def _retired(self, handle: Any) -> int | None:  # noqa: ANN401 - a handle of the driver
+        """Count the rows (since Ampere) or pages (before) of memory that are out of use."""
+        rows = self._call("nvmlDeviceGetRemappedRows", handle)
+        if rows is not None:
+            correctable, uncorrectable, *_ = rows
+            return int(correctable) + int(uncorrectable)
+        pages = self._call("nvmlDeviceGetRetiredPages", handle, _RETIRED_DOUBLE_BIT)
+        return None if pages is None else len(pages)
+
+    def _listen(self) -> None:
+        """Ask the driver to keep critical errors for us; not all cards and systems can."""
+        self._events = self._call("nvmlEventSetCreate")
+        if self._events is not None:
+            for handle in self._handles:
+                self._call("nvmlDeviceRegisterEvents", handle, _EVENT_XID, self._events)
+
+    def _hear(self) -> None:
+        """Take the errors that came meanwhile, without waiting for one."""
+        while self._events is not None and len(self._readings.xids) < _MOST_XIDS:
+            event = self._call("nvmlEventSetWait", self._events, 0)
+            if event is None:  # the answer to "none" is NVML_ERROR_TIMEOUT
+                return
+            if event.eventType & _EVENT_XID:
+                self._readings.xids.append(int(event.eventData))
+
+    def _call(self, name: str, *arguments: Any) -> Any:  # noqa: ANN401 - a module without types
+        """Ask NVML by the name of its function; None if pynvml, driver or card does not know."""
+        function = getattr(self._nvml, name, None)
+        if function is None:
+            return None
+        try:
+            return function(*arguments)
+        except self._nvml.NVMLError as error:
+            self._readings.lost |= getattr(error, "value", None) in _LOST_ERRORS
+            return None
 
     def _used(self, handle: Any) -> int:  # noqa: ANN401 - a handle of the driver
-        memory = _ask(self._nvml, lambda: self._nvml.nvmlDeviceGetMemoryInfo(handle))
+        memory = self._call("nvmlDeviceGetMemoryInfo", handle)
         return 0 if memory is None else int(memory.used)
 
     def _processes(self, handle: Any) -> dict[int, int]:  # noqa: ANN401 - a handle of the driver
         """Return {process number: bytes} of what computes on a card; 0 bytes if not told."""
-        found = _ask(self._nvml, lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        found = self._call("nvmlDeviceGetComputeRunningProcesses", handle)
         return {item.pid: item.usedGpuMemory or 0 for item in found or []}
 
     def _label(self, pid: int) -> str:
         """Name a process by its program, without its path, or by its number."""
-        name = _ask(self._nvml, lambda: self._nvml.nvmlSystemGetProcessName(pid))
+        name = self._call("nvmlSystemGetProcessName", pid)
         return _name(name).rsplit("/", 1)[-1] if name else f"process {pid}"
 
     def observation(self) -> Observation:
         """Sum up; valid once the block has ended."""
         seen = self._readings
-        cards_read = max(1, seen.samples_count * len(self._handles))
+        cards = seen.cards
         attributed = seen.peak_ours_bytes > 0
         grown = max(0, seen.peak_used_bytes - self._used_before_bytes)
+        clocks = [each.clock_mhz for card in cards for each in card.busy() if each.clock_mhz]
+        heats = [each.temperature_c for card in cards for each in card.moments]
+        # The card whose clock fell most, and how much warmer the same one became.
+        fall, heating = max(
+            (drift for card in cards if (drift := card.drift())), default=(None,) * 2
+        )
+        slowdowns = {
+            reason: max((card.share(bit) for card in cards), default=0.0)
+            for bit, reason in SLOWDOWN_REASONS.items()
+        }
         return Observation(
             peak_mib=(seen.peak_ours_bytes if attributed else grown) / MIB,
             attributed=attributed,
             foreign=tuple(sorted(seen.foreign)),
-            slowdowns={reason: count / cards_read for reason, count in seen.slowdowns.items()},
-            clock_mhz=statistics.median(seen.clocks_mhz) if seen.clocks_mhz else None,
-            temperature_c=max(seen.temperatures_c, default=None),
+            slowdowns={reason: share for reason, share in slowdowns.items() if share > 0},
+            clock_mhz=statistics.median(clocks) if clocks else None,
+            temperature_c=_most(heats),
             samples_count=seen.samples_count,
+            power_capped=max((card.share(POWER_CAP) for card in cards), default=0.0),
+            clock_fall=fall,
+            heating_c=heating,
+            temperature_margin_c=_least(card.margin_c() for card in cards),
+            clock_difference=_most(card.difference() for card in cards),
+            power_limits_w=tuple(tuple(card.power_limits_w) for card in cards),
+            ecc_errors_count=_most(_grown(card.ecc_errors) for card in cards),
+            retired_count=_most(_grown(card.retired) for card in cards),
+            xids=tuple(seen.xids),
+            lost=seen.lost,
+            pcie_lanes_share=_least(
+                max(card.lanes) / card.lanes_possible
+                for card in cards
+                if card.lanes and card.lanes_possible
+            ),
+            display=_any(card.display for card in cards),
+            persistence=_all(card.persistence for card in cards),
         )
+
+
+N = TypeVar("N", int, float)
+
+
+def _most(told: Iterable[N | None]) -> N | None:
+    return max((each for each in told if each is not None), default=None)
+
+
+def _least(told: Iterable[N | None]) -> N | None:
+    return min((each for each in told if each is not None), default=None)
+
+
+def _grown(counter: list[int]) -> int | None:
+    """Return by how much a counter grew; one that a reset of the driver set back did not."""
+    return max(0, max(counter) - counter[0]) if counter else None
+
+
+def _any(told: Iterable[bool | None]) -> bool | None:
+    known = [each for each in told if each is not None]
+    return any(known) if known else None
+
+
+def _all(told: Iterable[bool | None]) -> bool | None:
+    known = [each for each in told if each is not None]
+    return all(known) if known else None

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from pipelines.load_session import Session
     from pipelines.params import LoadTestSlice
     from pipelines.prompts import Prompts
+    from pipelines.records import Validity
     from pipelines.serving.modelfile import Modelfile
     from pipelines.serving.server import GgufFile, Host, Loaded, Settings
     from pipelines.upstream_chat import Reference
@@ -178,6 +179,7 @@ class Examiner:
             failures=tuple(map(wording.clause, seen.failures)),
             invalid=tuple(map(wording.clause, seen.invalid)),
             notes=tuple(seen.notes),
+            validity=seen.validity,
         )
 
     def _examine(self, loaded: Loaded, reference: Reference, seen: Findings) -> None:
@@ -199,11 +201,11 @@ class Examiner:
 
     def _doubt(self, seen: Findings, attended: Attended) -> None:
         """Collect why the numbers of these runs are not to be trusted."""
-        reasons, notes = load_conditions.doubts(
+        seen.validity = load_conditions.judge(
             attended, threads=self.threads, on_gpu=seen.served_on_gpu(attended)
         )
-        seen.invalid += reasons
-        seen.notes += notes
+        seen.invalid += seen.validity.reasons
+        seen.notes += seen.validity.notes
         if seen.calibration is not None and seen.calibration.client_bound:
             seen.invalid.append(seen.calibration.reason)
         if seen.served is not None and seen.served.peak_memory_mib is None:
@@ -276,6 +278,7 @@ class Findings:
     failures: list[str] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    validity: Validity | None = None
 
     def served_on_gpu(self, attended: Attended) -> bool:
         """Tell whether any of the model lay on a card: as the server says, else as was seen."""

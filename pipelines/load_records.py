@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pipelines.records import Finite, MachineId, Part, Record
+from pipelines.records import Finite, MachineId, Part, Record, Validity
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 # Everything that can be wrong with one request; `ok` is the only success. Source of the failures
@@ -254,6 +254,8 @@ class WinnerTest(Part):
     # Why the numbers cannot be trusted; empty if they can.
     invalid: tuple[str, ...]
     notes: tuple[str, ...]
+    # Of the machine while it was under load; None if it never was. Its reasons are in `invalid`.
+    validity: Validity | None = None
 
 
 class LoadTestRecord(Record):

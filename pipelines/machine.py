@@ -61,7 +61,7 @@ def environment(tools: Toolchain) -> dict[str, Any]:
     return {
         "kernel": f"{platform.system()} {platform.release()}",
         "os": _os_name(),
-        "governor": _governor(),
+        "governor": governor(),
         "driver": None if driver is None else vars(driver),
         "backend": tools.backend,
         "llama_cpp_commit": tools.commit,
@@ -140,7 +140,7 @@ def _core_of(cpu: int, sys_: Path) -> str:
 def cpu_quota(proc: Path = _PROC, sys_: Path = _SYS) -> float | None:
     """CPUs' worth of time that the control groups above us allow; None means no limit."""
     limits: list[float] = []
-    for group in _control_groups(proc, sys_, "cpu"):
+    for group in control_groups(proc, sys_, "cpu"):
         words = _read_words(group / "cpu.max")
         if len(words) == 2 and words[0].isdigit():  # noqa: PLR2004 - "max 100000": quota, period
             limits.append(int(words[0]) / int(words[1]))
@@ -169,7 +169,7 @@ def memory_gib(size_bytes: int) -> int:
 def usable_memory_bytes(proc: Path = _PROC, sys_: Path = _SYS) -> int:
     """Main memory, or less if a control group above us allows less."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for group in _control_groups(proc, sys_, "memory"):
+    for group in control_groups(proc, sys_, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             words = _read_words(group / name)
             if words and words[0].isdigit():
@@ -177,7 +177,7 @@ def usable_memory_bytes(proc: Path = _PROC, sys_: Path = _SYS) -> int:
     return min(limits)
 
 
-def _control_groups(proc: Path, sys_: Path, controller: str) -> Iterator[Path]:
+def control_groups(proc: Path, sys_: Path, controller: str) -> Iterator[Path]:
     """
     Yield the directories of the control groups that we are in, from ours up to the root.
 
@@ -217,7 +217,7 @@ def _os_name() -> str:
         return platform.system()
 
 
-def _governor(sys_: Path = _SYS) -> str | None:
+def governor(sys_: Path = _SYS) -> str | None:
     """Frequency governor of the first CPU; None where the hypervisor keeps it to itself."""
     words = _read_words(sys_ / "devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return words[0] if words else None

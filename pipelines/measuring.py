@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    import filelock
+
     from pipelines.layout import Layout
     from pipelines.records import FileDigest
     from pipelines.toolchain import Toolchain
@@ -81,8 +83,40 @@ def prove(path: Path, recorded: FileDigest) -> None:
         )
 
 
+class Lease:
+    """The lock of a machine, as long as it is ours."""
+
+    def __init__(self, lock: filelock.BaseFileLock) -> None:
+        """Take note of the file that is locked."""
+        self._lock = lock
+        self._inode = self._inode_now()
+
+    def _inode_now(self) -> int | None:
+        try:
+            return os.stat(self._lock.lock_file).st_ino  # noqa: PTH116 - a path of filelock's
+        except OSError:
+            return None
+
+    def held(self) -> bool:
+        """
+        Tell whether nobody else can have taken the lock.
+
+        A lock file that was removed while it was locked protects nothing: the next one makes a new
+        file, and locks that.
+        """
+        return self._lock.is_locked and self._inode is not None and self._inode == self._inode_now()
+
+
+_leases: list[Lease] = []
+
+
+def leases() -> tuple[Lease, ...]:
+    """Return the machines that this process holds now: none, or this one."""
+    return tuple(_leases)
+
+
 @contextmanager
-def one_at_a_time(directory: Path, key: str) -> Iterator[None]:
+def one_at_a_time(directory: Path, key: str) -> Iterator[Lease]:
     """
     Hold this machine for one measurement; wait for the one that holds it, and say which that is.
 
@@ -101,6 +135,11 @@ def one_at_a_time(directory: Path, key: str) -> Iterator[None]:
         lock.acquire(poll_interval=_LOCK_POLL_S)
     try:
         owner.write_text(f"{key} (process {os.getpid()})", encoding="utf-8")
-        yield
+        lease = Lease(lock)
+        _leases.append(lease)
+        try:
+            yield lease
+        finally:
+            _leases.remove(lease)
     finally:
         lock.release()

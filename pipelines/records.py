@@ -210,8 +210,26 @@ class MachineId(Part):
     gpus: tuple[str, ...]
 
 
+class Condition(Part):
+    """
+    One rule about the circumstances of a measurement: what was seen, and where its limit lies.
+
+    The unit of both is the end of the rule's name; `limit` is where the outcome becomes `void`, or
+    `note` of a rule that voids nothing. None where the rule has no number, or it could not be read.
+    """
+
+    rule: str
+    outcome: Literal["ok", "note", "void", "unknown"]
+    value: Finite | None
+    limit: Finite | None
+
+
 class Validity(Part):
-    """Whether the measurement itself can be trusted, and why not."""
+    """
+    Whether the measurement itself can be trusted, and why not.
+
+    `conditions` holds each rule that was applied; empty in records of before there were any.
+    """
 
     verdict: Literal["VALID", "INVALID"]
     reasons: tuple[str, ...]
@@ -220,6 +238,7 @@ class Validity(Part):
     load_after: Finite
     steal_share: Finite
     gpu_info: str
+    conditions: tuple[Condition, ...] = ()
 
 
 class BenchmarkRecord(Record):

@@ -35,11 +35,14 @@ class Usage:
         on_core_s: Time that their threads ran.
         waited_s: Time that their threads were ready to run and had no core, as the scheduler counts
             it (/proc/PID/task/TID/schedstat); None where the kernel does not tell.
+        major_faults_count: Pages that they touched and that had to be read from a disk (majflt in
+            /proc/PID/stat); None where the kernel does not tell.
     """
 
     peak_rss_bytes: int
     on_core_s: float
     waited_s: float | None
+    major_faults_count: int | None = None
 
 
 def descendants(of: int | None = None, proc: Path = _PROC) -> set[int]:
@@ -79,28 +82,35 @@ class Watch:
     """Watches the programs called `program` below us while the block runs."""
 
     def __init__(
-        self, program: str, *, every_s: float = SAMPLE_EVERY_S, proc: Path = _PROC
+        self, program: str, *, every_s: float | None = SAMPLE_EVERY_S, proc: Path = _PROC
     ) -> None:
-        """Prepare to watch the processes whose program has this name, and no other of ours."""
+        """
+        Prepare to watch the processes whose program has this name, and no other of ours.
+
+        Without `every_s` it reads when `sample` is called, and at no other time.
+        """
         self._program = program
         self._every_s = every_s
         self._proc = proc
         self._peak_rss_bytes = 0
         # Threads end and come back under other numbers: the last reading of each is kept.
         self._tasks: dict[tuple[int, int], tuple[int, int]] = {}
+        self._faults: dict[int, int] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
     def __enter__(self) -> Self:
         """Start reading."""
-        self._thread.start()
+        if self._every_s is not None:
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop reading."""
         self._stopped.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _loop(self) -> None:
         while not self._stopped.wait(self._every_s):
@@ -134,6 +144,10 @@ class Watch:
 
     def _sample_process(self, pid: int) -> None:
         self._peak_rss_bytes = max(self._peak_rss_bytes, self._rss_bytes(pid))
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # The name stands in parentheses and may hold anything, blanks too; majflt is field 12.
+            after_name = (self._proc / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
+            self._faults[pid] = int(after_name[9])
         with contextlib.suppress(OSError):
             for task in (self._proc / str(pid) / "task").iterdir():
                 with contextlib.suppress(OSError, ValueError):
@@ -165,4 +179,5 @@ class Watch:
                 waited_s=sum(waited for _, waited in self._tasks.values()) / 1e9
                 if self._tasks
                 else None,
+                major_faults_count=sum(self._faults.values()) if self._faults else None,
             )

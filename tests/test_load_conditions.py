@@ -12,8 +12,9 @@ import record_factory as make
 
 from pipelines import validity
 from pipelines.gpu import Observation
-from pipelines.load_conditions import Attended, doubts, others_share
+from pipelines.load_conditions import Attended, judge
 from pipelines.load_examine import Findings
+from pipelines.validity import others_share
 from pipelines.watch import Usage
 
 
@@ -47,7 +48,7 @@ class FakeCards:
     sees_cards = True
     attributed = True
 
-    def __init__(self, ours: Any) -> None:
+    def __init__(self, ours: Any, *, every_s: float | None) -> None:
         """See nothing yet."""
 
     def __enter__(self) -> Self:
@@ -81,10 +82,11 @@ def test_what_others_do_on_the_card_is_seen_as_on_the_cpu(monkeypatch: pytest.Mo
     assert [each.served_on_gpu(attended) for each in (on_card, on_cpu, untold)] == [
         True, False, True,
     ]  # fmt: skip
-    reasons, _ = doubts(attended, threads=2, on_gpu=True)
+    reasons = judge(attended, threads=2, on_gpu=True).reasons
     assert any("blender" in reason for reason in reasons)
     assert any("slowed down (heat)" in reason for reason in reasons)
-    assert not any("card" in reason for reason in doubts(attended, threads=2, on_gpu=False)[0])
+    beside_the_card = judge(attended, threads=2, on_gpu=False)
+    assert not any("card" in reason for reason in beside_the_card.reasons)
 
 
 def test_our_own_server_in_a_container_is_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +96,10 @@ def test_our_own_server_in_a_container_is_nobody_else(monkeypatch: pytest.Monkey
     with Attended() as attended:
         pass
 
-    reasons, notes = doubts(attended, threads=2, on_gpu=True)
+    found = judge(attended, threads=2, on_gpu=True)
 
-    assert not any("blender" in reason for reason in reasons)
-    assert any("does not show which process" in note for note in notes)
+    assert not any("blender" in reason for reason in found.reasons)
+    assert any("does not show which process" in note for note in found.notes)
 
 
 def validity_share(waited_s: float) -> float:
@@ -115,4 +117,9 @@ def test_the_cpu_time_of_programs_that_we_ran_is_counted_as_ours() -> None:
 
     assert attended.beside_s >= 0.3
     assert attended.wall_s >= 0.3
-    assert attended.beside_cores == attended.beside_s / attended.wall_s
+    (client,) = [
+        each for each in judge(attended, threads=2, on_gpu=False).conditions
+        if each.rule == "client_cores"
+    ]  # fmt: skip
+    assert client.value == attended.beside_s / attended.wall_s
+    assert client.outcome == "note"

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipelines import validity
+from pipelines import counters, validity
+from pipelines.counters import CpuTimes
 from pipelines.gpu import Card, Observation
-from pipelines.validity import Conditions, CpuTimes
+from pipelines.validity import Conditions
 from pipelines.watch import Usage
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def test_load_alone_voids_nothing() -> None:
 )  # fmt: skip
 def test_waiting_for_a_core(waited_s: float | None, verdict: str, notes: int) -> None:
     """Up to half of the run is a note, as is not knowing it; more than half voids the number."""
-    usage = Usage(peak_rss_bytes=0, on_core_s=10.0, waited_s=waited_s)
+    usage = replace(QUIET.usage, waited_s=waited_s)
 
     found = validity.judge(replace(QUIET, usage=usage))
 
@@ -162,7 +163,7 @@ def test_other_reasons_on_a_cpu(changes: dict[str, Any], words: str) -> None:
         ({"gpu": replace(QUIET_CARD, foreign=("ollama",))}, "Other programs computed on the card"),
         (
             {"gpu": replace(QUIET_CARD, slowdowns={"hardware thermal slowdown": 0.3})},
-            "slowed down (hardware thermal slowdown) in 30 % of the run",
+            "slowed down (hardware thermal slowdown) in 30.0 % of the run (limit 2 %)",
         ),
         ({"peak_mib": 600.0}, "layers stayed elsewhere"),
     ],
@@ -203,9 +204,9 @@ def test_gpu_that_nobody_can_watch_is_noted() -> None:
 
 def test_counters_of_this_machine() -> None:
     """What the kernel counts grows, and is in seconds."""
-    before = validity.cpu_times()
+    before = counters.cpu_times()
     sum(range(2_000_000))
-    after = validity.cpu_times()
+    after = counters.cpu_times()
 
     assert after.busy_s >= before.busy_s > 0
     assert after.load >= 0
@@ -216,14 +217,14 @@ def test_counters_are_read_by_field(tmp_path: Path) -> None:
     """Of user 10, nice 20, system 30, idle 40, iowait 50, irq 60, softirq 70, steal 80 ticks."""
     (tmp_path / "stat").write_text("cpu  10 20 30 40 50 60 70 80 5 6\ncpu0 1 2 3\n")
 
-    found = validity.cpu_times(tmp_path)
+    found = counters.cpu_times(tmp_path)
 
     assert found.stolen_s / found.busy_s == pytest.approx(80 / 190)
 
 
 def test_system_without_counters_has_its_load(tmp_path: Path) -> None:
     """What is not counted is zero, so that nothing is held against the measurement."""
-    found = validity.cpu_times(tmp_path)
+    found = counters.cpu_times(tmp_path)
 
     assert (found.busy_s, found.stolen_s) == (0.0, 0.0)
     assert found.load >= 0
@@ -246,4 +247,4 @@ def test_battery(tmp_path: Path, files: dict[str, str], expected: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
 
-    assert validity.on_battery(tmp_path) is expected
+    assert counters.on_battery(tmp_path) is expected

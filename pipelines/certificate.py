@@ -1,0 +1,207 @@
+"""
+One certificate of validity for benchmark, compare and load test: watch a run, then judge it.
+
+    with certificate.Watch("llama-bench") as watched:
+        ...                                        # the run
+    validity = watched.judge(validity.Run(backend=..., threads=...))
+
+One sampler reads the measured programs, ours beside them and the cards ten times a second while the
+block runs. What the kernel counts for the whole machine is read before and after it. The rules are
+in `validity`; this module only knows how to look.
+"""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Final, Self
+
+from pipelines import counters, gpu, machine, measuring, validity, watch, wording
+from pipelines.validity import Conditions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pipelines.counters import CpuTimes
+    from pipelines.gpu import Observation
+    from pipelines.records import Condition, Validity
+    from pipelines.validity import Run
+    from pipelines.watch import Usage
+
+SAMPLE_EVERY_S: Final = 0.1
+
+
+class Watch:
+    """
+    What happened on this machine's CPU and cards while a block ran.
+
+    Attributes:
+        before: Counters of the machine when it began.
+        after: Counters when it ended.
+        wall_s: Length of the block; of its sides alone if `side` was used.
+        cards: What the cards did; None where the driver shows none.
+    """
+
+    before: CpuTimes
+    after: CpuTimes
+    wall_s: float
+    cards: Observation | None = None
+
+    def __init__(
+        self,
+        program: str,
+        *,
+        beside: Sequence[str] | None = None,
+        every_s: float = SAMPLE_EVERY_S,
+    ) -> None:
+        """
+        Prepare.
+
+        Args:
+            program: What is measured: the name of its programs, which are all below us.
+            beside: Further programs below us that are part of what is measured, together with this
+                process and the ones that it ran: an engine in front of the server. None for a
+                benchmark: then whoever else has a core counts as somebody else.
+            every_s: Time between two samples.
+        """
+        self._beside = beside
+        self._every_s = every_s
+        self._measured = watch.Watch(program, every_s=None)
+        self._others = [watch.Watch(name, every_s=None) for name in beside or ()]
+        self._card_watch = gpu.Watch(
+            self._measured.pids if beside is None else watch.descendants, every_s=None
+        )
+        self._stack = ExitStack()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._sides_s = 0.0
+
+    def __enter__(self) -> Self:
+        """Begin to look."""
+        self._hw_id = machine.probe()["hw_id"]
+        self._leases = measuring.leases()
+        self._stack.enter_context(self._card_watch)
+        self._own_before_s = _own_cpu_s()
+        self.before = counters.cpu_times()
+        self._started = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Look a last time."""
+        self._stopped.set()
+        self._thread.join()
+        self.wall_s = self._sides_s or time.monotonic() - self._started
+        self.after = counters.cpu_times()
+        self.sample()
+        self.beside_s = _own_cpu_s() - self._own_before_s
+        self.beside_s += sum(each.usage().on_core_s for each in self._others)
+        self._stack.close()
+        if self._card_watch.sees_cards:
+            seen = self._card_watch.observation()
+            # A server was there before we looked: where the driver does not name our processes
+            # (a container), it is one of those that seem to be somebody else's.
+            ours_from_before = self._beside is not None and not seen.attributed
+            self.cards = replace(seen, foreign=()) if ours_from_before else seen
+
+    def _loop(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            self.sample()
+
+    def sample(self) -> None:
+        """Read once; also safe from another thread, at a moment that matters."""
+        for each in (self._measured, *self._others):
+            each.sample()
+        self._card_watch.sample()
+
+    @contextmanager
+    def side(self, name: str) -> Iterator[None]:
+        """
+        Count what happens in this block for one of several sides that are compared.
+
+        Their clocks are compared, and what happens between the blocks counts for none of them.
+        """
+        self._card_watch.side = name
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._sides_s += time.monotonic() - started
+            self._card_watch.side = ""
+
+    def usage(self) -> Usage:
+        """Return what the measured programs used."""
+        return self._measured.usage()
+
+    def judge(self, run: Run) -> Validity:
+        """Judge the run that was watched; valid once the block has ended."""
+        return validity.judge(self.conditions(run))
+
+    def conditions(self, run: Run) -> Conditions:
+        """Return all that the rules look at."""
+        return Conditions(
+            **{each.name: getattr(run, each.name) for each in fields(run)}
+            | {"hw_id": run.hw_id or self._hw_id},
+            before=self.before,
+            after=self.after,
+            wall_s=self.wall_s,
+            usage=self.usage(),
+            cards=gpu.cards(),
+            gpu=self.cards,
+            battery=counters.on_battery(),
+            beside_s=None if self._beside is None else self.beside_s,
+            governor=machine.governor(),
+            leased=bool(self._leases) and all(each.held() for each in self._leases),
+            hw_id_found=machine.probe()["hw_id"],
+        )
+
+
+def _own_cpu_s() -> float:
+    """CPU time of this process and of the programs that it has seen end: the generator's."""
+    times = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in times)
+
+
+def lines(found: Validity) -> tuple[str, ...]:
+    """
+    Write a certificate for people: the verdict, why, what to know, and what was looked at.
+
+    Pure, in plain text, one sentence a line. Reasons and notes may hold names of programs and of
+    cards, which are text from outside: whoever shows them cleans them.
+    """
+    counts = {
+        outcome: sum(each.outcome == outcome for each in found.conditions)
+        for outcome in ("ok", "note", "void", "unknown")
+    }
+    looked = wording.counted(len(found.conditions), "condition")
+    told = wording.listed([f"{count} {_OUTCOMES[name]}" for name, count in counts.items() if count])
+    first = "The measurement is valid" if found.verdict == "VALID" else "INVALID, measure again"
+    return (
+        f"{first}: {looked} looked at, {told}." if found.conditions else f"{first}.",
+        *map(wording.sentence, found.reasons),
+        *map(wording.sentence, found.notes),
+        *(condition_line(each) for each in found.conditions if each.value is not None),
+    )
+
+
+_OUTCOMES: Final = {
+    "ok": "as they should be",
+    "note": "noted",
+    "void": "not",
+    "unknown": "not told",
+}
+
+
+def condition_line(one: Condition) -> str:
+    """Write one condition: `waiting_share: 0.013, limit 0.5: ok`."""
+    limit = "" if one.limit is None else f", limit {wording.declared(one.limit)}"
+    if one.value is None:
+        value = "not told"
+    elif one.limit is None:
+        value = wording.number(one.value)
+    else:
+        value = wording.beyond(one.value, one.limit)
+    return f"{one.rule}: {value}{limit}: {one.outcome}"
