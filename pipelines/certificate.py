@@ -15,7 +15,7 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final, Self
 
@@ -23,7 +23,7 @@ from pipelines import counters, gpu, machine, measuring, validity, watch, wordin
 from pipelines.validity import Conditions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from pipelines.counters import CpuTimes
     from pipelines.gpu import Observation
@@ -41,7 +41,7 @@ class Watch:
     Attributes:
         before: Counters of the machine when it began.
         after: Counters when it ended.
-        wall_s: Length of the block; of its sides alone if `side` was used.
+        wall_s: Length of the block.
         cards: What the cards did; None where the driver shows none.
     """
 
@@ -77,13 +77,13 @@ class Watch:
         self._stack = ExitStack()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._sides_s = 0.0
 
     def __enter__(self) -> Self:
         """Begin to look."""
+        # Opens the driver, which can take seconds, for all that is asked of it afterwards.
+        self._stack.enter_context(self._card_watch)
         self._hw_id = machine.probe()["hw_id"]
         self._leases = measuring.leases()
-        self._stack.enter_context(self._card_watch)
         self._own_before_s = _own_cpu_s()
         self.before = counters.cpu_times()
         self._started = time.monotonic()
@@ -94,11 +94,12 @@ class Watch:
         """Look a last time."""
         self._stopped.set()
         self._thread.join()
-        self.wall_s = self._sides_s or time.monotonic() - self._started
+        self.wall_s = time.monotonic() - self._started
         self.after = counters.cpu_times()
         self.sample()
         self.beside_s = _own_cpu_s() - self._own_before_s
         self.beside_s += sum(each.usage().on_core_s for each in self._others)
+        self._hardware = machine.probe()
         self._stack.close()
         if self._card_watch.sees_cards:
             seen = self._card_watch.observation()
@@ -117,21 +118,6 @@ class Watch:
             each.sample()
         self._card_watch.sample()
 
-    @contextmanager
-    def side(self, name: str) -> Iterator[None]:
-        """
-        Count what happens in this block for one of several sides that are compared.
-
-        Their clocks are compared, and what happens between the blocks counts for none of them.
-        """
-        self._card_watch.side = name
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._sides_s += time.monotonic() - started
-            self._card_watch.side = ""
-
     def usage(self) -> Usage:
         """Return what the measured programs used."""
         return self._measured.usage()
@@ -149,13 +135,13 @@ class Watch:
             after=self.after,
             wall_s=self.wall_s,
             usage=self.usage(),
-            cards=gpu.cards(),
+            cards=tuple(gpu.Card(**card) for card in self._hardware["gpus"]),
             gpu=self.cards,
             battery=counters.on_battery(),
             beside_s=None if self._beside is None else self.beside_s,
             governor=machine.governor(),
             leased=bool(self._leases) and all(each.held() for each in self._leases),
-            hw_id_found=machine.probe()["hw_id"],
+            hw_id_found=self._hardware["hw_id"],
         )
 
 

@@ -245,7 +245,6 @@ class Observation:
             to the last. Samples at the power limit do not count: there the load sets the clock.
         heating_c: Rise of the median temperature between the same.
         temperature_margin_c: Least distance from the temperature at which the card slows down.
-        clock_difference: Largest relative difference between the median clocks of two sides.
         power_limits_w: All limits that each card was seen to enforce, in their order.
         ecc_errors_count: Uncorrected errors of memory that were new.
         retired_count: Rows or pages of memory that were newly taken out of use.
@@ -267,7 +266,6 @@ class Observation:
     clock_fall: float | None = None
     heating_c: float | None = None
     temperature_margin_c: int | None = None
-    clock_difference: float | None = None
     power_limits_w: tuple[tuple[int, ...], ...] = ()
     ecc_errors_count: int | None = None
     retired_count: int | None = None
@@ -280,9 +278,8 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class _Moment:
-    """One card at one moment; None is what it does not tell. `side` is whose work it did."""
+    """One card at one moment; None is what it does not tell."""
 
-    side: str
     clock_mhz: int | None
     temperature_c: int | None
     reasons: int | None
@@ -332,15 +329,6 @@ class _CardReadings:
         heats = [statistics.median(heat for _, heat in part) for part in (first, last)]
         return 1 - clocks[1] / clocks[0], heats[1] - heats[0]
 
-    def difference(self) -> float | None:
-        """Return the largest relative difference between the clocks of two sides."""
-        sides: dict[str, list[int]] = {}
-        for each in self.busy():
-            if each.side and each.clock_mhz:
-                sides.setdefault(each.side, []).append(each.clock_mhz)
-        medians = [statistics.median(clocks) for clocks in sides.values()]
-        return 1 - min(medians) / max(medians) if len(medians) > 1 else None
-
     def margin_c(self) -> int | None:
         """Return the least distance from the temperature at which it slows down."""
         heats = [each.temperature_c for each in self.moments if each.temperature_c is not None]
@@ -374,7 +362,6 @@ class Watch:
 
         Without `every_s` it reads when `sample` is called, at the beginning, and at the end.
         """
-        self.side = ""
         self._ours = ours
         self._every_s = every_s
         self._stack = contextlib.ExitStack()
@@ -453,7 +440,6 @@ class Watch:
             "nvmlDeviceGetCurrentClocksThrottleReasons",
         )
         return _Moment(
-            side=self.side,
             clock_mhz=self._call("nvmlDeviceGetClockInfo", handle, _CLOCK_SM),
             temperature_c=self._call("nvmlDeviceGetTemperature", handle, _TEMPERATURE_GPU),
             reasons=self._call(new if hasattr(self._nvml, new) else old, handle),
@@ -564,7 +550,6 @@ class Watch:
             clock_fall=fall,
             heating_c=heating,
             temperature_margin_c=_least(card.margin_c() for card in cards),
-            clock_difference=_most(card.difference() for card in cards),
             power_limits_w=tuple(tuple(card.power_limits_w) for card in cards),
             ecc_errors_count=_most(_grown(card.ecc_errors) for card in cards),
             retired_count=_most(_grown(card.retired) for card in cards),

@@ -62,6 +62,10 @@ MAX_PAGE_INS_PER_S: Final = 100.0
 # bandwidth, which decides the speed of decoding, even where nobody waits for a core.
 NOTED_OTHER_CORES: Final = 0.25
 
+# Relative difference of the median SM clocks of two sides that are compared. Decoding follows the
+# clock less than proportionally, so this stays below the smallest effect that is gated (3 %).
+MAX_CLOCK_DIFFERENCE: Final = 0.03
+
 # Share of the planned weights that must be seen in memory. Less on a card means that layers stayed
 # on the CPU, whatever was asked for.
 MIN_WEIGHTS_SEEN: Final = 0.90
@@ -161,6 +165,33 @@ def findings(seen: Conditions) -> tuple[Finding, ...]:
     """Return what each rule says that applies, those of the machine before those of its cards."""
     rules = RULES if seen.backend == "cpu" else RULES + validity_cards.RULES
     return tuple(found for rule in rules for found in rule(seen))
+
+
+def sides(first: Validity, second: Validity) -> tuple[Finding, ...]:
+    """
+    Judge what the certificates of two runs that are compared show only together: their clocks.
+
+    Returns:
+        One finding, or none where the cards' clocks are not known.
+    """
+    clocks = [
+        each.value
+        for validity in (first, second)
+        for each in validity.conditions
+        if each.rule == "clock_mhz" and each.value
+    ]
+    if len(clocks) < 2:  # noqa: PLR2004 - two sides
+        return ()
+    low, high = min(clocks), max(clocks)
+    rule = ("clock_difference", 1 - low / high, MAX_CLOCK_DIFFERENCE)
+    if rule[1] <= MAX_CLOCK_DIFFERENCE:
+        return (ok(*rule),)
+    sentence = (
+        f"The median SM clocks of the two sides, {low:,.0f} and {high:,.0f} MHz, differ by "
+        f"{over(rule[1], MAX_CLOCK_DIFFERENCE)} (limit {limit_of(MAX_CLOCK_DIFFERENCE)}): let the "
+        "card warm up, or fix its clock with `nvidia-smi -lgc`, and run it again."
+    )
+    return (void(*rule, sentence),)
 
 
 # --- shares -----------------------------------------------------------------------------------

@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from pipelines.gpu import Observation
     from pipelines.validity import Conditions
 
-# Relative difference of the median SM clocks of two sides that are compared. Decoding follows the
-# clock less than proportionally, so this stays below the smallest effect that is gated (3 %).
-MAX_CLOCK_DIFFERENCE: Final = 0.03
-
 # Relative fall of the SM clock while the card became warmer by this much. Two RTX 3090 that went
 # from cold to hot lost 20 % of their clock and 5.2 % of their speed (noonghunna/club-3090#178):
 # half of that is about the smallest effect that is gated.
@@ -145,19 +141,6 @@ def _clock(card: Observation) -> Iterator[Finding]:
             card.clock_mhz,
             sentence=f"SM clock {card.clock_mhz:,.0f} MHz in the median{heat}.",
         )
-    if card.clock_difference is None:
-        return
-    rule = ("clock_difference", card.clock_difference, MAX_CLOCK_DIFFERENCE)
-    if card.clock_difference > MAX_CLOCK_DIFFERENCE:
-        yield void(
-            *rule,
-            "The median SM clocks of the two sides differ by "
-            f"{over(card.clock_difference, MAX_CLOCK_DIFFERENCE)} (limit "
-            f"{limit_of(MAX_CLOCK_DIFFERENCE)}): let the card warm up, or fix its clock with "
-            "`nvidia-smi -lgc`, and run it again.",
-        )
-    else:
-        yield ok(*rule)
 
 
 def _drift(card: Observation) -> Iterator[Finding]:
