@@ -218,8 +218,14 @@ def _epsilon(held: Held, sides: _Sides) -> None:
         held.hold(key, None, declared[1], f"{declared[0]} of config.json")
 
 
+def layers_count(config: Mapping[str, Any]) -> int:
+    """Layers that config.json declares; 0 if it does not."""
+    found = (config.get(key) for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
+    return next((value for value in found if isinstance(value, int)), 0)
+
+
 def _layers(held: Held, sides: _Sides) -> None:
-    layers = sides.integer("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    layers = layers_count(sides.config)
     if layers:
         extra = sides.found("nextn_predict_layers")
         wanted = layers + (extra if isinstance(extra, int) else 0)

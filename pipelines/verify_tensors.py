@@ -44,6 +44,8 @@ _EITHER_TYPE: Final = (
     "token_types.weight", "ssm_conv1d.weight", "shortconv.conv.weight", "ssm_a",
 )  # fmt: skip
 _OUTPUT: Final = "output.weight"
+# The deepest models have some 130. A table of names has a thousand entries for each.
+_MAX_BLOCKS: Final = 1024
 
 
 def checks(subject: Subject) -> tuple[Check, ...]:
@@ -58,10 +60,7 @@ def checks(subject: Subject) -> tuple[Check, ...]:
     from pipelines import source_tensors, tensor_origins, tensor_values  # noqa: PLC0415
 
     config = hyperparameters.text_config(subject.config)
-    blocks = subject.header.metadata.get(f"{subject.architecture}.block_count")
-    names = gguf_py.TensorNames(
-        subject.tools, subject.architecture, blocks if isinstance(blocks, int) else 0
-    )
+    names = gguf_py.TensorNames(subject.tools, subject.architecture, _blocks(subject, config))
     sources = source_tensors.open_all(subject.source)
     traced = tensor_origins.trace(sources, names, config, _class(subject.config))
     computed = computed_tensors(subject.header, config)
@@ -80,6 +79,15 @@ def checks(subject: Subject) -> tuple[Check, ...]:
         _tensors(subject.header, traced, structure),
         _hyperparameters(held),
         _values(subject.header, compared),
+    )
+
+
+def _blocks(subject: Subject, config: Mapping[str, Any]) -> int:
+    """Blocks for which there are names; if the two sides differ, that is found by its own layer."""
+    found = subject.header.metadata.get(f"{subject.architecture}.block_count")
+    return max(
+        hyperparameters.layers_count(config),
+        found if isinstance(found, int) and found <= _MAX_BLOCKS else 0,
     )
 
 
