@@ -164,6 +164,29 @@ def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
     tools.add_argument("--json", action="store_true", help="print the manifest as JSON")
     tools.add_argument("--verify", action="store_true", help="hash every tool again")
 
+    compare = _add(
+        verbs, "compare", "compare with what was chosen before, in one interleaved run", _compare
+    )
+    compare.add_argument("model", metavar="MODEL", help="key in params.yaml")
+    against = compare.add_mutually_exclusive_group()
+    against.add_argument(
+        "--base",
+        metavar="REV",
+        help="champion: what this commit chose; default: where this branch left the default one",
+    )
+    against.add_argument(
+        "--champion", metavar="stable|RELEASE", help="champion: a release of the local registry"
+    )
+    compare.add_argument("--quant", metavar="TYPE", help="challenger; default: what is chosen")
+    compare.add_argument(
+        "--budget", type=_minutes, metavar="MINUTES", help="default: compare.max_minutes"
+    )
+    compare.add_argument("--plan", action="store_true", help="say how long it takes, and stop")
+    compare.add_argument(
+        "--fresh", action="store_true", help="forget what a stopped run has measured"
+    )
+    compare.add_argument("--json", action="store_true", help="print the record as JSON")
+
     _add(verbs, "machine", "write what this machine and its tools are, for DVC", _machine)
 
     digest = _add(verbs, "digest", "print the revision of a `path:` source", _digest)
@@ -355,6 +378,32 @@ def _check(args: argparse.Namespace) -> int:
     from pipelines import declaration  # noqa: PLC0415 - pydantic
 
     return declaration.check_main(_layout(), as_json=args.json)
+
+
+def _minutes(text: str) -> float:
+    """Read a time of the command line."""
+    value = float(text)
+    if not 0 < value <= 1440:  # noqa: PLR2004 - a day
+        raise ValueError(text)
+    return value
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from pipelines import compare  # noqa: PLC0415 - pydantic
+
+    at = _layout()
+    return compare.main(
+        _load(at),
+        at,
+        model=args.model,
+        base=args.base,
+        champion=args.champion,
+        quant=args.quant,
+        budget_minutes=args.budget,
+        plan_only=args.plan,
+        fresh=args.fresh,
+        as_json=args.json,
+    )
 
 
 def _tools(args: argparse.Namespace) -> int:

@@ -326,6 +326,35 @@ def parse_divergence(stdout: str, stderr: str, *, base: BaseHeader, log: Path) -
     return _consistent(values, last_row, base, log)
 
 
+def running_divergence(stdout: str, base: BaseHeader, log: Path) -> tuple[float, ...]:
+    """
+    Return the mean divergence over the first 1, 2, 3, ... windows, in nats, as the table has it.
+
+    Five decimals are printed: of window c itself, c m(c) - (c - 1) m(c - 1), an error of c 1e-5 is
+    left, so windows are taken together (`pipelines.compare_quality`).
+
+    Args:
+        stdout: Output that `parse_divergence` has accepted.
+        base: Header of the logits that were read.
+        log: File with the whole output, for the error.
+
+    Raises:
+        ToolError: A window is missing, or a number is damaged or not finite.
+    """
+    lines = stdout.split("\n")
+    begin = lines.index(_CHUNK_HEADER) + 1 if _CHUNK_HEADER in lines else len(lines)
+    table = [
+        _values(_CHUNK_ROW, _ROW_PATTERN, row, log, finite=False)
+        for row in lines[begin : begin + base.chunks]
+    ]
+    means = tuple(row[5] for row in table)
+    if [row[0] for row in table] != list(range(1, base.chunks + 1)) or not all(
+        math.isfinite(mean) for mean in means
+    ):
+        refuse(f"llama-perplexity's table does not hold the {base.chunks} windows.", log)
+    return means
+
+
 def _last_row(rows: Sequence[str], chunks: int, log: Path) -> list[float]:
     """Return the numbers of the last window's row, after every window was found once."""
     table = [_values(_CHUNK_ROW, _ROW_PATTERN, row, log, finite=False) for row in rows]

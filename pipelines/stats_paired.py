@@ -39,6 +39,8 @@ Order = Literal["AB", "BA"]
 # Resamples of the bootstrap: the ends of its interval are then exact to a tenth of its width.
 RESAMPLES: Final = 2000
 SEED: Final = 1
+# Rounding of what was printed can make a mean divergence of nearly nothing zero or negative.
+_NOTHING: Final = 1e-6
 
 
 def order_of(index: int) -> Order:
@@ -331,30 +333,28 @@ def bootstrap_log_ratio(
         seed: Of the draws: equal input gives an equal interval.
 
     Raises:
-        ValueError: There are fewer than two blocks, or paired ones of another number, or a mean is
-            not positive.
+        ValueError: There are fewer than two blocks, or paired ones of another number.
     """
     if min(len(champion), len(challenger)) < 2:  # noqa: PLR2004 - one has no scatter
         raise ValueError("a bootstrap needs two blocks")
     if paired and len(champion) != len(challenger):
         raise ValueError("paired blocks are of one number")
-    estimate = log_ratio(sum(champion) / len(champion), sum(challenger) / len(challenger))
+
+    def ratio(first: Sequence[int], second: Sequence[int]) -> float:
+        below = sum(champion[i] for i in first) / len(first)
+        above = sum(challenger[i] for i in second) / len(second)
+        return math.log(max(above, _NOTHING) / max(below, _NOTHING))
+
     draw = random.Random(seed)  # noqa: S311 - no secret; it has to be the same every time
+    old, new = range(len(champion)), range(len(challenger))
     found = []
     for _ in range(RESAMPLES):
-        first = draw.choices(range(len(champion)), k=len(champion))
-        second = first if paired else draw.choices(range(len(challenger)), k=len(challenger))
-        above = sum(challenger[i] for i in second) / len(second)
-        below = sum(champion[i] for i in first) / len(first)
-        # Rounding of what was printed can make a drawn mean of nearly nothing negative.
-        if above > 0 and below > 0:
-            found.append(math.log(above / below))
-    if len(found) < RESAMPLES:
-        raise ValueError("the blocks are too small to be told from their rounding")
+        first = draw.choices(old, k=len(old))
+        found.append(ratio(first, first if paired else draw.choices(new, k=len(new))))
     found.sort()
     cut = math.floor(RESAMPLES * alpha / 2)
     return PairedInterval(
-        estimate=estimate, low=found[cut], high=found[-1 - cut], coverage=1 - alpha
+        estimate=ratio(old, new), low=found[cut], high=found[-1 - cut], coverage=1 - alpha
     )
 
 

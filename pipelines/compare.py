@@ -1,0 +1,672 @@
+"""
+`fleet compare MODEL`: champion against challenger, on this machine, in one interleaved run.
+
+Both are measured in turns, process by process, so that what the machine does hits both alike. First
+the champion is measured against itself: a machine that cannot tell the difference that matters
+says so instead of giving a verdict. The result is results/MODEL/compare.json, with every sample;
+`fleet repro` judges with it. docs/compare.md describes the method and what it was proven with.
+
+    compare_sides      who the two are, and how their bytes come here
+    compare_run        the processes in turns, the journal, what voids a pair
+    compare_quality    divergence from f16, block by block
+    compare_words      what the record says
+    stats_paired       the statistics
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from pipelines import (
+    architectures,
+    benchmark,
+    compare_quality,
+    compare_run,
+    compare_sides,
+    compare_words,
+    console,
+    corpora,
+    gguf_header,
+    measuring,
+    params,
+    records,
+    registries,
+    stats,
+    stats_paired,
+    toolchain,
+    wording,
+)
+from pipelines.compare_records import CompareRecord, FlipComparison, SpeedComparison
+from pipelines.errors import FleetError, ParamsError
+from pipelines.records import FileDigest, Validity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from pipelines.compare_records import QualityComparison
+    from pipelines.compare_run import Pair, Plan, ProcessRun, Session
+    from pipelines.compare_sides import Contender
+    from pipelines.layout import Layout
+    from pipelines.params import Declaration
+    from pipelines.stats_paired import Judgement, Metric
+
+# A machine that changed by so much while the champion alone was looked at is not one machine. The
+# order of the pairs takes out what is steady; 0.5 % from one process to the next, which is much,
+# makes 16 % of 32.
+MAX_DRIFT: Final = 0.20
+NOTED_DRIFT: Final = 0.03
+_MIN_PAIRS: Final = 4
+
+
+def main(  # noqa: PLR0913 - the options of the verb
+    declared: Declaration,
+    at: Layout,
+    *,
+    model: str,
+    base: str | None = None,
+    champion: str | None = None,
+    quant: str | None = None,
+    budget_minutes: float | None = None,
+    plan_only: bool = False,
+    fresh: bool = False,
+    as_json: bool = False,
+) -> int:
+    """
+    Do `fleet compare`.
+
+    Args:
+        declared: The declaration.
+        at: The checkout.
+        model: Key of the model.
+        base: Commit whose choice is the champion; by default where this branch left the default
+            one.
+        champion: `stable` or a release id of the local registry, instead of a commit.
+        quant: Type of the challenger; by default what is chosen.
+        budget_minutes: Time that it may take; `compare.max_minutes` by default.
+        plan_only: Say what would be measured and how long it takes, and stop.
+        fresh: Forget what a run that was stopped has measured.
+        as_json: Print the record as JSON.
+
+    Raises:
+        FleetError: A side cannot be had, the budget is too small, a tool failed.
+    """
+    registries.require_model(declared, model)
+    if base is not None and champion is not None:
+        raise ParamsError("`--base` and `--champion` both name the champion.", hint="Leave out one")
+    at.log("compare", model).unlink(missing_ok=True)
+    new = compare_sides.challenger(declared, at, model, quant)
+    old = (
+        compare_sides.of_release(declared, at, model, champion)
+        if champion is not None
+        else compare_sides.of_commit(at, model, base, new.side)
+    )
+    budget_s = 60.0 * (declared.compare.max_minutes if budget_minutes is None else budget_minutes)
+    task = Task(declared, at, model, old, new, budget_s)
+    if task.is_same:
+        return _finish(task, task.nothing_to_compare(), as_json=as_json)
+    with measuring.one_at_a_time(toolchain.default_cache_root(), f"compare {model}"):
+        record = task.run(plan_only=plan_only, fresh=fresh)
+    return 0 if record is None else _finish(task, record, as_json=as_json)
+
+
+def _finish(task: Task, record: CompareRecord, *, as_json: bool) -> int:
+    """Write the record, and say what it says."""
+    path = task.at.comparison(task.model)
+    records.write(path, record)
+    if as_json:
+        registries.print_json(json.loads(record.model_dump_json()))
+        return 0
+    if compare_words.rows(record):
+        console.out("\n".join(compare_words.table(record)))
+        console.out("")
+    for line in compare_words.sentences(record):
+        console.out(line)
+    where = path.relative_to(task.at.root)
+    console.out(f"Written to {where}; `fleet repro` judges with it.")
+    return 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One comparison: who, where, and how long it may take."""
+
+    declared: Declaration
+    at: Layout
+    model: str
+    champion: Contender
+    challenger: Contender
+    budget_s: float
+
+    @property
+    def is_same(self) -> bool:
+        """Whether both are the same bytes, run by the same llama.cpp."""
+        old, new = self.champion.side, self.challenger.side
+        return (old.gguf_sha256, old.toolchain_id) == (new.gguf_sha256, new.toolchain_id)
+
+    def nothing_to_compare(self) -> CompareRecord:
+        """Return the record of two that are one."""
+        hardware = measuring.this_machine(self.at)
+        validity = Validity(
+            verdict="VALID", reasons=(), notes=(), load_before=0.0, load_after=0.0,
+            steal_share=0.0, gpu_info="",
+        )  # fmt: skip
+        old = self.champion.side
+        said = (
+            f"Nothing to compare: {compare_words.side(self.challenger.side)} is the same file, run "
+            f"by the same llama.cpp, as that of {console.clean(old.source)}."
+        )
+        return self._record(hardware, validity, sentence=said, outcome="equal")
+
+    def run(self, *, plan_only: bool = False, fresh: bool = False) -> CompareRecord | None:
+        """Bring both, measure, and judge; None if only the plan was asked for."""
+        hardware = measuring.this_machine(self.at)
+        files = [
+            compare_sides.bring(self.declared, self.at, self.model, each, each.gguf)
+            for each in (self.champion, self.challenger)
+        ]
+        plan = plan_of(
+            self.declared,
+            self.model,
+            files[1],
+            backend=self.challenger.tools.backend,
+            cores=hardware["cpu"]["cores_count"],
+        )
+        sides = [
+            compare_run.Runner(
+                tools=each.tools,
+                model=str(file.relative_to(self.at.root)),
+                model_size_bytes=tensor_bytes(file),
+            )
+            for each, file in zip((self.champion, self.challenger), files, strict=True)
+        ]
+        key = compare_run.journal_key(self._facts(hardware["hw_id"], plan))
+        path = self.at.scratch(self.model) / f"compare-{key}.jsonl"
+        for other in self.at.scratch(self.model).glob("compare-*.jsonl"):
+            if fresh or other != path:
+                other.unlink(missing_ok=True)
+        session = compare_run.Session(
+            plan=plan,
+            sides={"A": sides[0], "B": sides[1]},
+            root=self.at.root,
+            log=self.at.log("compare", self.model),
+            journal=compare_run.Journal(path, key),
+            budget_s=self.budget_s,
+        )
+        if session.journal.resumed:
+            console.info(
+                f"going on: {wording.counted(len(session.journal.runs), 'process')} "
+                "were measured before"
+            )
+        estimate = estimate_of(session, self._quality_tokens(plan))
+        console.info(f"{self._who()}: {estimate.sentence}")
+        if plan_only:
+            return None
+        estimate.require()
+        measured = measure(session, doubling_fits=estimate.doubling_fits)
+        quality, notes = self._quality(plan, files, sides)
+        record = self._record(
+            hardware,
+            measured.validity,
+            speed=measured.speed,
+            quality=quality,
+            flips=self._flips(),
+            doubled=measured.doubled,
+            void_pairs=tuple(session.void),
+            notes=notes,
+            wall_s=round(session.spent_s, 3),
+        )
+        session.journal.remove()
+        return record
+
+    def _who(self) -> str:
+        return (
+            f"{compare_words.side(self.challenger.side)} against "
+            f"{compare_words.side(self.champion.side)}"
+        )
+
+    def _facts(self, hw_id: str, plan: Plan) -> dict[str, object]:
+        return {
+            "sides": [each.side.model_dump() for each in (self.champion, self.challenger)],
+            "hw_id": hw_id,
+            "tests": [vars(test) for test in plan.tests],
+            "run": [plan.repetitions, plan.execution.argv(), plan.is_encoder],
+        }
+
+    def _record(self, hardware: dict[str, Any], validity: Validity, **parts: Any) -> CompareRecord:  # noqa: ANN401 - fields of the record
+        speed: tuple[SpeedComparison, ...] = parts.get("speed", ())
+        quality: QualityComparison | None = parts.get("quality")
+        flips: tuple[FlipComparison, ...] = parts.get("flips", ())
+        outcomes = [one.outcome for one in speed if one.is_gated]
+        outcomes += [quality.outcome] if quality is not None and quality.same_f16 else []
+        outcomes += [one.outcome for one in flips]
+        invalid = validity.verdict == "INVALID"
+        given: dict[str, Any] = {
+            "model": self.model,
+            "context_tokens": self.declared.models[self.model].context_tokens,
+            "champion": self.champion.side,
+            "challenger": self.challenger.side,
+            "machine": measuring.machine_id(hardware, self.challenger.tools),
+            "validity": validity,
+            "speed": (),
+            "quality": None,
+            "flips": (),
+            "outcome": "undecided" if invalid else stats_paired.worst_of(outcomes),
+            "sentence": "",
+            "doubled": False,
+            "budget_s": self.budget_s,
+            "wall_s": 0.0,
+            "measured_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        record = CompareRecord(**(given | parts))
+        said = record.sentence or compare_words.outcome_sentence(record)
+        return record.model_copy(update={"sentence": said})
+
+    # quality
+
+    def _quality_tokens(self, plan: Plan) -> int:
+        """Tokens that are read for the divergence: both sides, and the f16, maybe of each."""
+        if plan.is_encoder:
+            return 0
+        quality = self.declared.benchmark.quality
+        return 4 * quality.chunks * quality.context_tokens
+
+    def _quality(
+        self, plan: Plan, files: Sequence[Path], sides: Sequence[compare_run.Runner]
+    ) -> tuple[QualityComparison | None, tuple[str, ...]]:
+        """Compare the divergences; None, with the reason, where that cannot be done."""
+        if plan.is_encoder:
+            return None, ("The embeddings of an encoder are not compared here.",)
+        wanted = params.benchmark_slice(self.declared, self.challenger.side.key)
+        corpora.require(wanted.corpus, self.at, "evaluation text")
+        same = self.champion.side.f16_sha256 == self.challenger.side.f16_sha256
+        found = []
+        for each, file, runner in zip((self.champion, self.challenger), files, sides, strict=True):
+            wanted_f16 = self.challenger.f16 if same else each.f16
+            if wanted_f16 is None:
+                reason = "the champion has an f16 of its own, which no release holds"
+                return None, (f"Divergence is not compared: {reason}.",)
+            try:
+                f16 = compare_sides.bring(self.declared, self.at, self.model, each, wanted_f16)
+            except FleetError as error:
+                return None, (f"Divergence is not compared: {wording.clause(error.message)}.",)
+            subject = compare_quality.Subject(
+                gguf=file,
+                model_size_bytes=runner.model_size_bytes,
+                tools=each.tools,
+                f16=f16,
+                f16_digest=FileDigest(
+                    name=f16.name,
+                    size_bytes=wanted_f16.size_bytes,
+                    sha256=wanted_f16.sha256,
+                    md5=wanted_f16.md5 or "",
+                ),
+            )
+            found.append(compare_quality.measure(self.at, wanted, plan.execution, subject))
+        compared = compare_quality.compare(
+            *found,
+            corpus_sha256=wanted.corpus.sha256,
+            effect=self.declared.compare.min_quality_effect,
+            same_f16=same,
+        )
+        return compared, ()
+
+    # items
+
+    def _flips(self) -> tuple[FlipComparison, ...]:
+        """Compare item by item what both records of task evals hold of the two files."""
+        old, new = self.champion, self.challenger
+        if old.evals is None or new.evals is None:
+            return ()
+        found = []
+        for mine in new.evals.sets:
+            theirs = next((one for one in old.evals.sets if one.name == mine.name), None)
+            if theirs is None or theirs.set_sha256 != mine.set_sha256 or mine.is_void:
+                continue
+            before = next(
+                (q.outcomes for q in theirs.quants if q.gguf_sha256 == old.side.gguf_sha256), ""
+            )
+            after = next(
+                (q.outcomes for q in mine.quants if q.gguf_sha256 == new.side.gguf_sha256), ""
+            )
+            if before and len(before) == len(after):
+                found.append(flips(mine.name, before, after, self.declared.evaluate.alpha))
+        return tuple(found)
+
+
+def flips(name: str, before: str, after: str, alpha: float) -> FlipComparison:
+    """Compare the outcomes (`1` right, `0` wrong) of two on the same items."""
+    pairs = list(zip(before, after, strict=True))
+    lost = sum(pair == ("1", "0") for pair in pairs)
+    won = sum(pair == ("0", "1") for pair in pairs)
+    p_value = stats_paired.mcnemar_p(lost, won)
+    outcome: Any = "worse" if p_value < alpha else "equal"
+    return FlipComparison(
+        name=name,
+        items_count=len(pairs),
+        lost_count=lost,
+        won_count=won,
+        p_value=p_value,
+        outcome=outcome,
+        sentence=compare_words.flips_sentence(name, lost, won, p_value, outcome),
+    )
+
+
+# --- the plan ---------------------------------------------------------------------------------
+
+
+def plan_of(declared: Declaration, model: str, gguf: Path, *, backend: str, cores: int) -> Plan:
+    """Resolve what is run: the tests of `benchmark`, in pairs as `compare` declares them."""
+    tested, wanted = declared.benchmark, declared.compare
+    run_as = benchmark.execution(tested, backend, cores=cores)
+    is_encoder = architectures.is_encoder(gguf_header.read(gguf))
+    context_tokens = declared.models[model].context_tokens
+    plan = compare_run.Plan(
+        pairs=wanted.pairs,
+        control_pairs=wanted.control_pairs,
+        repetitions=wanted.repetitions,
+        dropped_repetitions=wanted.dropped_repetitions,
+        prompt_tokens=min(tested.prompt_tokens, context_tokens)
+        if is_encoder
+        else tested.prompt_tokens,
+        generate_tokens=0 if is_encoder else tested.generate_tokens,
+        depths=(0,) if is_encoder else tested.depths,
+        execution=benchmark.of_encoder(run_as, context_tokens) if is_encoder else run_as,
+        effects={"decode": wanted.min_decode_effect, "prefill": wanted.min_prefill_effect},
+        is_encoder=is_encoder,
+    )
+    compare_run.refuse_wrong_plan(plan)
+    return plan
+
+
+def tensor_bytes(gguf: Path) -> int:
+    """Sum up the tensor data of a file, as llama-bench will report it."""
+    return sum(tensor.size_bytes for tensor in gguf_header.read(gguf).tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """How long a comparison takes, from one process of each side, and what of it fits."""
+
+    plan: Plan
+    process_s: float
+    quality_s: float
+    budget_s: float
+
+    def total_s(self, pairs: int) -> float:
+        """Time of a comparison of so many pairs."""
+        return self.process_s * 2 * (1 + self.plan.control_pairs + pairs) + self.quality_s
+
+    @property
+    def doubling_fits(self) -> bool:
+        """Whether there would be time for as many pairs again."""
+        return self.total_s(2 * self.plan.pairs) <= self.budget_s
+
+    @property
+    def sentence(self) -> str:
+        """Say it beforehand."""
+        plan = self.plan
+        once, twice = self.total_s(plan.pairs), self.total_s(2 * plan.pairs)
+        doubling = (
+            f"at most {compare_run.minutes(twice)} with one doubling"
+            if self.doubling_fits
+            else f"no time for a doubling, which would make it {compare_run.minutes(twice)}"
+        )
+        return (
+            f"{wording.counted(plan.pairs, 'pair')} and {plan.control_pairs} of control x "
+            f"{wording.counted(len(plan.tests), 'test')}, about {compare_run.minutes(once)}, "
+            f"{doubling}; budget {compare_run.minutes(self.budget_s)}"
+        )
+
+    def require(self) -> None:
+        """
+        See that it fits.
+
+        Raises:
+            ParamsError: It does not; the hint says what would.
+        """
+        once = self.total_s(self.plan.pairs)
+        if once <= self.budget_s:
+            return
+        fit = math.floor(
+            (self.budget_s - self.quality_s) / (2 * self.process_s) - 1 - self.plan.control_pairs
+        )
+        fewer = f", or set compare.pairs to {fit}" if fit >= _MIN_PAIRS else ""
+        raise ParamsError(
+            f"this comparison takes about {compare_run.minutes(once)}, the budget is "
+            f"{compare_run.minutes(self.budget_s)}: nothing was measured.",
+            hint=f"--budget {math.ceil(once / 60)}{fewer}, or lower compare.repetitions.",
+        )
+
+
+def estimate_of(session: Session, quality_tokens: int) -> Estimate:
+    """Run each side once, and take from that how long all will take."""
+    console.step("warm-up: one process of each side")
+    walls = session.warm_up()
+    first = session.journal.find("warm-up", 0, 0, "B")
+    prefills = [
+        stats.median(samples)
+        for test, samples in zip(
+            session.plan.tests, first.samples_tok_s if first else (), strict=False
+        )
+        if test.test == "prefill"
+    ]
+    return Estimate(
+        plan=session.plan,
+        process_s=sum(walls.values()) / len(walls),
+        quality_s=quality_tokens / max(prefills) if prefills else 0.0,
+        budget_s=session.budget_s,
+    )
+
+
+# --- speed ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The speed of both, judged, and whether it may be believed."""
+
+    speed: tuple[SpeedComparison, ...]
+    validity: Validity
+    doubled: bool
+
+
+def measure(session: Session, *, doubling_fits: bool = True) -> Measured:
+    """
+    Measure the champion against itself, then both in turns, and judge.
+
+    Returns:
+        The comparison; INVALID, with what to do, where the machine could not tell.
+    """
+    plan = session.plan
+    control: tuple[Pair, ...] = ()
+    pairs: list[Pair] = []
+    reasons: list[str] = []
+    try:
+        console.step(f"control: {wording.counted(plan.control_pairs, 'pair')} of the champion")
+        control = session.control()
+        reasons += too_noisy(plan, control)
+        if not reasons:
+            console.step(f"{wording.counted(plan.pairs, 'pair')} of champion and challenger")
+            for end in (plan.pairs, 2 * plan.pairs):
+                pairs += session.pairs(len(pairs), end, _teller(plan, pairs, end))
+                outcome = stats_paired.worst_of(
+                    [one.outcome for one in judge(plan, pairs) if one is not None]
+                )
+                if outcome != "undecided" or end > plan.pairs or not doubling_fits:
+                    break
+                console.info("undecided: as many pairs again")
+    except compare_run.UnmeasurableError as error:
+        reasons.append(str(error))
+    speed = tuple(_speed(plan, control, pairs))
+    reasons += [] if reasons else drifted(speed)
+    return Measured(
+        speed=speed,
+        validity=certify(session, control, pairs, reasons),
+        doubled=len(pairs) > plan.pairs,
+    )
+
+
+def metrics(plan: Plan, pairs: Sequence[Pair]) -> list[Metric]:
+    """Return the log-ratios of each test."""
+    return [
+        stats_paired.Metric(
+            differences=tuple(
+                pair.sample(number, plan.dropped_repetitions).log_ratio for pair in pairs
+            ),
+            effect=plan.effects[test.test],
+            is_gated=number in plan.gated,
+        )
+        for number, test in enumerate(plan.tests)
+    ]
+
+
+def judge(plan: Plan, pairs: Sequence[Pair]) -> list[Judgement | None]:
+    """Judge the gated tests; None stands for those that decide nothing."""
+    judged = stats_paired.judge(metrics(plan, pairs))
+    return [one if number in plan.gated else None for number, one in enumerate(judged)]
+
+
+def too_noisy(plan: Plan, control: Sequence[Pair]) -> list[str]:
+    """Say why this machine cannot tell the differences that matter, if so."""
+    found = []
+    for number in plan.gated:
+        test = plan.tests[number]
+        effect = plan.effects[test.test]
+        control_d = [pair.sample(number, plan.dropped_repetitions).log_ratio for pair in control]
+        half = stats_paired.reachable_half_width(control_d, 2 * plan.pairs)
+        if half > effect:
+            found.append(
+                f"The machine is too noisy: the champion differs from itself in {test.test} so "
+                f"much that {wording.counted(2 * plan.pairs, 'pair')} could tell "
+                f"{wording.beyond(half * 100, effect * 100)} %, and "
+                f"{wording.declared(effect * 100)} % matter: stop what else runs here, raise "
+                "compare.repetitions, or compare on a machine of its own."
+            )
+        elif stats_paired.finds_itself_different(control_d, effect):
+            found.append(
+                f"The champion differs from itself by more than {wording.declared(effect * 100)} % "
+                f"in {test.test} in every pair of the control: something changes between two "
+                "processes; look at the log."
+            )
+    return found
+
+
+def drifted(speed: Sequence[SpeedComparison]) -> list[str]:
+    """Say whether the machine became another one meanwhile."""
+    return [
+        f"The champion changed by {wording.percent(abs(one.drift))} in {one.test} over the run "
+        f"(limit {wording.percent(MAX_DRIFT)}): let the machine come to rest, cool, and compare "
+        "again."
+        for one in speed
+        if one.is_gated and abs(one.drift) > MAX_DRIFT
+    ]
+
+
+def _teller(plan: Plan, before: Sequence[Pair], end: int) -> Any:  # noqa: ANN401 - a callback
+    """Say after each pair how it stands."""
+    earlier = tuple(before)
+
+    def tell(new: Sequence[Pair]) -> None:
+        pairs = (*earlier, *new)
+        parts = []
+        for number, metric in enumerate(metrics(plan, pairs)):
+            if number in plan.gated:
+                found = stats_paired.paired_interval(metric.differences)
+                shown = compare_words.interval(found.estimate, found.low, found.high)
+                parts.append(f"{plan.tests[number].test} {shown}")
+        console.info(f"pair {len(pairs)} of {end}: {', '.join(parts)}")
+
+    return tell
+
+
+def _speed(plan: Plan, control: Sequence[Pair], pairs: Sequence[Pair]) -> Iterator[SpeedComparison]:
+    judged = stats_paired.judge(metrics(plan, pairs)) if pairs else ()
+    for number, test in enumerate(plan.tests):
+        effect = plan.effects[test.test]
+        samples = tuple(pair.sample(number, plan.dropped_repetitions) for pair in pairs)
+        controls = tuple(pair.sample(number, plan.dropped_repetitions) for pair in control)
+        anchor = [
+            each
+            for one in controls
+            for each in (
+                (one.champion_tok_s, one.challenger_tok_s)
+                if one.order == "AB"
+                else (one.challenger_tok_s, one.champion_tok_s)
+            )
+        ]
+        anchor += [one.champion_tok_s for one in samples]
+        half = (
+            stats_paired.reachable_half_width([one.log_ratio for one in controls], 2 * plan.pairs)
+            if len(controls) > 1
+            else 0.0
+        )
+        one = judged[number] if judged else None
+        comparison = SpeedComparison(
+            test=test.test,
+            depth_tokens=test.depth_tokens,
+            tokens=test.tokens,
+            effect=effect,
+            pairs=samples,
+            control_pairs=controls,
+            log_ratio_mean=one.interval.estimate if one else 0.0,
+            log_ratio_low=one.interval.low if one else 0.0,
+            log_ratio_high=one.interval.high if one else 0.0,
+            control_half_width=half,
+            drift=stats_paired.drift(anchor) if len(anchor) > 1 else 0.0,
+            outcome=one.outcome if one else "undecided",
+            sentence="",
+            is_gated=number in plan.gated,
+            coverage=one.interval.coverage if one else 0.0,
+        )
+        yield comparison.model_copy(update={"sentence": _sentence(comparison, one)})
+
+
+def _sentence(one: SpeedComparison, judged: Judgement | None) -> str:
+    if judged is None:
+        return f"{compare_words.test_name(one).capitalize()} was not measured."
+    return compare_words.speed_sentence(
+        compare_words.test_name(one).capitalize(),
+        one.outcome,
+        compare_words.interval(one.log_ratio_mean, one.log_ratio_low, one.log_ratio_high),
+        one.effect,
+        held=judged.is_held,
+    )
+
+
+# --- the certificate --------------------------------------------------------------------------
+
+
+def certify(
+    session: Session, control: Sequence[Pair], pairs: Sequence[Pair], reasons: Sequence[str]
+) -> Validity:
+    """
+    Sum up the certificates of the processes that count.
+
+    Each was judged by itself, and its pair measured again if others disturbed it; of each rule the
+    worst that was let pass stands here.
+    """
+    counted: list[ProcessRun] = [
+        run for pair in (*control, *pairs) for run in (pair.champion, pair.challenger)
+    ] or list(session.journal.runs)
+    worst = max(counted, key=lambda run: run.condition("waiting_share") or 0.0)
+    conditions: dict[str, records.Condition] = {}
+    for run in counted:
+        for each in run.validity.conditions:
+            known = conditions.get(each.rule)
+            if known is None or (each.value or 0.0) > (known.value or 0.0):
+                conditions[each.rule] = each
+    return worst.validity.model_copy(
+        update={
+            "verdict": "INVALID" if reasons else "VALID",
+            "reasons": tuple(reasons),
+            "load_before": counted[0].validity.load_before,
+            "load_after": counted[-1].validity.load_after,
+            "steal_share": max(run.validity.steal_share for run in counted),
+            "conditions": tuple(conditions.values()),
+        }
+    )
