@@ -433,6 +433,7 @@ def _machine(_args: argparse.Namespace) -> int:
     machine.write(at, tools)
     for model in declared.models:
         publish.note(params.publish_slice(declared, model), at)
+        publish.note_comparison(model, at)
     track.withdraw_pending(at)
     return 0
 

@@ -2,22 +2,37 @@
 What a load test means for each host, in one sentence: doubt first, then failures, then questions.
 
 Nothing here reads a file or looks at the choice beyond its winner; `pipelines.verdict` joins this
-with what `choose` said and refuses what does not belong together.
+with what `choose` said and refuses what does not belong together. A gate is never taken for better
+than its own numbers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipelines import golden, wording
 from pipelines.load_records import LoadVerdict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from pipelines.load_records import EngineId, Smoke, WinnerTest
+    from pipelines.load_records import Degenerate, EngineId, LoadGate, Outcome, Smoke, WinnerTest
     from pipelines.records import HostChoice
-    from pipelines.verdict import Verdict
+    from pipelines.verdict_words import Verdict
+
+_OUTCOMES: tuple[Outcome, ...] = ("PASS", "INCONCLUSIVE", "FAIL")
+_WORSE: tuple[Verdict, ...] = ("INVALID", "REJECT", "HOLD")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that a load test found: what it forces, why, what was found and what was due."""
+
+    verdict: Verdict
+    sentence: str
+    value: str
+    limit: str
 
 
 def of_host(
@@ -36,19 +51,21 @@ def of_host(
     if host.winner is None:
         return _said(host, host.verdict, ["nothing was chosen, so nothing was served"])
     test = next(one for one in winners if one.type == host.winner)
-    findings: tuple[tuple[Verdict, list[str]], ...] = (
-        ("INVALID", list(test.invalid)),
-        ("REJECT", _failures(host.host, test)),
-        ("HOLD", _open_questions(host.host, test, smokes, engine)),
-    )
-    for verdict, sentences in findings:
+    found = list(findings(host.host, test, smokes, engine))
+    for verdict in _WORSE:
+        sentences = [one.sentence for one in found if one.verdict == verdict]
         if sentences:
             return _said(host, verdict, sentences)
-    gates = (gate for gate in test.gates if (gate.host, gate.name) == (host.host, "goodput"))
-    goodput = next(gates, None)
-    if goodput is None:
+    praise = praise_of(host.host, test)
+    if praise is None:
         return _said(host, "INVALID", [f"no level of host {host.host} was judged"])
-    return _said(host, "PROMOTE", [goodput.sentence])
+    return _said(host, "PROMOTE", [praise])
+
+
+def praise_of(host: str, test: WinnerTest) -> str | None:
+    """Return what a host that is promoted is told: its share of good requests, if it was judged."""
+    gates = (gate for gate in test.gates if (gate.host, gate.name) == (host, "goodput"))
+    return next((gate.sentence for gate in gates), None)
 
 
 def _said(host: HostChoice, verdict: Verdict, sentences: list[str]) -> LoadVerdict:
@@ -56,40 +73,101 @@ def _said(host: HostChoice, verdict: Verdict, sentences: list[str]) -> LoadVerdi
     return LoadVerdict(host=host.host, winner=host.winner, verdict=verdict, sentence=words)
 
 
-def _failures(host: str, test: WinnerTest) -> list[str]:
-    failed = list(test.failures)
-    objection = golden.objection(test.golden) if test.golden is not None else None
-    if objection is not None:
-        failed.append(objection)
-    if test.degenerate is not None and test.degenerate.outcome == "FAIL":
-        failed.append(test.degenerate.sentence)
-    failed += _regressions(test, "FAIL")
-    return failed + _gates(host, test, "FAIL")
-
-
-def _open_questions(
+def findings(
     host: str, test: WinnerTest, smokes: Sequence[Smoke], engine: EngineId | None
-) -> list[str]:
-    questions = _gates(host, test, "INCONCLUSIVE")
-    if test.degenerate is not None and test.degenerate.outcome == "INCONCLUSIVE":
-        questions.append(test.degenerate.sentence)
-    questions += _regressions(test, "INCONCLUSIVE")
-    questions += [f"{one.type}: {one.sentence}" for one in smokes if one.outcome == "FAIL"]
+) -> Iterator[Finding]:
+    """
+    Yield everything that stands against a promotion of a winner on one host.
+
+    Args:
+        host: Its name.
+        test: The test of its winner.
+        smokes: The short tests of the other quants.
+        engine: What served.
+    """
+    yield from _failures(test)
+    for gate in test.gates:
+        outcome = outcome_of(gate)
+        if gate.host == host and outcome != "PASS":
+            yield _of_gate(gate, outcome)
+    for smoke in smokes:
+        if smoke.outcome == "FAIL":
+            yield Finding(
+                verdict="HOLD",
+                sentence=f"{smoke.type}: {smoke.sentence}",
+                value=f"{smoke.ok_count:,} of {smoke.requests_count:,} requests",
+                limit="PASS",
+            )
     if engine is None or not engine.declared:
-        questions.append(
-            "llama-server stood in for Ollama; declare `serving.engine: llama-server` if that is "
-            "what will serve"
+        yield Finding(
+            verdict="HOLD",
+            sentence="llama-server stood in for Ollama; declare `serving.engine: llama-server` if "
+            "that is what will serve",
+            value="llama-server",
+            limit="Ollama",
         )
-    return questions
 
 
-def _regressions(test: WinnerTest, outcome: str) -> list[str]:
-    return [
-        f"prompt regression {one.id}: {one.sentence}"
-        for one in test.regressions
-        if one.outcome == outcome
-    ]
+def _failures(test: WinnerTest) -> Iterator[Finding]:
+    """Yield what a quant failed at, or may have, on whatever host."""
+    for text in test.invalid:
+        yield Finding(verdict="INVALID", sentence=text, value="INVALID", limit="VALID")
+    for text in test.failures:
+        yield Finding(verdict="REJECT", sentence=text, value="failed", limit="served")
+    # A test without any prompt is no failure of the quant: `verdict_served` misses them.
+    compared = test.golden if test.golden is not None and test.golden.prompts else None
+    objection = golden.objection(compared) if compared is not None else None
+    if compared is not None and objection is not None:
+        passed = sum(each.outcome == "PASS" for each in compared.prompts)
+        all_ = len(compared.prompts)
+        yield Finding(
+            verdict="REJECT",
+            sentence=objection,
+            value=f"{passed:,} of {all_:,} prompts are equal",
+            limit=f"{all_:,}",
+        )
+    if test.degenerate is not None:
+        yield from _degenerate(test.degenerate)
+    for one in test.regressions:
+        if one.outcome != "PASS":
+            yield Finding(
+                verdict=_verdict(one.outcome),
+                sentence=f"prompt regression {one.id}: {one.sentence}",
+                value=f"{one.pass_count:,} of {one.repeats_count:,}",
+                limit=wording.percent(one.min_pass_share, 3),
+            )
 
 
-def _gates(host: str, test: WinnerTest, outcome: str) -> list[str]:
-    return [gate.sentence for gate in test.gates if gate.host == host and gate.outcome == outcome]
+def _verdict(outcome: Outcome) -> Verdict:
+    return "REJECT" if outcome == "FAIL" else "HOLD"
+
+
+def _degenerate(one: Degenerate) -> Iterator[Finding]:
+    is_over = one.excess is not None and not one.excess <= one.limit
+    if one.outcome != "PASS" or is_over:
+        yield Finding(
+            verdict=_verdict(one.outcome),
+            sentence=one.sentence,
+            value=f"excess {wording.number(one.excess)}",
+            limit=f"{wording.declared(one.limit)} at most",
+        )
+
+
+def outcome_of(gate: LoadGate) -> Outcome:
+    """Return the outcome of a gate, or what its numbers say where that is worse."""
+    low, high, limit = gate.low, gate.high, gate.limit
+    if gate.name in {"error_rate", "memory"}:
+        low, high, limit = -high, -low, -limit
+    by_numbers: Outcome = "PASS" if low >= limit else "FAIL" if high < limit else "INCONCLUSIVE"
+    return max(gate.outcome, by_numbers, key=_OUTCOMES.index)
+
+
+def _of_gate(gate: LoadGate, outcome: Outcome) -> Finding:
+    doubt = "" if outcome == gate.outcome else ", by its numbers, which call it PASS wrongly"
+    return Finding(
+        verdict=_verdict(outcome),
+        sentence=f"{gate.sentence}{doubt}",
+        value=f"{gate.name} {wording.number(gate.value, 4)} "
+        f"[{wording.number(gate.low, 4)}, {wording.number(gate.high, 4)}]",
+        limit=wording.declared(gate.limit),
+    )

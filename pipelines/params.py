@@ -820,20 +820,41 @@ class LoadTestSlice(Closed):
     slos: dict[str, Slo]
 
 
-class PublishSlice(Closed):
-    """Decides what a release holds and which one is stable; the registry is the local one."""
+class JudgeSlice(Closed):
+    """
+    Decides, with the records, the verdict on a model: what they are held against.
+
+    `gates`, `hosts` and `slos` are those by which `choose` and the load test judge now;
+    `corpus_sha256` is that of the text on which divergence is measured, `evals` the sha256 of each
+    declared set, by name.
+    """
 
     model: str
     quants: dict[str, QuantType]
     source: str
     revision: str
+    recipe: int
     context_tokens: int
     modelfile: str
     serving: Serving
-    threads: int | None
+    objective: Objective
+    gates: Gates
+    hosts: dict[str, Host]
+    slos: dict[str, Slo]
+    corpus_sha256: str
+    logits: VerifyLogits
+    evals: dict[str, str]
+    alpha: float
+    compare_required: bool
     stable: str
     license: str | None
     waivers: tuple[Waiver, ...]
+
+
+class PublishSlice(JudgeSlice):
+    """Decides what a release holds and which one is stable; the registry is the local one."""
+
+    threads: int | None
     registry: Registry
 
 
@@ -846,9 +867,9 @@ class TrackSlice(Closed):
 
 
 class ReportSlice(Closed):
-    """Decides what the report covers."""
+    """Decides what the report covers, and by what each model is judged."""
 
-    models: dict[str, dict[str, QuantType]]
+    models: dict[str, JudgeSlice]
 
 
 # --- from the file to the slices --------------------------------------------------------------
@@ -999,24 +1020,43 @@ def registry_of(declared: Declaration, name: str) -> Registry | None:
     return declared.registries.get(name, default)
 
 
-def publish_slice(declared: Declaration, model: str) -> PublishSlice:
-    """Resolve what `publish` of a model reads."""
+def judge_slice(declared: Declaration, model: str) -> JudgeSlice:
+    """Resolve by what a model is judged."""
     spec = declared.models[model]
+    chosen = choose_slice(declared, model)
     served = load_test_slice(declared, model)
-    local = registry_of(declared, LOCAL_REGISTRY)
-    assert local is not None, "there is a default"
-    return PublishSlice(
+    evaluated = evaluate_slice(declared, model)
+    return JudgeSlice(
         model=model,
-        quants=served.quants,
+        quants=chosen.quants,
         source=spec.source,
         revision=spec.revision,
+        recipe=declared.toolchain.recipe,
         context_tokens=spec.context_tokens,
         modelfile=spec.modelfile,
         serving=served.serving,
-        threads=served.threads,
+        objective=chosen.objective,
+        gates=chosen.gates,
+        hosts=chosen.hosts,
+        slos=served.slos,
+        corpus_sha256=declared.corpora[spec.evaluation].sha256,
+        logits=verify_slice(declared, model).verify.logits,
+        evals={name: spec.sha256 for name, spec in evaluated.evals.items()},
+        alpha=evaluated.evaluate.alpha,
+        compare_required=declared.compare.required,
         stable=spec.stable,
         license=spec.license,
         waivers=spec.waivers,
+    )
+
+
+def publish_slice(declared: Declaration, model: str) -> PublishSlice:
+    """Resolve what `publish` of a model reads."""
+    local = registry_of(declared, LOCAL_REGISTRY)
+    assert local is not None, "there is a default"
+    return PublishSlice(
+        **dict(judge_slice(declared, model)),
+        threads=declared.benchmark.threads,
         registry=local,
     )
 
@@ -1028,7 +1068,7 @@ def track_slice(declared: Declaration, model: str) -> TrackSlice:
 
 def report_slice(declared: Declaration) -> ReportSlice:
     """Resolve what `report` reads."""
-    return ReportSlice(models={model: quants_of(declared, model) for model in declared.models})
+    return ReportSlice(models={model: judge_slice(declared, model) for model in declared.models})
 
 
 # Syntax that Python has and std::regex has not, or that means something else there, and the `=` at

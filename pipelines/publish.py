@@ -56,6 +56,14 @@ class Observed(Record):
     problem: str
 
 
+class Compared(Record):
+    """Which comparison of a model results/ holds, by the sha256 of its record; None if none."""
+
+    stage: Literal["compared"] = "compared"
+    model: str
+    sha256: Sha256 | None
+
+
 class _File(BaseModel):
     """What of a file of a release has to be known to look for it."""
 
@@ -139,6 +147,17 @@ def _publish(composed: Composed, slice_: PublishSlice, at: Layout) -> tuple[str,
 def note(slice_: PublishSlice, at: Layout) -> None:
     """Write what `observe` finds where DVC looks; an equal file is left as it is."""
     records.write(at.observed(slice_.model), observe(slice_, at))
+
+
+def note_comparison(model: str, at: Layout) -> None:
+    """
+    Write where DVC looks which comparison there is.
+
+    `fleet compare` is no stage, so that nothing else tells DVC of what it leaves: a new comparison
+    is judged, released and told by the next `fleet repro`.
+    """
+    record = Compared(model=model, sha256=_digest(at.comparison(model)))
+    records.write(at.compared(model), record)
 
 
 def observe(slice_: PublishSlice, at: Layout) -> Observed:

@@ -14,10 +14,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from pipelines import atomic, console, hashing, params, release, release_gates, wording
+from pipelines import (
+    atomic,
+    console,
+    hashing,
+    params,
+    release,
+    release_gates,
+    verdict_evidence,
+    wording,
+)
 from pipelines.errors import GateError, ParamsError, RetryLaterError, StoreError
 from pipelines.ledger import Ledger
 from pipelines.moves import By
@@ -32,7 +40,7 @@ from pipelines.stores.local import LocalStore
 from pipelines.stores.transfer import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from pipelines.layout import Layout
@@ -157,44 +165,17 @@ def to_publish(slice_: PublishSlice, at: Layout, shelves: Shelves) -> Composed:
     Raises:
         GateError: There may be none; every reason is in the message.
     """
-    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    today = verdict_evidence.today()
     held = _held(slice_, at, shelves, today)
     composed = held if held is not None else release.compose(slice_, at, today=today)
     if isinstance(composed, Composed):
-        outdated = tuple(_judged_otherwise(shelves.declared, slice_.model, at))
-        if not outdated:
-            return composed
-        composed = Refused(reasons=outdated)
+        return composed
     reasons = "".join(f"\n  - {reason}" for reason in composed.reasons)
     raise GateError(
         f"{slice_.model} is not published: "
         f"{wording.counted(len(composed.reasons), 'reason')}.{reasons}",
         hint="The release before stays where it is. `fleet report` shows the evidence.",
     )
-
-
-def _judged_otherwise(declared: Declaration, model: str, at: Layout) -> Iterator[str]:
-    """
-    Yield what params.yaml asks for by now that the verdicts in git were not made by.
-
-    DVC sees to that before the stage; nobody has before this verb, and a limit that was tightened
-    since must not be kept by numbers that were held against the old one.
-    """
-    papers, _ = release.read_papers(params.publish_slice(declared, model), at)
-    assert papers is not None, "there is a release of them"
-    choose, load = params.choose_slice(declared, model), params.load_test_slice(declared, model)
-    slos = {host: slo.model_dump(exclude_none=True) for host, slo in load.slos.items()}
-    for record, what, found, wanted in (
-        ("choice.json", "gates", papers.choice.gates, choose.gates.model_dump(exclude_none=True)),
-        ("choice.json", "objective", papers.choice.objective, choose.objective),
-        ("choice.json", "hosts", {each.host for each in papers.choice.hosts}, set(choose.hosts)),
-        ("load-test.json", "service levels", papers.tested.slos, slos),
-    ):
-        if found != wanted:
-            yield (
-                f"{record} was made by other {what} than params.yaml declares now. "
-                f"Run `fleet repro {model}`."
-            )
 
 
 def _held(
@@ -211,10 +192,7 @@ def _held(
         data = at.release(slice_.model).read_bytes()
     except FileNotFoundError:
         return None
-    papers, problems = release.read_papers(slice_, at)
-    if papers is None:
-        return Refused(reasons=problems)
-    judged = release_gates.judge(slice_, papers, today=today)
+    judged = release_gates.judge(verdict_evidence.collect(slice_, at, day=today))
     if judged.reasons:
         return Refused(reasons=judged.reasons)
     there = parse_release(data, release_id(data), at.release(slice_.model).name)

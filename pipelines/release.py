@@ -17,7 +17,6 @@ import socket
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,16 +25,14 @@ from pipelines import (
     hashing,
     load_test,
     modelpack,
-    records,
     release_gates,
+    verdict_evidence,
     wording,
 )
 from pipelines.console import clean
-from pipelines.errors import ParamsError, StoreError
+from pipelines.errors import ParamsError
 from pipelines.evidence import Readings
 from pipelines.gguf_header import GgufError
-from pipelines.load_records import LoadTestRecord
-from pipelines.release_gates import Papers
 from pipelines.release_records import (
     MachineClass,
     Release,
@@ -45,7 +42,6 @@ from pipelines.release_records import (
     ReleaseLicense,
     ReleaseSource,
     ReleaseTools,
-    parse_release,
     release_bytes,
     release_id,
     short,
@@ -60,7 +56,8 @@ if TYPE_CHECKING:
     from pipelines.errors import FleetError
     from pipelines.layout import Layout
     from pipelines.params import PublishSlice
-    from pipelines.release_gates import Judgement
+    from pipelines.records import FileDigest
+    from pipelines.release_gates import Judgement, Papers
     from pipelines.release_records import Role
     from pipelines.serving.modelfile import Layer, Modelfile
 
@@ -120,17 +117,16 @@ def compose(slice_: PublishSlice, at: Layout, *, today: str | None = None) -> Co
         OSError: A file cannot be read.
     """
     try:
-        return _compose(slice_, at, today or datetime.now(UTC).strftime("%Y-%m-%d"))
+        return _compose(slice_, at, today)
     except _RefusedError as error:
         return Refused(reasons=(error.reason,))
 
 
-def _compose(slice_: PublishSlice, at: Layout, today: str) -> Composed | Refused:
-    papers, problems = read_papers(slice_, at)
-    if papers is None:
-        return Refused(reasons=problems)
-    judged = release_gates.judge(slice_, papers, today=today)
-    if judged.reasons:
+def _compose(slice_: PublishSlice, at: Layout, today: str | None) -> Composed | Refused:
+    evidence = verdict_evidence.collect(slice_, at, day=today)
+    judged = release_gates.judge(evidence)
+    papers = release_gates.papers_of(evidence)
+    if judged.reasons or papers is None:
         return Refused(reasons=judged.reasons)
     composer = _Composer(slice_=slice_, at=at, papers=papers, judged=judged)
     composer.add_files()
@@ -138,94 +134,17 @@ def _compose(slice_: PublishSlice, at: Layout, today: str) -> Composed | Refused
     leaks = tuple(_leaks(release, composer.texts, slice_, at))
     if leaks:
         return Refused(reasons=leaks)
-    release, data = _with_previous(release, at)
+    release, data = _with_previous(release, papers.previous)
     return Composed(
         release=release, data=data, id=release_id(data), blobs=tuple(composer.blobs.values())
     )
 
 
-# --- records ----------------------------------------------------------------------------------
-
-
-def read_papers(slice_: PublishSlice, at: Layout) -> tuple[Papers | None, tuple[str, ...]]:
-    """
-    Read every record of a model, and the release before.
-
-    Returns:
-        All of them; or None, and a reason for each that is not there or cannot be read.
-    """
-    model, types = slice_.model, tuple(slice_.quants.values())
-
-    def quant(stage: str, type_: str) -> Path:
-        return at.quant_record(stage, model, type_)
-
-    fetched = records.read_or_reason(at.model_record("fetch", model), records.FetchRecord)
-    converted = records.read_or_reason(at.model_record("convert", model), records.ConvertRecord)
-    calibrated = records.read_or_reason(
-        at.model_record("calibrate", model), records.CalibrateRecord
-    )
-    quantized = {
-        type_: records.read_or_reason(quant("quantize", type_), records.QuantizeRecord)
-        for type_ in types
-    }
-    measured = {
-        type_: records.read_or_reason(quant("benchmark", type_), records.BenchmarkRecord)
-        for type_ in types
-    }
-    choice = records.read_or_reason(at.model_record("choose", model), records.ChoiceRecord)
-    tested = records.read_or_reason(at.model_record("load-test", model), LoadTestRecord)
-    alone = (fetched, converted, calibrated, choice, tested)
-    problems = [each for each in alone if isinstance(each, str)]
-    for stage, found in (("quantize", quantized), ("benchmark", measured)):
-        problems += [f"{stage}/{each}" for each in found.values() if isinstance(each, str)]
-    if problems or any(isinstance(each, str) for each in alone):
-        return None, release_gates.missing(model, problems)
-    assert isinstance(fetched, records.FetchRecord)
-    assert isinstance(converted, records.ConvertRecord)
-    assert isinstance(calibrated, records.CalibrateRecord)
-    assert isinstance(choice, records.ChoiceRecord)
-    assert isinstance(tested, LoadTestRecord)
-    try:
-        before = _previous(at, model)
-    except _RefusedError as error:
-        return None, (error.reason,)
-    return Papers(
-        fetched=fetched,
-        converted=converted,
-        calibrated=calibrated,
-        quantized={k: v for k, v in quantized.items() if isinstance(v, records.QuantizeRecord)},
-        measured={k: v for k, v in measured.items() if isinstance(v, records.BenchmarkRecord)},
-        choice=choice,
-        tested=tested,
-        previous=before[0] if before else None,
-    ), ()
-
-
-def _previous(at: Layout, model: str) -> tuple[Release, bytes] | None:
-    """Read the release that results/ holds; None if there is none yet."""
-    path = at.release(model)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    undo = f"`git checkout -- {_named(path, at)}` brings back the last one."
-    try:
-        release = parse_release(data, release_id(data), _named(path, at))
-    except StoreError as error:
-        raise _RefusedError(f"{error.message} {undo}") from error
-    if release_bytes(release) != data:
-        raise _RefusedError(f"{_named(path, at)} was edited: a release never is. {undo}")
-    if release.model != model:
-        raise _RefusedError(f"{_named(path, at)} is of another model. {undo}")
-    return release, data
-
-
-def _with_previous(release: Release, at: Layout) -> tuple[Release, bytes]:
+def _with_previous(release: Release, old: Release | None) -> tuple[Release, bytes]:
     """Name the release before, or return it where it says the same."""
-    before = _previous(at, release.model)
-    if before is None:
+    if old is None:
         return release, release_bytes(release)
-    old, data = before
+    data = release_bytes(old)
     if release_bytes(old.model_copy(update={"previous": None})) == release_bytes(release):
         return old, data
     release = release.model_copy(update={"previous": release_id(data)})
@@ -357,7 +276,7 @@ class _Composer:
         name: str,
         role: Role,
         path: Path,
-        digest: records.FileDigest,
+        digest: FileDigest,
         *,
         type_: str | None = None,
     ) -> ReleaseFile:
@@ -497,7 +416,7 @@ class _Composer:
     def _quant(self, key: str, type_: str) -> ReleasedQuant:
         built, measured = self.papers.quantized[type_], self.papers.measured[type_]
         read = Readings(key, type_, built, measured)
-        prefill = read.prefill_tok_s
+        prefill, decode, deepest = read.prefill_tok_s, read.decode_tok_s, read.deepest_decode
         return ReleasedQuant(
             key=key,
             type=type_,
@@ -511,8 +430,8 @@ class _Composer:
             memory_mib=read.memory_mib.value,
             memory_context_tokens=measured.memory.context_tokens,
             prefill_tok_s=prefill.value if prefill else None,
-            decode_tok_s=read.decode_tok_s.value,
-            decode_depth_tokens=read.deepest_decode.depth_tokens,
+            decode_tok_s=decode.value if decode else None,
+            decode_depth_tokens=deepest.depth_tokens if deepest else None,
             sentence=self._said_of(type_),
         )
 
@@ -528,10 +447,20 @@ class _Composer:
         )
 
     def _evidence(self) -> dict[str, str]:
-        """Return the sha256 of every record behind the release, by its path in results/MODEL."""
+        """
+        Return the sha256 of every record behind the release, by its path in results/MODEL.
+
+        Of evals and of a comparison only if there are any, and of a comparison only one of a file
+        that is released.
+        """
         model, at = self.slice_.model, self.at
-        stages = ("fetch", "convert", "calibrate", "choose", "load-test")
+        stages = ("fetch", "convert", "verify", "calibrate", "choose", "load-test")
         paths = [at.model_record(stage, model) for stage in stages]
+        evals, compared = at.model_record("evaluate", model), self.papers.compared
+        paths += [evals] if evals.exists() else []
+        released = {self.papers.quantized[type_].gguf.sha256 for type_ in self.judged.types}
+        if compared is not None and compared.challenger.gguf_sha256 in released:
+            paths.append(at.comparison(model))
         for type_ in self.slice_.quants.values():
             paths += [at.quant_record(stage, model, type_) for stage in ("quantize", "benchmark")]
         below = at.release(model).parent

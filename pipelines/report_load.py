@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pipelines import wording
 from pipelines.console import clean
 from pipelines.report_tree import Finding, LoadBlock, LoadRow
-from pipelines.verdict import engine_words
+from pipelines.verdict_served import engine_words
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence

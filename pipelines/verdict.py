@@ -1,282 +1,361 @@
 """
-The final verdict for each host: the worse of what `choose` and what the load test said.
+The verdict on a model, by one pure function: PROMOTE, HOLD, REJECT or INVALID, and why.
 
-Nothing is promoted that was not served. A host without a winner has no file that a load test could
-speak of, so its verdict is that of `choose`, word for word. Everywhere else the rule fails closed:
-a load test that is missing, or of another file, winner, context or machine than the choice, makes
-the host INVALID, and so does a test that calls itself so. A verdict of the record is never taken
-for better than its own parts: they are judged again (`pipelines.load_verdict`).
+The verdict is the worst of its reasons. It fails closed: a record that is missing, stale, of other
+bytes than the one before it, or with a number that is none makes the model INVALID, whatever the
+others say. A host without a winner has no file that a load test or a comparison could speak of; its
+verdict is that of `choose`. What a person may let pass (a waiver of the declaration) still is a
+reason and is shown; it only counts no more.
 
-Nothing here reads a file.
+`judge` is the only judgement there is: `publish` and the report read it, and docs/verdict.md is
+made by it (`pipelines.verdict_table`). Nothing here reads a file or a clock.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
-from pipelines import load_verdict, wording
-from pipelines.console import clean
+from pipelines import golden, verdict_served, wording
+from pipelines.records import ChoiceRecord
+from pipelines.verdict_chain import Chain, served_of
+from pipelines.verdict_rules import Rules
+from pipelines.verdict_words import (
+    SENTENCE_CHARACTERS,
+    VERDICTS,
+    WORDS,
+    Reason,
+    Verdict,
+    capital,
+    severest,
+    tidy,
+    without_verb,
+    worst,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Sequence
 
-    from pipelines.load_records import LoadTestRecord, LoadVerdict, WinnerTest
-    from pipelines.records import ChoiceRecord, HostChoice
+    from pipelines.load_records import LoadTestRecord, WinnerTest
+    from pipelines.records import HostChoice
+    from pipelines.release_records import ReleaseWaiver
+    from pipelines.verdict_evidence import Evidence
+    from pipelines.verdict_served import Served
 
-Verdict = Literal["PROMOTE", "HOLD", "REJECT", "INVALID"]
-# From good to bad.
-VERDICTS: tuple[Verdict, ...] = ("PROMOTE", "HOLD", "REJECT", "INVALID")
-_DIGEST_CHARACTERS = 12
-_CLAUSE_CHARACTERS = 300
-_CHOICE_CHARACTERS = 600
-# How a worse verdict begins; `choose` writes the same words.
-_WORDS: dict[Verdict, str] = {
-    "PROMOTE": "promote", "HOLD": "hold", "REJECT": "reject", "INVALID": "invalid",
-}  # fmt: skip
+__all__ = ["VERDICTS", "HostFinal", "ModelVerdict", "Reason", "Verdict", "final", "judge", "worst"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What the load test means for one host, and why, as a clause without an end."""
-
-    verdict: Verdict
-    clause: str
+NOTHING_CHOSEN: Final = "nothing is chosen"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostFinal:
     """
-    The final verdict for one host.
+    The verdict for one host.
 
-    `sentence` has no full stop; `reasons` are the sentences that it replaces or shortens. `test` is
-    the load test that speaks of the chosen file, None where there is none.
+    Attributes:
+        host: Its name.
+        verdict: The worst of its reasons, and of those of the model that nobody let pass. A waiver
+            of `hold` changes what may be released, not what was found.
+        sentence: The verdict in words, without a full stop; it begins with the verdict.
+        own_verdict: The same without what stands against the whole model.
+        own_sentence: That in words.
+        reasons: All that stands against it, from bad to good.
+        details: Sentences that `sentence` replaces or shortens.
+        next_step: What to do, as a sentence.
+        test: The load test that speaks of the chosen file, None where there is none.
     """
 
     host: str
     verdict: Verdict
     sentence: str
-    reasons: tuple[str, ...]
+    own_verdict: Verdict
+    own_sentence: str
+    reasons: tuple[Reason, ...]
+    details: tuple[str, ...]
+    next_step: str
     test: WinnerTest | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVerdict:
+    """
+    The verdict on a model.
+
+    Attributes:
+        verdict: The worst of all reasons that count, on every host.
+        sentence: It in words, without a full stop.
+        reasons: All reasons, from bad to good, those that somebody let pass included.
+        notes: What does not change the verdict and has to be seen, as sentences.
+        next_step: What to do, as a sentence.
+        hosts: The verdict for each host; empty if nothing was chosen from.
+        waivers: Those without which more would count.
+        released: Hosts that a release may serve.
+        types: Quants that it may hold, in the order of the declaration.
+        license: The Hub's word for the licence.
+    """
+
+    model: str
+    verdict: Verdict
+    sentence: str
+    reasons: tuple[Reason, ...]
+    notes: tuple[str, ...]
+    next_step: str
+    hosts: tuple[HostFinal, ...]
+    waivers: tuple[ReleaseWaiver, ...]
+    released: tuple[str, ...]
+    types: tuple[str, ...]
+    license: str
+
+
+def judge(evidence: Evidence) -> ModelVerdict:
+    """Judge a model by everything that is known of it."""
+    chain, rules = Chain(evidence), Rules(evidence)
+    of_model = (
+        *chain.records(),
+        *chain.numbers(),
+        *chain.links(),
+        *chain.choice(),
+        *rules.verify(),
+        *rules.evals(),
+        *rules.access(),
+    )
+    choice = evidence.choice
+    hosts = choice.hosts if isinstance(choice, ChoiceRecord) else ()
+    finals = tuple(_host(one, evidence, chain, rules, of_model) for one in hosts)
+    own = [each for one in finals for each in one.reasons if each.host]
+    if not hosts and isinstance(choice, ChoiceRecord):
+        of_model = (*of_model, _no_host(evidence))
+    reasons = tuple(severest([*of_model, *own]))
+    released = _released(finals, choice, [each for each in of_model if each.counts])
+    counting = [each for each in reasons if each.counts]
+    verdict = worst("PROMOTE", *(each.verdict for each in counting))
+    return ModelVerdict(
+        model=evidence.declared.model,
+        verdict=verdict,
+        sentence=_sentence(verdict, counting, finals),
+        reasons=reasons,
+        notes=tuple(dict.fromkeys(wording.sentence(capital(tidy(one))) for one in rules.notes)),
+        next_step=_next_step(verdict, counting, evidence.declared.model),
+        hosts=finals,
+        waivers=_waivers(rules, reasons),
+        released=released,
+        types=_types(evidence, released),
+        license=rules.license(),
+    )
 
 
 def final(choice: ChoiceRecord, tested: LoadTestRecord | str) -> tuple[HostFinal, ...]:
     """
-    Judge every host of a choice.
+    Judge every host by the choice and the load test alone: a part of `judge`.
 
     Args:
-        choice: What was chosen. That it speaks of the files on disk is for the caller to know.
+        choice: What was chosen.
         tested: The load test, or as a clause why there is none.
     """
-    return tuple(_host_final(one, choice, tested) for one in choice.hosts)
-
-
-def worst(*verdicts: Verdict) -> Verdict:
-    """Return the worst of some verdicts; INVALID of none."""
-    return max(verdicts, key=VERDICTS.index, default="INVALID")
+    return tuple(_composed(one, choice, _served(one, choice, tested), ()) for one in choice.hosts)
 
 
 # --- one host ---------------------------------------------------------------------------------
 
 
-def _host_final(one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | str) -> HostFinal:
-    chosen = _short(one.sentence, _CHOICE_CHARACTERS)
-    if one.winner is None:
-        return HostFinal(host=one.host, verdict=one.verdict, sentence=chosen, reasons=(), test=None)
-    doubt = doubt_of(one, choice, tested)
-    if doubt:
-        found, test = Finding(verdict="INVALID", clause=doubt), None
-    else:
-        assert not isinstance(tested, str), "a doubt otherwise"
-        test = _test_of(one, tested)
-        assert test is not None, "a doubt otherwise"
-        found = _finding(one, choice, tested, test)
-    verdict = worst(one.verdict, found.verdict)
-    sentence, reasons = chosen, [found.clause]
-    if found.verdict in ("PROMOTE", one.verdict):
-        sentence, reasons = f"{chosen}; {found.clause}", []
-    elif verdict == found.verdict:
+def _served(one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | str) -> Served | None:
+    return verdict_served.of_host(one, choice, tested) if one.winner is not None else None
+
+
+def _host(
+    one: HostChoice, evidence: Evidence, chain: Chain, rules: Rules, of_model: Sequence[Reason]
+) -> HostFinal:
+    """Judge one host: what holds for the model, then what is special about its winner."""
+    choice = evidence.choice
+    assert isinstance(choice, ChoiceRecord), "it has hosts"
+    own = (*chain.gates(one), *rules.harm_of(one), *rules.comparison_of(one))
+    served = _served(one, choice, evidence.tested)
+    alone = _composed(one, choice, served, own)
+    found = replace(
+        _composed(one, choice, served, (*of_model, *own)),
+        own_verdict=alone.own_verdict,
+        own_sentence=alone.own_sentence,
+    )
+    if alone.verdict != "HOLD":
+        return found
+    let_pass, step = rules.waivable("hold", "Settle it (`fleet report` says what is open)")
+    reasons = tuple(
+        replace(
+            each, let_pass=let_pass, next_step=_joined(each.next_step, "" if let_pass else step)
+        )
+        if each.host
+        else each
+        for each in found.reasons
+    )
+    counting = [each for each in reasons if each.counts]
+    return replace(
+        found, reasons=reasons, next_step=_next_step(found.verdict, counting, choice.model)
+    )
+
+
+def _joined(first: str, second: str) -> str:
+    return " ".join(filter(None, (first, second)))
+
+
+def _composed(
+    one: HostChoice, choice: ChoiceRecord, served: Served | None, others: Sequence[Reason]
+) -> HostFinal:
+    """Put the reasons of a host into a verdict and a sentence."""
+    chosen = tidy(one.sentence, SENTENCE_CHARACTERS)
+    by_choice = _choice_reason(one, choice)
+    beside = [*others, *(served.reasons if served else ())]
+    against = severest([each for each in beside if each.counts])
+    of_choice = worst("PROMOTE", *(each.verdict for each in by_choice))
+    found = worst("PROMOTE", *(each.verdict for each in against))
+    verdict = worst(of_choice, found)
+    # All that comes from where the worst one comes from is said at once.
+    first = [each for each in against if (each.verdict, each.rule) == (found, against[0].rule)]
+    clause = "; ".join(each.clause for each in first) or (served.praise if served else "")
+    sentence, details = chosen, [clause] if clause else []
+    if found in ("PROMOTE", of_choice):
+        sentence, details = "; ".join(filter(None, (chosen, clause))), []
+    elif verdict == found:
         # What stops it first, then why it was chosen.
-        sentence = f"{_WORDS[verdict]}: {one.winner} is chosen, but {found.clause}"
-        reasons = [_without_verb(chosen, one.verdict)]
-    if test is not None and test.invalid:
-        reasons.append("`fleet repro` repeats a load test that is INVALID")
+        but = f"{one.winner} is chosen, but {clause}" if one.winner else clause
+        sentence, details = f"{WORDS[verdict]}: {but}", [without_verb(chosen, one.verdict)]
+    details += [each.sentence for each in severest(beside) if each not in first]
+    reasons = severest([*by_choice, *beside])
     return HostFinal(
         host=one.host,
         verdict=verdict,
         sentence=sentence,
-        reasons=tuple(wording.sentence(_upper(reason)) for reason in reasons),
-        test=test,
+        own_verdict=verdict,
+        own_sentence=sentence,
+        reasons=tuple(reasons),
+        details=tuple(wording.sentence(capital(text)) for text in details),
+        next_step=_next_step(verdict, [each for each in reasons if each.counts], choice.model),
+        test=served.test if served else None,
     )
 
 
-def doubt_of(one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | str) -> str:
-    """
-    Say as a clause why a load test does not speak of what a host is to serve; empty if it does.
-
-    Args:
-        one: The choice for the host; it has a winner.
-        choice: The whole choice.
-        tested: The load test, or as a clause why there is none.
-    """
-    if isinstance(tested, str):
-        return f"it was not served under load ({_short(tested)})"
-    return next(_doubts(one, choice, tested), "")
-
-
-def _doubts(one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord) -> Iterator[str]:
-    """Yield the reasons, the most basic first."""
-    stale = "the load test is older than the choice"
-    if tested.model != choice.model:
-        yield f"the load test is of another model ({_short(tested.model)})"
-    if tested.context_tokens != choice.context_tokens:
-        yield (
-            f"{stale}: it served {wording.tokens(tested.context_tokens)} tokens of context, not "
-            f"{wording.tokens(choice.context_tokens)}"
+def _choice_reason(one: HostChoice, choice: ChoiceRecord) -> list[Reason]:
+    """Return what `choose` itself has against a promotion; nothing of one that it promotes."""
+    if one.verdict == "PROMOTE" and one.winner is not None:
+        return []
+    passing = sum(each.verdict in {"CHOSEN", "PASS"} for each in one.candidates)
+    doubted = sum(each.verdict == "INVALID" for each in one.candidates)
+    steps: dict[Verdict, str] = {
+        "PROMOTE": f"Run `fleet repro {choice.model}`",
+        "HOLD": f"`fleet repro {choice.model}` on a quiet machine judges what is in doubt",
+        "REJECT": "Declare a quant, a gate or a host that fits; `fleet report` says what kept each "
+        "quant out",
+        "INVALID": f"`fleet repro {choice.model}` measures again what is not to be trusted",
+    }
+    why = without_verb(tidy(one.sentence, SENTENCE_CHARACTERS), one.verdict)
+    return [
+        Reason(
+            rule="choose",
+            # A promotion of nothing contradicts itself.
+            verdict="INVALID" if one.verdict == "PROMOTE" else one.verdict,
+            clause=why or NOTHING_CHOSEN,
+            value=f"{passing:,} of {len(one.candidates):,} quants pass, {doubted:,} in doubt",
+            limit="one that passes, none in doubt",
+            file=f"{choice.model}/choice.json",
+            next_step=steps[one.verdict],
+            host=one.host,
         )
-    if tested.machine.hw_id != choice.hw_id:
-        yield "the load test ran on other hardware than the benchmarks"
-    said = _verdict_of(one, tested)
-    if said is None:
-        yield f"{stale}: it says nothing of host {one.host}"
-    elif said.winner != one.winner:
-        yield f"{stale}: it served {_short(said.winner or 'nothing')}, not {one.winner}"
-    elif (test := _test_of(one, tested)) is None:
-        yield f"the load test holds no test of {one.winner}"
-    elif not test.invalid and not (test.failures and test.served is None):
-        # What could not be loaded at all has failed; there is no file to doubt.
-        yield from _served_doubts(one, test, tested)
+    ]
 
 
-def _served_doubts(one: HostChoice, test: WinnerTest, tested: LoadTestRecord) -> Iterator[str]:
-    """Yield why it is not proved that the chosen file was served as declared."""
-    wanted = next((c.gguf_sha256 for c in one.candidates if c.type == one.winner), None)
-    served = test.served
-    if tested.engine is None or served is None:
-        yield "no engine served it"
-        return
-    if tested.engine.kind == "remote":
-        yield "what served it is not ours, so that nobody knows which file that was"
-    if wanted is None or served.gguf_sha256 != wanted:
-        had = _short(served.gguf_sha256)[:_DIGEST_CHARACTERS]
-        want = _short(wanted or "none")[:_DIGEST_CHARACTERS]
-        yield f"the load test served another file (sha256 {had}, chosen is {want})"
-    if served.context_tokens != tested.context_tokens:
-        yield (
-            f"it was served with {wording.tokens(served.context_tokens)} tokens of context, not "
-            f"{wording.tokens(tested.context_tokens)}"
-        )
+# --- the model --------------------------------------------------------------------------------
 
 
-def _verdict_of(one: HostChoice, tested: LoadTestRecord) -> LoadVerdict | None:
-    return next((said for said in tested.verdicts if said.host == one.host), None)
+def _no_host(evidence: Evidence) -> Reason:
+    return Reason(
+        rule="choose",
+        verdict="INVALID",
+        clause=f"{NOTHING_CHOSEN}: choice.json holds no host",
+        value="0 hosts",
+        limit=f"{len(evidence.declared.hosts)} hosts",
+        file=evidence.file("choice.json"),
+        next_step=f"Run `fleet repro {evidence.declared.model}`",
+    )
 
 
-def _test_of(one: HostChoice, tested: LoadTestRecord) -> WinnerTest | None:
-    tests = (t for t in tested.winners if t.type == one.winner and one.host in t.hosts)
-    return next(tests, None)
+def _sentence(verdict: Verdict, counting: Sequence[Reason], hosts: Sequence[HostFinal]) -> str:
+    """Say the verdict on a model: that of its worst host, or what holds for all of them."""
+    of_host = [one for one in hosts if one.verdict == verdict]
+    if of_host:
+        return of_host[0].sentence
+    if counting:
+        return f"{WORDS[verdict]}: {counting[0].clause}"
+    return (
+        f"{WORDS[verdict]}: {'; '.join(without_verb(one.sentence, one.verdict) for one in hosts)}"
+    )
 
 
-def _finding(
-    one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord, test: WinnerTest
-) -> Finding:
-    """Return what the record says of a host, or what its parts say if that is worse."""
-    said = _verdict_of(one, tested)
-    assert said is not None, "a doubt otherwise"
-    found = [_as_finding(said, tested)]
-    missing = _missing(one, test, tested.slos.get(one.host, {}))
-    if missing:
-        found.append(Finding(verdict="INVALID", clause=missing))
-    else:
-        judged_again = load_verdict.of_host(one, tested.winners, tested.smokes, tested.engine)
-        found.append(_as_finding(judged_again, tested))
-    unserved = _unserved(choice, tested)
-    if unserved:
-        found.append(Finding(verdict="HOLD", clause=unserved))
-    return max(found, key=lambda each: VERDICTS.index(each.verdict))
+def _next_step(verdict: Verdict, reasons: Sequence[Reason], model: str) -> str:
+    first = next((each for each in severest(reasons) if each.verdict == verdict), None)
+    return first.next_step if first else f"`fleet repro {model}` releases it."
 
 
-def _unserved(choice: ChoiceRecord, tested: LoadTestRecord) -> str:
+def _waivers(rules: Rules, reasons: Sequence[Reason]) -> tuple[ReleaseWaiver, ...]:
+    """Return the waivers that take a reason away, those of hosts first."""
+    used = {
+        "hold": any(each.let_pass and each.host for each in reasons),
+        "license": any(each.let_pass and each.rule == "license" for each in reasons),
+        "gated": any(each.let_pass and each.rule == "gated" for each in reasons),
+    }
+    found = (rules.waiver(gate) for gate in ("hold", "license", "gated") if used[gate])
+    return tuple(one for one in found if one is not None)
+
+
+def _released(
+    hosts: Sequence[HostFinal], choice: ChoiceRecord | str, against_all: Sequence[Reason]
+) -> tuple[str, ...]:
     """
-    Name the first quant that a release would hold and that was never served; empty if all were.
+    Return the hosts that a release may serve: PROMOTE, or HOLD that somebody let pass.
 
-    A release holds what passed its gates on some host. Winners have a test of their own.
+    None at all while something stands against the whole model, or while one host is INVALID: its
+    numbers are nobody's numbers. A host for which nothing was chosen is served by nothing.
     """
-    winners = {test.type for test in tested.winners}
-    smokes = {one.type: one for one in tested.smokes}
-    for host in choice.hosts:
-        for each in host.candidates:
-            if each.verdict not in {"CHOSEN", "PASS"} or each.type in winners:
-                continue
-            smoke = smokes.get(each.type)
-            if smoke is None:
-                return f"{each.type} passed its gates and was not served"
-            served = smoke.served.gguf_sha256 if smoke.served else None
-            if smoke.outcome == "PASS" and served != each.gguf_sha256:
-                return f"{each.type} was served, but from another file"
-    return ""
+    is_invalid = any(one.verdict == "INVALID" for one in hosts)
+    if isinstance(choice, str) or against_all or is_invalid:
+        return ()
+    winners = {one.host for one in choice.hosts if one.winner is not None}
+    return tuple(
+        one.host
+        for one in hosts
+        if one.host in winners and not any(each.counts for each in one.reasons)
+    )
 
 
-def _as_finding(said: LoadVerdict, tested: LoadTestRecord) -> Finding:
-    clause = _without_verb(_short(said.sentence), said.verdict)
-    if said.verdict == "PROMOTE":
-        clause = f"on {engine_words(tested)}, {clause}"
-    return Finding(verdict=said.verdict, clause=clause)
-
-
-# What a declared level is called as a gate.
-_GATES = {"ttft_ms": "ttft", "tpot_ms": "tpot", "e2e_ms": "e2e", "max_error_rate": "error_rate"}
-
-
-def _missing(one: HostChoice, test: WinnerTest, levels: Mapping[str, float]) -> str:
+def _types(evidence: Evidence, released: Sequence[str]) -> tuple[str, ...]:
     """
-    Say which part is not there that a test which neither failed nor is in doubt must have.
+    Return what passed its gates on a released host and was served, in the order of declaration.
 
-    Args:
-        one: The choice for the host.
-        test: The test of its winner.
-        levels: What is declared for it.
+    A quant that failed its smoke makes its host HOLD; a waiver of that does not bring it in. One
+    that won for another host and failed there at more than that host's levels stays out as well.
     """
-    if test.invalid or test.failures:
-        return ""
-    judged = {gate.name for gate in test.gates if gate.host == one.host}
-    if "goodput" not in judged:
-        return f"no level of host {one.host} was judged"
-    wanted = [gate for level, gate in _GATES.items() if level in levels]
-    wanted += ["memory"] if one.limit_mib is not None else []
-    unjudged = [name for name in wanted if name not in judged]
-    if unjudged:
-        return f"nobody judged {wording.listed(unjudged)} of host {one.host}"
-    if test.golden is None or not test.golden.prompts:
-        return "its prompts were not compared with the upstream's"
-    return ""
+    choice, tested = evidence.choice, evidence.tested
+    if isinstance(choice, str) or isinstance(tested, str):
+        return ()
+    passed = {
+        each.type
+        for host in choice.hosts
+        for each in host.candidates
+        if host.host in released and each.verdict in {"CHOSEN", "PASS"}
+    }
+    return tuple(
+        type_
+        for type_ in evidence.declared.quants.values()
+        if type_ in passed
+        and served_of(tested, type_) is not None
+        and all(_is_sound(test) for test in tested.winners if test.type == type_)
+    )
 
 
-def engine_words(tested: LoadTestRecord) -> str:
-    """Name what served: `Ollama 0.33.0`, `llama-server b6500 (0c1e5709)`."""
-    engine = tested.engine
-    if engine is None:
-        return "no engine"
-    name = {"ollama": "Ollama", "llama-server": "llama-server", "remote": "a server of others"}
-    return f"{name[engine.kind]} {_short(engine.version)}".rstrip()
-
-
-# --- words ------------------------------------------------------------------------------------
-
-
-def _short(text: str, characters: int = _CLAUSE_CHARACTERS) -> str:
-    """Make text of a record, which may come from a stranger, one short harmless clause."""
-    return wording.shortened(" ".join(clean(text).split()), characters).rstrip(".")
-
-
-def _without_verb(text: str, verdict: Verdict) -> str:
-    """Take `promote ` or `hold: ` from the beginning of what was said."""
-    word = _WORDS[verdict]
-    for start in (f"{word}: ", f"{word} "):
-        if text.startswith(start):
-            return text.removeprefix(start)
-    return text
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _is_sound(test: WinnerTest) -> bool:
+    """Tell whether a test found nothing wrong with the quant itself, whatever its host asks for."""
+    return (
+        not test.failures
+        and not test.invalid
+        and (test.golden is None or golden.objection(test.golden) is None)
+        and (test.degenerate is None or test.degenerate.outcome != "FAIL")
+        and all(one.outcome != "FAIL" for one in test.regressions)
+    )

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gguf_factory import tiny_llama_gguf
 from record_factory import (
+    LEVELS,
     MODEL,
     benchmark_record,
     calibrate_record,
     choose_slice,
     convert_record,
+    evaluate_record,
     fetch_record,
+    judge_fields,
     load_test_record,
     quantize_record,
     served,
     sha256,
     smoke,
+    verify_record,
     winner_test,
 )
 
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=records.Record)
 
 TYPES = ("Q8_0", "Q4_K_M")
+HOSTS = {"local": {"memory_mib": 2048}}
 SPEEDS = {"Q8_0": 400.0, "Q4_K_M": 600.0}
 LICENSE = "Apache License\n\nDo what you like.\n"
 TODAY = "2027-01-31"
@@ -54,21 +59,10 @@ SYSTEM You answer briefly.
 
 def publish_slice(types: Iterable[str] = TYPES, model: str = MODEL, **changes: Any) -> PublishSlice:
     """Build what `publish` reads, with the local registry below the checkout."""
-    fields: dict[str, Any] = {
-        "model": model,
-        "quants": {f"{model}-{type_}": type_ for type_ in types},
-        "source": f"path:examples/{model}",
-        "revision": sha256(model)[:40],
-        "context_tokens": 512,
-        "modelfile": "modelfiles/chat.Modelfile.j2",
-        "serving": params.Serving(),
-        "threads": None,
-        "stable": "latest",
-        "license": None,
-        "waivers": (),
-        "registry": params.Registry(url=params.LOCAL_URL),
-    }
-    return PublishSlice(**(fields | changes))
+    changes.setdefault("hosts", HOSTS)
+    fields = {"threads": None, "registry": params.Registry(url=params.LOCAL_URL)}
+    own = {name: changes.pop(name) for name in fields if name in changes}
+    return PublishSlice(**(judge_fields(types, model, **changes) | fields | own))
 
 
 def waiver(gate: str, until: str = TODAY, **changes: str) -> params.Waiver:
@@ -100,6 +94,8 @@ def finished(  # noqa: PLR0913 - each is one independent fact, named at the call
     records.write(
         at.model_record("calibrate", model), calibrate_record(model, imatrix=digest_of(matrix))
     )
+    records.write(at.model_record("verify", model), verify_record(model))
+    records.write(at.model_record("evaluate", model), evaluate_record(model))
     for seed, type_ in enumerate(speeds):
         path = tiny_llama_gguf(
             at.gguf(model, f"{model}-{type_}"),
@@ -144,7 +140,7 @@ def choose_and_serve(
     hosts: dict[str, dict[str, int]] | None = None,
 ) -> None:
     """Write the choice among what was measured, and the load test of it."""
-    hosts = hosts or {"local": {"memory_mib": 2048}}
+    hosts = hosts or HOSTS
     chosen = choose.run(choose_slice(types, model, hosts=hosts), at)
     records.write(at.model_record("choose", model), chosen)
     slice_ = publish_slice(types, model)
@@ -156,6 +152,7 @@ def choose_and_serve(
     record = load_test_record(
         winners,
         model,
+        slos=dict.fromkeys(hosts, LEVELS),
         modelfile=slice_.modelfile,
         modelfile_sha256=rendered.digest(),
         modelfile_version=rendered.version,

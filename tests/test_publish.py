@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from publish_factory import (
+    HOSTS,
     change,
     change_load_test,
     choose_and_serve,
@@ -20,7 +21,7 @@ from publish_factory import (
     publish_slice,
     waiver,
 )
-from record_factory import MODEL
+from record_factory import MODEL, compare_record, sha256, side
 
 from pipelines import declaration, params, publish, records
 from pipelines.errors import DigestError, MachineError, StoreError
@@ -352,7 +353,7 @@ def test_the_probe_reads_no_blob(at: Layout, monkeypatch: pytest.MonkeyPatch) ->
 
 PARAMS = {
     "toolchain": {"llama_cpp_python": "0.3.36", "sha256": "0" * 64},
-    "corpora": {"evaluation": {"path": "corpora/evaluation.txt", "sha256": "1" * 64}},
+    "corpora": {"evaluation": {"path": "corpora/evaluation.txt", "sha256": sha256("evaluation")}},
     "models": {
         MODEL: {
             "source": f"path:examples/{MODEL}",
@@ -363,7 +364,9 @@ PARAMS = {
     "quants": {
         key: {"model": MODEL, "type": type_} for key, type_ in publish_slice().quants.items()
     },
-    "hosts": {"local": {"memory_mib": 2048}},
+    "gates": {"max_kld_mean_nats": 0.06},
+    "load_test": {"slo": {"ttft_ms": 300.0, "tpot_ms": 50.0}},
+    "hosts": HOSTS,
 }
 
 
@@ -389,6 +392,7 @@ class Chain:
         declared = declaration.load(self.at.params)
         declaration.write_slices(declared, self.at)
         publish.note(params.publish_slice(declared, MODEL), self.at)
+        publish.note_comparison(MODEL, self.at)
         if not (self.at.root / ".dvc").is_dir():
             Repo.init(str(self.at.root), no_scm=True).close()
         with Repo(str(self.at.root)) as repo:
@@ -453,6 +457,34 @@ def test_dvc_runs_it_again_exactly_when_the_registry_is_not_as_it_was_left(
     assert chain.record().stable == first.release
     assert [action for action, _ in moves(at)][-1] == "rollback"
     assert not chain.run()
+
+
+def compared(at: Layout, outcome: str = "better", **changes: Any) -> None:
+    """Leave a comparison of the chosen file, as `fleet compare` would."""
+    built = records.read(at.quant_record("quantize", MODEL, "Q4_K_M"), records.QuantizeRecord)
+    challenger = side(gguf_sha256=built.gguf.sha256)
+    records.write(at.comparison(MODEL), compare_record(outcome, challenger=challenger, **changes))
+
+
+def test_a_comparison_that_appears_is_judged_and_part_of_the_evidence(
+    at: Layout, chain: Chain
+) -> None:
+    """`fleet compare` is no stage: the probe tells DVC; a worse file is no release, once seen."""
+    assert chain.run()
+    first = chain.record()
+
+    compared(at)
+    assert chain.run()
+    better = chain.record()
+    assert "compare.json" in release_of(at).evidence
+    assert better.release != first.release
+    assert not chain.run()
+    compared(at, "worse")
+    assert chain.run()
+
+    assert chain.record().status == "refused"
+    assert chain.record().stable == better.release
+    assert "is worse: decode is worse" in chain.record().reasons[0]
 
 
 def test_dvc_takes_a_refusal_for_a_result(at: Layout, chain: Chain) -> None:

@@ -174,7 +174,8 @@ def test_a_release_says_where_it_comes_from(at: Layout) -> None:
     assert made.previous is None
     files = {at.release(MODEL).parent / name: sha for name, sha in made.evidence.items()}
     assert files == {path: digest_of(path).sha256 for path in files}
-    assert len(files) == 5 + 2 * len(KEYS)
+    assert len(files) == 7 + 2 * len(KEYS)
+    assert {"verify.json", "evaluate.json"} <= set(made.evidence)
 
 
 def test_a_matrix_that_no_released_quant_needs_is_left_out(at: Layout) -> None:
@@ -524,9 +525,10 @@ def test_labels_that_the_operator_declared_are_his_own(
 ) -> None:
     """A host of params.yaml may be called as the machine is."""
     monkeypatch.setattr(socket, "gethostname", lambda: "GPU-01")
-    at = finished(tmp_path, hosts={"gpu-01": {"memory_mib": 2048}})
+    hosts = {"gpu-01": {"memory_mib": 2048}}
+    at = finished(tmp_path, hosts=hosts)
 
-    assert list(composed(at).release.hosts) == ["gpu-01"]
+    assert list(composed(at, publish_slice(hosts=hosts)).release.hosts) == ["gpu-01"]
 
 
 def test_a_modelfile_cannot_carry_a_secret_either(at: Layout) -> None:

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from publish_factory import TODAY, change, change_load_test, finished, publish_slice, waiver
+from publish_factory import HOSTS, TODAY, change, change_load_test, finished, publish_slice, waiver
 from record_factory import (
     MODEL,
     choose_slice,
@@ -58,7 +58,7 @@ def made(at: Layout, slice_: PublishSlice | None = None) -> Composed:
 
 def paths(at: Layout) -> list[Path]:
     """Every record that a release needs."""
-    stages = ("fetch", "convert", "calibrate", "choose", "load-test")
+    stages = ("fetch", "convert", "verify", "calibrate", "choose", "load-test")
     return [
         *(at.model_record(stage, MODEL) for stage in stages),
         *(
@@ -69,7 +69,7 @@ def paths(at: Layout) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(10))
 def test_without_any_one_record_there_is_no_release(at: Layout, index: int) -> None:
     """Gone, cut, of another version or not JSON: each is named with the next step."""
     path = paths(at)[index]
@@ -370,7 +370,7 @@ def test_reject_for_one_host_does_not_keep_back_another(tmp_path: Path) -> None:
     hosts = {"big": {"memory_mib": 2048}, "small": {"memory_mib": 1025, "margin_mib": 1024}}
     at = finished(tmp_path, hosts=hosts)
 
-    found = made(at).release
+    found = made(at, publish_slice(hosts=hosts)).release
 
     assert {name: one.verdict for name, one in found.hosts.items()} == {
         "big": "PROMOTE",
@@ -384,10 +384,10 @@ def test_one_invalid_host_keeps_back_all(tmp_path: Path) -> None:
     """Numbers that are not to be trusted are nobody's numbers."""
     hosts = {"big": {"memory_mib": 2048}, "other": {"memory_mib": 4096}}
     at = finished(tmp_path, hosts=hosts)
-    assert not reasons(at)
+    assert not reasons(at, hosts=hosts)
     change_load_test(at, verdicts=(load_verdict("big"),))
 
-    found = reasons(at)
+    found = reasons(at, hosts=hosts)
 
     assert [reason.split(":")[0] for reason in found] == ["Host other is INVALID"]
 
@@ -416,10 +416,11 @@ def test_a_hold_without_a_choice_releases_nothing_even_if_it_is_let_pass(at: Lay
 def test_nothing_chosen_is_refused_with_what_to_do(tmp_path: Path) -> None:
     """A gate that no quant keeps."""
     at = finished(tmp_path)
-    chosen = choose.run(choose_slice(("Q8_0", "Q4_K_M"), gates={"max_kld_mean_nats": 1e-9}), at)
+    gates = {"max_kld_mean_nats": 1e-9}
+    chosen = choose.run(choose_slice(("Q8_0", "Q4_K_M"), gates=gates, hosts=HOSTS), at)
     records.write(at.model_record("choose", MODEL), chosen)
 
-    (reason,) = reasons(at)
+    (reason,) = reasons(at, gates=gates)
 
     assert reason.startswith("No host is PROMOTE: ")
     assert reason.endswith("`fleet report` says what kept each quant out.")
@@ -468,7 +469,7 @@ def test_a_quant_that_failed_elsewhere_at_more_than_levels_is_left_out(tmp_path:
         one = bad.model_copy(update={"failures": failures})
         change_load_test(at, winners=(good, one), smokes=(), verdicts=said)
 
-        found = made(at).release
+        found = made(at, publish_slice(hosts=hosts)).release
 
         assert found.hosts["big"].verdict == "REJECT"
         assert {quant.type for quant in found.quants} == types
@@ -488,7 +489,7 @@ def test_a_quant_that_missed_its_gates_is_not_released(at: Layout) -> None:
     measured = records.read(path, records.BenchmarkRecord)
     quality = measured.quality.model_dump() | {"kld_mean_nats": 0.5}
     change(path, records.BenchmarkRecord, quality=quality)
-    chosen = choose.run(choose_slice(("Q8_0", "Q4_K_M")), at)
+    chosen = choose.run(choose_slice(("Q8_0", "Q4_K_M"), hosts=HOSTS), at)
     records.write(at.model_record("choose", MODEL), chosen)
 
     found = made(at).release

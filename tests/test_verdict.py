@@ -74,7 +74,7 @@ def test_a_load_test_that_is_worse_decides(worse: str) -> None:
 
     assert one.verdict == worse
     assert one.sentence == (f"{worse.lower()}: Q4_K_M is chosen, but 90 of 100 requests were good")
-    assert one.reasons[0].startswith("Q4_K_M: the fastest of the 2 quants that pass")
+    assert one.details[0].startswith("Q4_K_M: the fastest of the 2 quants that pass")
 
 
 def test_a_choice_on_hold_is_not_lifted_by_a_good_load_test() -> None:
@@ -98,7 +98,7 @@ def test_where_nothing_is_chosen_the_load_test_has_nothing_to_say(
     (one,) = verdict.final(rejected, tested)
 
     assert (one.verdict, one.sentence) == ("REJECT", rejected.hosts[0].sentence)
-    assert one.reasons == ()
+    assert one.details == ()
 
 
 def test_hosts_are_judged_apart() -> None:
@@ -192,7 +192,7 @@ def test_a_test_in_doubt_says_what_to_do() -> None:
     (one,) = verdict.final(choice(), tested)
 
     assert one.sentence == "invalid: Q4_K_M is chosen, but the machine was busy"
-    assert one.reasons[-1] == "`fleet repro` repeats a load test that is INVALID."
+    assert one.next_step == "`fleet repro tiny-llama` repeats a load test that is INVALID."
 
 
 def test_an_engine_that_stood_in_is_on_hold() -> None:
