@@ -48,6 +48,8 @@ TAKEN_NAMES = frozenset(
     )
 ) | {"mlruns", "mlartifacts", "remote"}
 _QUANT_TYPES: tuple[str, ...] = get_args(params.QuantType)
+# A set that is wrong on all of its lines is most often of another kind than declared.
+_ITEM_FLAWS_SHOWN = 10
 # The values need flash attention: llama.cpp refuses a quantized V cache without it.
 _UNQUANTIZED_KV = ("f32", "f16", "bf16")
 
@@ -286,6 +288,26 @@ def _model_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
             text = f"has no quant; declare one under `quants`, such as {quoted(f'{key}-Q4_K_M')}"
             yield Flaw(here, text, on_key=True)
         yield from _corpus_flaws(data, here, model)
+        yield from _eval_flaws(data, here, model)
+    for key, entry in _entries(data, "evals"):
+        if entry.get("kind") == "multiple-choice" and entry.get("chance") is not None:
+            text = "is for the other kinds; of a multiple choice the items say it. Remove it"
+            yield Flaw(("evals", key, "chance"), text, on_key=True)
+
+
+def _eval_flaws(data: Any, here: Loc, model: dict[str, Any]) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """References of a model to sets of tasks."""
+    names = model.get("evals")
+    names = names if isinstance(names, list) else []
+    declared = _mapping(data, "evals")
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            continue
+        if name not in declared:
+            text = f"eval {quoted(name)} is not declared{_instead(name, declared)}"
+            yield Flaw((*here, "evals", i), text)
+        elif name in names[:i]:
+            yield Flaw((*here, "evals", i), f"eval {quoted(name)} is there twice; once is enough")
 
 
 def _corpus_flaws(data: Any, here: Loc, model: dict[str, Any]) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
@@ -595,12 +617,40 @@ def _file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any 
         except ValidationError:
             continue
         yield from _corpus_file_flaws(("corpora", key), corpus, root)
+    yield from _eval_file_flaws(data, root)
     yield from _modelfile_flaws(data, root)
     for key, entry in _entries(data, "models"):
         source = entry.get("source")
         if isinstance(source, str) and source.startswith("path:"):
             flaws = list(_directory_flaws(("models", key, "source"), source[len("path:") :], root))
             yield from flaws or _revision_flaws(key, entry, source[len("path:") :], root)
+
+
+def _eval_file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """Sets of tasks: the declared bytes, and items as their kind wants them."""
+    for key, entry in _entries(data, "evals"):
+        try:
+            declared = params.Eval.model_validate(entry)
+        except ValidationError:
+            continue
+        here: Loc = ("evals", key)
+        corpus = params.Corpus(path=declared.path, sha256=declared.sha256)
+        flaws = list(_corpus_file_flaws(here, corpus, root))
+        yield from flaws
+        # What is in other bytes than were declared is of interest, too: they are often meant.
+        if any(flaw.loc[-1] == "path" for flaw in flaws):
+            continue
+        yield from (Flaw((*here, "path"), text) for text in _item_flaws(declared, root))
+
+
+def _item_flaws(declared: params.Eval, root: Path) -> Iterator[str]:
+    """Say what is wrong with the first items of a set, each with file and line."""
+    from pipelines import evals  # noqa: PLC0415 - only where there is a set
+
+    problems = evals.problems_of(declared, root)
+    yield from map(evals.spelled, problems[:_ITEM_FLAWS_SHOWN])
+    if more := problems[_ITEM_FLAWS_SHOWN:]:
+        yield f"{declared.path} has {_count('problems', len(more))} more like these"
 
 
 def _corpus_file_flaws(here: Loc, corpus: params.Corpus, root: Path) -> Iterator[Flaw]:

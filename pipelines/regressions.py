@@ -166,7 +166,7 @@ def judge(
         if answer is not None and not reasons[each.id][at]
         for check in _checks(each.expect, answer.text)
     ]
-    for (id_, at, _), reason in zip(slow, _apart([one[2] for one in slow], log), strict=True):
+    for (id_, at, _), reason in zip(slow, apart([one[2] for one in slow], log), strict=True):
         reasons[id_][at] = reasons[id_][at] or reason
     return tuple(_result(each, answers[each.id], reasons[each.id]) for each in regressions)
 
@@ -264,8 +264,14 @@ def _quoted_words(text: str) -> str:
 # --- patterns, in a process of their own ------------------------------------------------------
 
 
-def _apart(checks: Sequence[Mapping[str, Any]], log: Path) -> list[str]:
-    """Apply expressions and schemas; give the reason of each that does not hold, else ""."""
+def apart(checks: Sequence[Mapping[str, Any]], log: Path) -> list[str]:
+    """
+    Apply expressions and schemas; give the reason of each that does not hold, else "".
+
+    Args:
+        checks: {kind: "regex" or "json_schema", value: what is applied, text: to what}.
+        log: Gets what the process prints.
+    """
     if not checks:
         return []
     # Named after the log, so that the next run removes what a kill has left.

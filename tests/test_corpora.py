@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,6 @@ import pytest
 from ruamel.yaml import YAML
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable
 
     Fleet = Callable[..., subprocess.CompletedProcess[str]]
@@ -37,7 +39,10 @@ def long_paragraphs(name: str) -> set[str]:
     return {text for text in paragraphs if len(text) >= MIN_SHARED_PARAGRAPH_CHARS}
 
 
-@pytest.mark.parametrize("name", ["calibration.txt", "evaluation.txt", "prompts.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    ["calibration.txt", "evaluation.txt", "prompts.yaml", "evals/technical-english.jsonl"],
+)
 def test_every_corpus_file_has_the_bytes_its_manifest_states(name: str) -> None:
     """A changed byte is a different corpus, so its digest is pinned."""
     digest = hashlib.sha256((CORPORA / name).read_bytes()).hexdigest()
@@ -48,9 +53,14 @@ def test_every_corpus_file_has_the_bytes_its_manifest_states(name: str) -> None:
 def test_the_manifest_names_every_corpus_file_with_licence_and_source() -> None:
     """No file in the folder is of unknown origin."""
     explained = {"README.md", "corpora.yaml", ".gitattributes"}
-    files = {path.name for path in CORPORA.iterdir() if path.is_file()} - explained
+    names = {
+        path.relative_to(CORPORA).as_posix()
+        for path in CORPORA.rglob("*")
+        if path.is_file() and not {"LICENSES", "__pycache__"} & set(path.parts)
+    }
+    scripts = {name for name in names if name.endswith(".py")}
 
-    assert files == set(manifest())
+    assert names - explained - scripts == set(manifest())
     for entry in manifest().values():
         assert entry["license"]
         assert entry["source"]
@@ -64,6 +74,16 @@ def test_the_readme_states_the_digest_and_size_of_every_corpus_file() -> None:
         (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
         assert entry["sha256"] in row
         assert f" {(CORPORA / name).stat().st_size:,} " in row
+
+
+def test_the_set_of_tasks_is_what_its_script_makes(tmp_path: Path) -> None:
+    """Nobody edited an item by hand, so none was put in or left out for what a model answers."""
+    script = shutil.copy(CORPORA / "evals/technical_english.py", tmp_path)
+    subprocess.run([sys.executable, script], check=True, capture_output=True)
+
+    made = (tmp_path / "technical-english.jsonl").read_bytes()
+
+    assert made == (CORPORA / "evals/technical-english.jsonl").read_bytes()
 
 
 def test_a_text_is_renewed_as_the_readme_says(fleet: Fleet, checkout: Path) -> None:
