@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pipelines import console, wording
 from pipelines.errors import FleetError, RetryLaterError, StoreError
 from pipelines.ledger import Ledger, LedgerError
+from pipelines.records import EmbeddingQuality
 from pipelines.registries import (
     Failures,
     Told,
@@ -372,11 +373,17 @@ def _matrix(quant: ReleasedQuant) -> str:
 def _kept(release: Release, quant: ReleasedQuant) -> Iterator[str]:
     """Write each limit of the choice beside what was measured."""
     size_mib = sum(file.size_bytes for file in release.of("gguf", quant.type)) / _MIB
-    measured = {
-        "max_kld_mean_nats": quant.quality.kld_mean_nats,
-        "max_kld_p999_nats": quant.quality.kld_p999_nats,
-        "min_same_top": quant.quality.same_top,
-        "max_ppl_ratio": quant.quality.ppl_ratio,
+    quality = quant.quality
+    measured = (
+        {"min_cosine_mean": quality.cosine_mean}
+        if isinstance(quality, EmbeddingQuality)
+        else {
+            "max_kld_mean_nats": quality.kld_mean_nats,
+            "max_kld_p999_nats": quality.kld_p999_nats,
+            "min_same_top": quality.same_top,
+            "max_ppl_ratio": quality.ppl_ratio,
+        }
+    ) | {
         "min_decode_tok_s": quant.decode_tok_s,
         "min_prefill_tok_s": quant.prefill_tok_s,
         "max_size_mib": size_mib,

@@ -10,6 +10,9 @@ whatever scratch is whole.
     memory     llama-fit-params' plan, and the peak that is seen while a context is filled
     logits     llama-perplexity on the f16, once for a model, in scratch, shared by its quants
     quality    llama-perplexity --kl-divergence on the quant
+
+Of an encoder, which goes on with no text, speed is prefill alone, and quality the cosine between
+its embeddings and those of its f16 (`pipelines.embedding_quality`).
 """
 
 from __future__ import annotations
@@ -24,10 +27,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Literal
 
 from pipelines import (
+    architectures,
     atomic,
     certificate,
     console,
     corpora,
+    embedding_quality,
     gguf_header,
     gpu,
     llama_bench,
@@ -103,20 +108,26 @@ def benchmark(
     hardware = measuring.this_machine(at)
     with measuring.one_at_a_time(lock, wanted.key):
         started = time.monotonic()
+        corpora.require(wanted.corpus, at, "evaluation text")
+        gguf = at.gguf(wanted.model, wanted.key)
+        measuring.prove(gguf, quantized.gguf)
+        is_encoder = _is_encoder(gguf)
+        run_as = execution(wanted.benchmark, tools.backend, cores=hardware["cpu"]["cores_count"])
         bench = Bench(
             wanted=wanted,
             at=at,
             tools=tools,
             model_size_bytes=sum(quantized.tensor_bytes.values()),
-            execution=execution(
-                wanted.benchmark, tools.backend, cores=hardware["cpu"]["cores_count"]
-            ),
+            execution=of_encoder(run_as, wanted.context_tokens) if is_encoder else run_as,
+            is_encoder=is_encoder,
         )
-        corpora.require(wanted.corpus, at, "evaluation text")
-        measuring.prove(bench.gguf, quantized.gguf)
         speed = measure_speed_in_peace(bench)
         estimate, peak = measure_memory(bench)
-        quality = measure_quality(bench, convert.gguf)
+        quality = (
+            embedding_quality.measure(bench, convert.gguf)
+            if is_encoder
+            else _quality_record(wanted, measure_quality(bench, convert.gguf))
+        )
         return records.BenchmarkRecord(
             key=wanted.key,
             model=wanted.model,
@@ -129,7 +140,7 @@ def benchmark(
             validity=_judge(bench, speed, estimate, peak),
             threads=bench.execution.threads,
             speed=speed_records(speed.results, dropped=wanted.benchmark.dropped_repetitions),
-            quality=_quality_record(wanted, quality),
+            quality=quality,
             memory=records.Memory(
                 context_tokens=wanted.context_tokens,
                 estimate_mib=estimate.total_mib,
@@ -155,6 +166,7 @@ class Bench:
         tools: The llama.cpp that is measured.
         model_size_bytes: Tensor data of the quant, as its record sums it and llama-bench sees it.
         execution: How the model is run.
+        is_encoder: Whether it makes embeddings, and goes on with no text.
     """
 
     wanted: BenchmarkSlice
@@ -162,6 +174,7 @@ class Bench:
     tools: Toolchain
     model_size_bytes: int
     execution: Execution
+    is_encoder: bool = False
 
     @property
     def gguf(self) -> Path:
@@ -208,6 +221,25 @@ def execution(declared: Benchmark, backend: str, *, cores: int) -> Execution:
     )
 
 
+def of_encoder(run_as: Execution, context_tokens: int) -> Execution:
+    """Run an encoder, whose attention sees all of a text: in one piece, however long it is."""
+    return replace(run_as, batch_tokens=context_tokens, ubatch_tokens=context_tokens)
+
+
+def _is_encoder(gguf: Path) -> bool:
+    """
+    Tell an encoder, of which embeddings can be had.
+
+    Raises:
+        UpstreamError: It is one of which none can be had.
+    """
+    header = gguf_header.read(gguf)
+    if not architectures.is_encoder(header):
+        return False
+    architectures.pooling(header)
+    return True
+
+
 # --- speed ------------------------------------------------------------------------------------
 
 
@@ -248,19 +280,21 @@ def measure_speed(bench: Bench) -> _Speed:
     """Run llama-bench over all depths, watching the machine meanwhile."""
     declared = bench.wanted.benchmark
     console.step(f"speed of {bench.wanted.key}")
+    tested = _Tested.of(bench)
     argv = llama_bench.speed_argv(
         bench.tools,
         bench.named(bench.gguf),
-        prompt_tokens=declared.prompt_tokens,
-        generate_tokens=declared.generate_tokens,
-        depths=declared.depths,
+        prompt_tokens=tested.prompt_tokens,
+        generate_tokens=tested.generate_tokens,
+        depths=tested.depths,
         repetitions=declared.repetitions,
         execution=bench.execution,
+        embeddings=bench.is_encoder,
     )
     tests = llama_bench.speed_tests(
-        prompt_tokens=declared.prompt_tokens,
-        generate_tokens=declared.generate_tokens,
-        depths=declared.depths,
+        prompt_tokens=tested.prompt_tokens,
+        generate_tokens=tested.generate_tokens,
+        depths=tested.depths,
     )
     with (
         console.Progress(f"speed of {bench.wanted.key}", total=1) as progress,
@@ -275,6 +309,28 @@ def measure_speed(bench: Bench) -> _Speed:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tested:
+    """What llama-bench is to time."""
+
+    prompt_tokens: int
+    generate_tokens: int
+    depths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, bench: Bench) -> _Tested:
+        """As declared; of an encoder one text that it can hold, and nothing else."""
+        declared = bench.wanted.benchmark
+        if bench.is_encoder:
+            prompt_tokens = min(declared.prompt_tokens, bench.wanted.context_tokens)
+            return cls(prompt_tokens=prompt_tokens, generate_tokens=0, depths=(0,))
+        return cls(
+            prompt_tokens=declared.prompt_tokens,
+            generate_tokens=declared.generate_tokens,
+            depths=declared.depths,
+        )
+
+
 def _expectation(
     bench: Bench, tests: tuple[llama_bench.SpeedTest, ...], repetitions: int
 ) -> llama_bench.BenchExpectation:
@@ -286,6 +342,7 @@ def _expectation(
         repetitions=repetitions,
         execution=bench.execution,
         tests=tests,
+        embeddings=bench.is_encoder,
     )
 
 
@@ -371,7 +428,11 @@ def measure_memory(bench: Bench) -> tuple[MemoryEstimate, _Peak]:
         planned.stdout, planned.stderr, on_gpu=bench.on_gpu, log=bench.log
     )
     argv = llama_bench.memory_argv(
-        bench.tools, model, context_tokens=context_tokens, execution=bench.execution
+        bench.tools,
+        model,
+        context_tokens=context_tokens,
+        execution=bench.execution,
+        embeddings=bench.is_encoder,
     )
     with (
         console.Progress(f"memory of {bench.wanted.key}", total=1) as progress,

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pipelines import (
+    architectures,
     atomic,
     console,
     corpora,
@@ -96,6 +97,7 @@ def calibrate(wanted: CalibrateSlice, at: Layout, tools: Toolchain) -> Calibrate
 
     corpora.require(wanted.corpus, at, "calibration text")
     _require_model(at.f16(wanted.model), convert)
+    _require_causal(at.f16(wanted.model), wanted.model)
     final = at.imatrix(wanted.model)
     with atomic.replacing(final.parent) as part:
         part.mkdir()
@@ -118,6 +120,22 @@ def _require_model(f16: Path, convert: ConvertRecord) -> None:
             f"{f16} has {size_bytes:,} bytes, its record says {convert.gguf.size_bytes:,}.",
             hint="fleet repro: it makes the file again.",
         )
+
+
+def _require_causal(f16: Path, model: str) -> None:
+    """
+    Refuse a model that predicts no next token: llama-imatrix would abort in its middle.
+
+    Raises:
+        ParamsError: Names what to remove from the declaration.
+    """
+    if architectures.is_causal(gguf_header.read(f16)):
+        return
+    raise ParamsError(
+        f"{model} is an encoder: it predicts no next token, so that llama-imatrix cannot run it.",
+        hint=f"In params.yaml, remove `calibration` of {model}, and `imatrix: true` from its "
+        "quants. Types that need an importance matrix (IQ1, IQ2, Q2_K_S) cannot be made of it.",
+    )
 
 
 def imatrix_argv(  # noqa: PLR0913 - each is one option of the tool

@@ -9,7 +9,8 @@ The rule, in order; nothing is weighed against anything else, so that every step
    the task evals prove harmed (`pipelines.harm`) has missed one.
 3. Memory: the worse of predicted and measured memory, plus the margin, must fit the host.
 4. Objective: `speed` is decode speed at the deepest measured depth, `quality` the mean divergence,
-   `size` the size of the file. A quant leaves the field if another one is *clearly* better: by more
+   `size` the size of the file; of an encoder `speed` is prefill speed and `quality` 1 - the mean
+   cosine of its embeddings. A quant leaves the field if another one is *clearly* better: by more
    than the minimum effect and with intervals that do not touch.
 5. Who is left is equally good. The incumbent stays if it is among them. Otherwise the order is
    exact: lower divergence, smaller file, faster, name; for `quality` faster before smaller.
@@ -30,7 +31,7 @@ from pipelines.election import Election
 from pipelines.errors import MachineError
 from pipelines.evaluate_records import EvaluateRecord
 from pipelines.evidence import Trusted, examine
-from pipelines.limits import Miss, memory_notes
+from pipelines.limits import Miss, applying, gate_notes, memory_notes
 from pipelines.load_records import SweepRecord
 from pipelines.objectives import dominators
 from pipelines.records import BenchmarkRecord, Candidate, ChoiceRecord, QuantizeRecord
@@ -70,15 +71,21 @@ def choose(
     evidence = examine(slice_, quantized, measured)
     trusted = [one for one in evidence if isinstance(one, Trusted)]
     above = dominators(trusted, slice_.choose)
+    # Those that are trusted are of one kind, and have one depth.
+    is_encoder = bool(trusted) and trusted[0].is_encoder
+    deepest = trusted[0].deepest_decode if trusted else None
     harmed = {one.type: _harms(one, evaluated) for one in trusted} if evaluated else {}
     return ChoiceRecord(
         model=slice_.model,
         objective=slice_.objective,
         context_tokens=slice_.context_tokens,
-        decode_depth_tokens=trusted[0].deepest_decode.depth_tokens if trusted else None,
+        decode_depth_tokens=deepest.depth_tokens if deepest else None,
         hw_id=trusted[0].benchmark.machine.hw_id if trusted else None,
-        gates=slice_.gates.model_dump(exclude_none=True),
-        notes=memory_notes(trusted, slice_.hosts),
+        gates=applying(slice_.gates, to_encoder=is_encoder),
+        notes=(
+            *memory_notes(trusted, slice_.hosts),
+            *gate_notes(slice_.gates, to_encoder=is_encoder),
+        ),
         hosts=tuple(
             Election(slice_, host, evidence, above, (incumbents or {}).get(host), harmed).result()
             for host in slice_.hosts
@@ -105,24 +112,34 @@ def run(slice_: ChooseSlice, at: Layout) -> ChoiceRecord:
     Writes the rows of `dvc plots` and of `dvc metrics`. A record that is missing or unreadable is
     an INVALID candidate, not an error: the other quants of the model still get their verdict.
     """
-    quantized = _read_all(slice_, at, "quantize", QuantizeRecord)
-    measured = _read_all(slice_, at, "benchmark", BenchmarkRecord)
-    # Without sets it says nothing; with one declared, the verdict misses it (`pipelines.verdict`).
-    evaluated = records.read_or_reason(at.model_record("evaluate", slice_.model), EvaluateRecord)
     incumbents, notes = committed_winners(slice_.model, at)
-    choice = choose(
-        slice_,
-        quantized,
-        measured,
-        incumbents,
-        None if isinstance(evaluated, str) else evaluated,
-    )
+    choice = decide(slice_, at, incumbents)
     candidates = choice.hosts[0].candidates if choice.hosts else ()
     shown = [one for one in candidates if one.verdict != "INVALID"]
     atomic.write_json(at.frontier(slice_.model), [_frontier_row(one) for one in shown])
     atomic.write_json(at.metrics(slice_.model), {one.type: _metrics_row(one) for one in shown})
-    swept = sweep_notes(slice_, at, quantized)
+    swept = sweep_notes(slice_, at, _read_all(slice_, at, "quantize", QuantizeRecord))
     return choice.model_copy(update={"notes": (*choice.notes, *notes, *swept)})
+
+
+def decide(slice_: ChooseSlice, at: Layout, incumbents: Mapping[str, str]) -> ChoiceRecord:
+    """
+    Choose by the records on disk; nothing is written.
+
+    Args:
+        slice_: Quants, gates, objective, minimum effects and hosts.
+        at: The checkout.
+        incumbents: Type that was chosen for each host before.
+    """
+    # Without sets it says nothing; with one declared, the verdict misses it (`pipelines.verdict`).
+    evaluated = records.read_or_reason(at.model_record("evaluate", slice_.model), EvaluateRecord)
+    return choose(
+        slice_,
+        _read_all(slice_, at, "quantize", QuantizeRecord),
+        _read_all(slice_, at, "benchmark", BenchmarkRecord),
+        incumbents,
+        None if isinstance(evaluated, str) else evaluated,
+    )
 
 
 def sweep_notes(
@@ -167,6 +184,7 @@ def _read_all(
 
 
 def _frontier_row(one: Candidate) -> dict[str, str | float | bool | None]:
+    embeds = {} if one.cosine_mean is None else {"cosine_mean": one.cosine_mean}
     return {
         "type": one.type,
         "size_mib": one.size_mib,
@@ -175,13 +193,14 @@ def _frontier_row(one: Candidate) -> dict[str, str | float | bool | None]:
         "kld_mean_nats": one.kld_mean_nats,
         "on_frontier": one.on_frontier,
         "verdict": one.verdict,
+        **embeds,
     }
 
 
 def _metrics_row(one: Candidate) -> dict[str, float]:
     names = (
         "decode_tok_s", "prefill_tok_s", "kld_mean_nats", "kld_p999_nats", "same_top", "ppl_ratio",
-        "memory_mib", "size_mib",
+        "cosine_mean", "memory_mib", "size_mib",
     )  # fmt: skip
     values = ((name, getattr(one, name)) for name in names)
     return {name: value for name, value in values if value is not None}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipelines import wording
 from pipelines.evidence import Doubted, Evidence, Trusted
 from pipelines.limits import Miss, memory_limit_mib, memory_miss, misses
-from pipelines.objectives import OBJECTIVES
+from pipelines.objectives import OBJECTIVES, speed_words
 from pipelines.records import Candidate, HostChoice
 
 if TYPE_CHECKING:
@@ -183,9 +183,8 @@ class Election:
 
     def _figures(self, one: Trusted) -> str:
         return (
-            f"{wording.number(one.decode_tok_s.value)} tok/s at depth "
-            f"{wording.tokens(one.deepest_decode.depth_tokens)}, "
-            f"{wording.number(one.kld_mean_nats.value)} nats, "
+            f"{wording.number(one.speed_tok_s.value)} tok/s {speed_words(one)}, "
+            f"{wording.number(one.divergence.value)} {one.divergence.unit}, "
             f"{wording.number(one.memory_mib.value)} MiB"
         )
 

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 
 from pipelines import wording
 from pipelines.console import clean
+from pipelines.records import EmbeddingQuality, QualityResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from pipelines.params import ChooseSlice, QuantType
-    from pipelines.records import BenchmarkRecord, QuantizeRecord, Speed
+    from pipelines.records import AnyQuality, BenchmarkRecord, QuantizeRecord, Speed
 
 MIB = 1 << 20
 REASON_CHARACTERS = 300
@@ -35,8 +36,9 @@ REASON_CHARACTERS = 300
 _LEAST_KLD_NATS = -1e-3
 # The printed error takes tokens of one chunk as independent (the true one is about twice as large),
 # yet all quants are scored on the same tokens, so that their differences vary less. Two printed
-# errors are the compromise.
-_KLD_ERRORS = 2.0
+# errors are the compromise. The error of a mean cosine is over texts, which do not follow from one
+# another; twice it is about 95 %.
+_ERRORS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class Measured:
     value: float
     low: float
     high: float
+    unit: str = ""
 
 
 def exactly(value: float) -> Measured:
@@ -60,22 +63,43 @@ def exactly(value: float) -> Measured:
 
 @dataclass(frozen=True)
 class Readings:
-    """The values of a quant that decide something, read from its two records."""
+    """
+    The values of a quant that decide something, read from its two records.
+
+    A model that goes on with texts is known by its decode speed and its KL divergence, an encoder
+    by its prefill speed and the cosine of its embeddings. `speed_tok_s` and `divergence` are
+    whichever of them there is: 0 is no divergence at all, less is better, for both.
+    """
 
     key: str
     type: str
     quantized: QuantizeRecord
     benchmark: BenchmarkRecord
 
+    @property
+    def logits(self) -> QualityResult | None:
+        """Divergence of a model that goes on with texts."""
+        return _logits(self.benchmark.quality)
+
+    @property
+    def embeddings(self) -> EmbeddingQuality | None:
+        """Agreement of the embeddings of an encoder."""
+        return _embeddings(self.benchmark.quality)
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it makes embeddings, and goes on with no text."""
+        return self.embeddings is not None
+
     @cached_property
-    def deepest_decode(self) -> Speed:
+    def deepest_decode(self) -> Speed | None:
         """The decode test with most tokens in the context: the one that users feel."""
         return _deepest_decode(self.benchmark)
 
     @cached_property
-    def decode_tok_s(self) -> Measured:
-        """Tokens generated in a second at the deepest measured depth."""
-        return _throughput(self.deepest_decode)
+    def decode_tok_s(self) -> Measured | None:
+        """Tokens generated in a second at the deepest measured depth; an encoder has none."""
+        return _throughput(self.deepest_decode) if self.deepest_decode else None
 
     @cached_property
     def prefill_tok_s(self) -> Measured | None:
@@ -84,12 +108,28 @@ class Readings:
         return next(map(_throughput, tests), None)
 
     @cached_property
-    def kld_mean_nats(self) -> Measured:
+    def speed_tok_s(self) -> Measured:
+        """The speed that users feel: decode at the deepest depth; of an encoder prefill."""
+        found = self.prefill_tok_s if self.is_encoder else self.decode_tok_s
+        assert found is not None, "nothing else is trusted"
+        return found
+
+    @cached_property
+    def kld_mean_nats(self) -> Measured | None:
         """Mean KL divergence from the model's own f16."""
-        quality = self.benchmark.quality
-        value = max(quality.kld_mean_nats, 0.0)
-        spread = _KLD_ERRORS * quality.kld_mean_error_nats
-        return Measured(value=value, low=max(value - spread, 0.0), high=value + spread)
+        quality = self.logits
+        if quality is None:
+            return None
+        return _above_zero(quality.kld_mean_nats, quality.kld_mean_error_nats, "nats")
+
+    @cached_property
+    def divergence(self) -> Measured:
+        """How far it is from its own f16: mean KL divergence; of an encoder 1 - mean cosine."""
+        if self.embeddings is not None:
+            mean, error = self.embeddings.cosine_mean, self.embeddings.cosine_mean_error
+            return _above_zero(1 - mean, error, "below cosine 1")
+        assert self.kld_mean_nats is not None
+        return self.kld_mean_nats
 
     @cached_property
     def size_mib(self) -> Measured:
@@ -106,13 +146,13 @@ class Readings:
         """Return what a choice records of the quant, as the fields of a `Candidate`."""
         return self.steady_numbers() | {
             "memory_mib": self.memory_mib.value,
-            "decode_tok_s": self.decode_tok_s.value,
+            "decode_tok_s": self.decode_tok_s.value if self.decode_tok_s else None,
             "prefill_tok_s": self.prefill_tok_s.value if self.prefill_tok_s else None,
         }
 
     def steady_numbers(self) -> dict[str, str | float | None]:
         """Return those of them that hold whatever else the machine did meanwhile."""
-        quality, memory = self.benchmark.quality, self.benchmark.memory
+        logits, embeddings, memory = self.logits, self.embeddings, self.benchmark.memory
         return {
             "gguf_sha256": self.quantized.gguf.sha256,
             "size_mib": self.size_mib.value,
@@ -120,12 +160,26 @@ class Readings:
             "memory_mib": self.memory_mib.value if memory.method == "rss" else None,
             "decode_tok_s": None,
             "prefill_tok_s": None,
-            "kld_mean_nats": self.kld_mean_nats.value,
-            "kld_p999_nats": quality.kld_p999_nats,
-            "same_top": quality.same_top,
-            "ppl_ratio": quality.ppl_ratio,
+            "kld_mean_nats": self.kld_mean_nats.value if self.kld_mean_nats else None,
+            "kld_p999_nats": logits.kld_p999_nats if logits else None,
+            "same_top": logits.same_top if logits else None,
+            "ppl_ratio": logits.ppl_ratio if logits else None,
+            "cosine_mean": embeddings.cosine_mean if embeddings else None,
             "bits_per_weight": self.quantized.bits_per_weight,
         }
+
+
+def _logits(quality: AnyQuality) -> QualityResult | None:
+    return quality if isinstance(quality, QualityResult) else None
+
+
+def _embeddings(quality: AnyQuality) -> EmbeddingQuality | None:
+    return quality if isinstance(quality, EmbeddingQuality) else None
+
+
+def _above_zero(mean: float, error: float, unit: str) -> Measured:
+    value, spread = max(mean, 0.0), _ERRORS * error
+    return Measured(value=value, low=max(value - spread, 0.0), high=value + spread, unit=unit)
 
 
 def _throughput(test: Speed) -> Measured:
@@ -264,10 +318,9 @@ def _declared_invalid(measured: BenchmarkRecord) -> str:
 
 def _impossible(measured: BenchmarkRecord) -> str:
     """Say which value its unit does not allow, if any: a sign of a wrong parse or of an edit."""
-    quality, memory = measured.quality, measured.memory
+    memory = measured.memory
     tests = [(test.test, test.depth_tokens) for test in measured.speed]
     claims = (
-        ("decode speed is measured", any(name == "decode" for name, _ in tests)),
         ("each test is there once", len(tests) == len(set(tests))),
         (
             "speeds lie in their intervals above zero",
@@ -275,11 +328,7 @@ def _impossible(measured: BenchmarkRecord) -> str:
         ),
         ("the file has a size", measured.size_bytes > 0),
         ("memory is above zero", min(memory.estimate_mib, memory.measured_mib) > 0),
-        ("tokens were scored", min(quality.scored_tokens, quality.chunks_count) > 0),
-        ("the divergence is not below zero", quality.kld_mean_nats >= _LEAST_KLD_NATS),
-        ("its error is not below zero", quality.kld_mean_error_nats >= 0),
-        ("the share of equal top tokens lies in 0..1", 0 <= quality.same_top <= 1),
-        ("the perplexity ratio is above zero", quality.ppl_ratio > 0),
+        *_quality_claims(measured.quality, tests),
     )
     return next(
         (
@@ -291,6 +340,31 @@ def _impossible(measured: BenchmarkRecord) -> str:
     )
 
 
+def _quality_claims(
+    quality: AnyQuality, tests: Sequence[tuple[str, int]]
+) -> Iterator[tuple[str, bool]]:
+    """Yield what has to hold of a divergence, or of embeddings, and of the speed beside it."""
+    if isinstance(quality, EmbeddingQuality):
+        yield "prefill speed is measured", ("prefill", 0) in tests
+        yield "an encoder decodes nothing", all(name == "prefill" for name, _ in tests)
+        yield "texts were embedded", min(quality.texts_count, quality.scored_tokens) > 0
+        yield "embeddings have dimensions", quality.dimensions > 0
+        yield (
+            "cosines lie in -1..1, the least, the 1st percentile and the mean in this order",
+            -1 <= quality.cosine_min <= quality.cosine_p01 <= 1
+            and quality.cosine_min <= quality.cosine_mean <= 1,
+        )
+        yield "the error of the cosine is not below zero", quality.cosine_mean_error >= 0
+        yield "the share of equal nearest texts lies in 0..1", 0 <= quality.same_nearest <= 1
+        return
+    yield "decode speed is measured", any(name == "decode" for name, _ in tests)
+    yield "tokens were scored", min(quality.scored_tokens, quality.chunks_count) > 0
+    yield "the divergence is not below zero", quality.kld_mean_nats >= _LEAST_KLD_NATS
+    yield "its error is not below zero", quality.kld_mean_error_nats >= 0
+    yield "the share of equal top tokens lies in 0..1", 0 <= quality.same_top <= 1
+    yield "the perplexity ratio is above zero", quality.ppl_ratio > 0
+
+
 def _other_context(slice_: ChooseSlice, measured: BenchmarkRecord) -> str:
     found, wanted = measured.memory.context_tokens, slice_.context_tokens
     if found == wanted:
@@ -298,9 +372,19 @@ def _other_context(slice_: ChooseSlice, measured: BenchmarkRecord) -> str:
     return f"its memory was measured at {found:,} tokens of context, {wanted:,} are declared"
 
 
-def _deepest_decode(measured: BenchmarkRecord) -> Speed:
+def _deepest_decode(measured: BenchmarkRecord) -> Speed | None:
     tests = (test for test in measured.speed if test.test == "decode")
-    return max(tests, key=lambda test: test.depth_tokens)
+    return max(tests, key=lambda test: test.depth_tokens, default=None)
+
+
+def _depth(measured: BenchmarkRecord) -> int | str:
+    deepest = _deepest_decode(measured)
+    return deepest.depth_tokens if deepest else "none"
+
+
+def _scored_parts(measured: BenchmarkRecord) -> int:
+    quality = measured.quality
+    return quality.texts_count if isinstance(quality, EmbeddingQuality) else quality.chunks_count
 
 
 def _tests(measured: BenchmarkRecord) -> str:
@@ -313,16 +397,20 @@ def _tests(measured: BenchmarkRecord) -> str:
 # What has to be equal for two measurements to be compared. Commit and f16 of a benchmark are those
 # of its file (`_other_subject`), so that files of two builds are told apart here as well.
 _CONDITIONS: tuple[tuple[str, Callable[[BenchmarkRecord], str | int]], ...] = (
+    (
+        "kind of quality",
+        lambda record: "embeddings" if _embeddings(record.quality) else "divergence",
+    ),
     ("hardware", lambda record: record.machine.hw_id),
     ("backend", lambda record: record.machine.backend),
     ("llama.cpp commit", lambda record: record.llama_cpp_commit),
     ("f16 model", lambda record: record.f16_sha256),
     ("number of threads", lambda record: record.threads),
-    ("decode depth", lambda record: _deepest_decode(record).depth_tokens),
+    ("decode depth", _depth),
     ("set of speed tests", _tests),
     ("evaluation corpus", lambda record: record.quality.corpus_sha256),
     ("evaluation window", lambda record: record.quality.context_tokens),
-    ("number of chunks", lambda record: record.quality.chunks_count),
+    ("number of chunks", _scored_parts),
     ("way to count memory", lambda record: record.memory.method),
 )
 

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipelines import console, wording
+from pipelines.records import EmbeddingQuality
 from pipelines.render import escape_markdown
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def render(release: Release, id_: str, repo: str) -> str:
             limits=sorted(release.choice_gates.items()),
             licenses=sorted(release.license.files.items()),
             corpora=sorted({q.imatrix_corpus_sha256 for q in quants if q.imatrix_corpus_sha256}),
+            embeds=_embeds(release),
             scored=min(quant.quality.scored_tokens for quant in quants),
             memory_context=max(quant.memory_context_tokens for quant in quants),
             hardware=_hardware(release.machine),
@@ -104,12 +106,18 @@ def front_matter(release: Release, repo: str) -> dict[str, Any]:
     upstream = _upstream(release)
     if upstream:
         found |= {"base_model": [upstream], "base_model_relation": "quantized"}
-    found |= {"library_name": "gguf", "pipeline_tag": "text-generation"}
+    task = "feature-extraction" if _embeds(release) else "text-generation"
+    found |= {"library_name": "gguf", "pipeline_tag": task}
     found |= _license(release, upstream)
     with_imatrix = any(quant.imatrix_sha256 for quant in release.quants)
     found["tags"] = ["gguf", *(["imatrix"] if with_imatrix else [])]
     found["quantized_by"] = repo.partition("/")[0]
     return found
+
+
+def _embeds(release: Release) -> bool:
+    """Tell whether the model makes embeddings."""
+    return all(isinstance(quant.quality, EmbeddingQuality) for quant in release.quants)
 
 
 def _license(release: Release, upstream: str | None) -> dict[str, str]:

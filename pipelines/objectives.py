@@ -33,7 +33,7 @@ class Metric:
         worse: What another one is than it: `slower`.
         factor: What another one is, so many times, if it is far behind; empty where less is worse.
         equal: What another one is if neither is clearly better.
-        unit: Unit of the value.
+        unit: Unit of the value, where the value itself does not say.
         read: Reads the value, with its interval.
         effect: The least share of a difference that counts.
         more_is_better: Which way is better.
@@ -85,12 +85,9 @@ class Metric:
         """
         mine, best = self.read(loser).value, self.read(winner).value
         shown, shown_best = wording.pair(mine, best)
-        depth = (
-            f" at depth {wording.tokens(loser.deepest_decode.depth_tokens)}"
-            if self is SPEED
-            else ""
-        )
-        figures = f"{shown} against {shown_best} {self.unit}{depth}"
+        unit = self.read(loser).unit or self.unit
+        where = f" {speed_words(loser)}" if self is SPEED else ""
+        figures = f"{shown} against {shown_best} {unit}{where}"
         return f"{self._lead(mine, best)} {winner.type} ({figures})"
 
     def _lead(self, mine: float, best: float) -> str:
@@ -103,13 +100,19 @@ class Metric:
         return f"{wording.percent(share)} {self.worse} than"
 
 
+def speed_words(one: Trusted) -> str:
+    """Say which speed counts, behind its unit: `at depth 4,096`, or `of prefill` of an encoder."""
+    deepest = one.deepest_decode
+    return f"at depth {wording.tokens(deepest.depth_tokens)}" if deepest else "of prefill"
+
+
 SPEED = Metric(
     "fastest", "slower", "", "as fast as", "tok/s",
-    lambda one: one.decode_tok_s, lambda effects: effects.min_speed_effect, more_is_better=True,
+    lambda one: one.speed_tok_s, lambda effects: effects.min_speed_effect, more_is_better=True,
 )  # fmt: skip
 QUALITY = Metric(
-    "least divergent", "more divergent", "as divergent as", "as close to f16 as", "nats",
-    lambda one: one.kld_mean_nats, lambda effects: effects.min_quality_effect,
+    "least divergent", "more divergent", "as divergent as", "as close to f16 as", "",
+    lambda one: one.divergence, lambda effects: effects.min_quality_effect,
 )  # fmt: skip
 SIZE = Metric(
     "smallest", "larger", "as large as", "as small as", "MiB",
@@ -133,7 +136,7 @@ def dominators(trusted: Sequence[Trusted], effects: Choose) -> dict[str, str]:
     Name, for each quant off the Pareto front, one that makes it pointless.
 
     A quant dominates another if it is clearly worse in none of memory at the declared context,
-    mean divergence and decode speed, and clearly better in at least one.
+    mean divergence and speed, and clearly better in at least one.
     """
     axes = (MEMORY, QUALITY, SPEED)
 

@@ -11,7 +11,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_serializer,
+)
 
 from pipelines import atomic, console
 from pipelines.errors import FleetError
@@ -123,8 +131,32 @@ class RuleHits(Part):
     tensors_count: int
 
 
+class QuantValues(Part):
+    """
+    Rows of a quant that were read back and compared with the 16-bit model.
+
+    `worst_error` is the largest share, of all tensors, that the error of the sampled rows has of
+    the rows themselves (root mean squares), `worst_tensor` where that is, `worst_limit` what is
+    allowed there. Rounded to three digits: the last ones differ from one CPU to the next.
+    `unreadable` are tensors of a type that gguf-py cannot read, `tiny_rows_count` rows of numbers
+    so small that their scale has no digits: those are not judged.
+    """
+
+    tensors_count: int
+    rows_count: int
+    worst_tensor: str
+    worst_error: Finite
+    worst_limit: Finite
+    tiny_rows_count: int = 0
+    unreadable: tuple[str, ...] = ()
+
+
 class QuantizeRecord(Record):
-    """One quantized GGUF and what is really in it."""
+    """
+    One quantized GGUF and what is really in it.
+
+    `values` is None in records that were written before rows were read back, and then not written.
+    """
 
     stage: Literal["quantize"] = "quantize"
     key: str
@@ -142,6 +174,15 @@ class QuantizeRecord(Record):
     rules: tuple[RuleHits, ...]
     fallbacks: tuple[Fallback, ...]
     gguf: FileDigest
+    values: QuantValues | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not: records written before there was the field stay as they are."""
+        fields: dict[str, Any] = handler(self)
+        if self.values is None:
+            del fields["values"]
+        return fields
 
 
 class Speed(Part):
@@ -179,6 +220,41 @@ class QualityResult(Part):
     ppl_f16: Finite
     ppl_ratio: Finite
     ppl_ratio_error: Finite
+
+
+class EmbeddingQuality(Part):
+    """
+    What quantizing does to the embeddings of an encoder, beside those of its own f16.
+
+    `cosine_*` are over the texts, one cosine for each; `cosine_p01` is the 1st percentile, nearest
+    rank. `same_nearest` is the share of texts whose nearest other one, by cosine, is the same as
+    with f16: what a search over them would find first. Texts are cut from the evaluation corpus,
+    of `context_tokens` at most; `scored_tokens` is their sum.
+    """
+
+    kind: Literal["embeddings"] = "embeddings"
+    corpus_sha256: str
+    context_tokens: int
+    texts_count: int
+    scored_tokens: int
+    dimensions: int
+    cosine_mean: Finite
+    cosine_mean_error: Finite
+    cosine_p01: Finite
+    cosine_min: Finite
+    same_nearest: Finite
+
+
+def _quality_kind(value: object) -> str:
+    """Tell one from the other; a divergence names no kind, as it was the only one at first."""
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return "embeddings" if kind == "embeddings" else "logits"
+
+
+AnyQuality = Annotated[
+    Annotated[QualityResult, Tag("logits")] | Annotated[EmbeddingQuality, Tag("embeddings")],
+    Discriminator(_quality_kind),
+]
 
 
 class Memory(Part):
@@ -256,7 +332,7 @@ class BenchmarkRecord(Record):
     validity: Validity
     threads: int
     speed: tuple[Speed, ...]
-    quality: QualityResult
+    quality: AnyQuality
     memory: Memory
     measured_at: str
     wall_s: Finite
@@ -281,10 +357,19 @@ class Candidate(Part):
     kld_p999_nats: Finite | None = None
     same_top: Finite | None = None
     ppl_ratio: Finite | None = None
+    cosine_mean: Finite | None = None
     bits_per_weight: Finite | None = None
     verdict: Literal["CHOSEN", "PASS", "REJECT", "INVALID"]
     on_frontier: bool
     sentence: str
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what only encoders have: choices that were written before stay as they are."""
+        fields: dict[str, Any] = handler(self)
+        if self.cosine_mean is None:
+            del fields["cosine_mean"]
+        return fields
 
 
 class HostChoice(Part):

@@ -21,7 +21,7 @@ from pydantic import Field, StringConstraints, ValidationError
 from pipelines import console
 from pipelines.errors import StoreError
 from pipelines.load_records import LoadGate  # noqa: TC001 - pydantic reads it
-from pipelines.records import Finite, Part, QualityResult, Record
+from pipelines.records import AnyQuality, Finite, Part, Record
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
@@ -88,7 +88,7 @@ class ReleasedQuant(Part):
     imatrix_corpus_sha256: Sha256 | None
     bits_per_weight: Finite
     tensor_types: dict[str, int]
-    quality: QualityResult
+    quality: AnyQuality
     memory_mib: Finite
     memory_context_tokens: int
     prefill_tok_s: Finite | None

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pipelines.evidence import Measured
-    from pipelines.report_tree import LoadRow, ModelReport, Row
+    from pipelines.report_tree import LoadRow, ModelReport, Row, TextTable
 
 R = TypeVar("R")
 
@@ -42,6 +42,7 @@ def of_quants(model: ModelReport) -> tuple[Column[Row], ...]:
     """Return the columns of the quants of a model; context and depth stand in their heads."""
     context = at(model.context_tokens)
     depth = at(model.depth_tokens)
+    embeds = any(row.cosine_mean is not None for row in model.rows)
     return (
         Column(head="quant", unit="", text=lambda r: r.type, sort=lambda r: r.type,
                is_number=False),
@@ -51,6 +52,15 @@ def of_quants(model: ModelReport) -> tuple[Column[Row], ...]:
                sort=lambda r: r.bits_per_weight, priority=5),
         Column(head=f"memory{context}", unit="MiB", text=lambda r: wording.number(r.memory_mib),
                sort=lambda r: r.memory_mib, priority=1),
+        *(_of_encoder() if embeds else _of_decoder(depth)),
+        Column(head="verdict", unit="", text=lambda r: r.verdict_words,
+               sort=lambda r: r.verdict_words, is_number=False),
+    )  # fmt: skip
+
+
+def _of_decoder(depth: str) -> tuple[Column[Row], ...]:
+    """Return speed and quality of a model that goes on with texts."""
+    return (
         Column(head=f"decode{depth}", unit="tok/s", text=lambda r: _interval(r.decode_tok_s),
                sort=lambda r: _value(r.decode_tok_s)),
         Column(head="prefill", unit="tok/s", text=lambda r: _interval(r.prefill_tok_s),
@@ -61,8 +71,19 @@ def of_quants(model: ModelReport) -> tuple[Column[Row], ...]:
                sort=lambda r: r.same_top, priority=3),
         Column(head="PPL ratio", unit="", text=lambda r: wording.number(r.ppl_ratio, 4),
                sort=lambda r: r.ppl_ratio, priority=6),
-        Column(head="verdict", unit="", text=lambda r: r.verdict_words,
-               sort=lambda r: r.verdict_words, is_number=False),
+    )  # fmt: skip
+
+
+def _of_encoder() -> tuple[Column[Row], ...]:
+    """Return speed and quality of a model that makes embeddings."""
+    return (
+        Column(head="prefill", unit="tok/s", text=lambda r: _interval(r.prefill_tok_s),
+               sort=lambda r: _value(r.prefill_tok_s)),
+        Column(head="cosine", unit="", text=lambda r: wording.number(r.cosine_mean, 5),
+               sort=lambda r: r.cosine_mean),
+        Column(head="same nearest", unit="%",
+               text=lambda r: wording.number(_percent(r.same_nearest)),
+               sort=lambda r: r.same_nearest, priority=3),
     )  # fmt: skip
 
 
@@ -106,6 +127,20 @@ def _good_column(host: str) -> Column[LoadRow]:
         return row.good.get(host, wording.ABSENT)
 
     return Column(head="good", unit=f"on {host}" if host else "", text=text, sort=text)
+
+
+def of_texts(table: TextTable) -> tuple[Column[tuple[str, ...]], ...]:
+    """Return the columns of a table of texts; where there is no room, inner ones go first."""
+    last = len(table.heads) - 1
+
+    def column(index: int) -> Column[tuple[str, ...]]:
+        return Column(
+            head=table.heads[index], unit="", text=lambda row: row[index],
+            sort=lambda row: row[index], is_number=index in table.numbers,
+            priority=0 if index in {0, last} else last - index,
+        )  # fmt: skip
+
+    return tuple(column(index) for index in range(len(table.heads)))
 
 
 def at(count: int | None) -> str:

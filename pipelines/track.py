@@ -33,6 +33,7 @@ from pipelines.load_records import LoadTestRecord, metrics_rows
 from pipelines.records import (
     BenchmarkRecord,
     ChoiceRecord,
+    EmbeddingQuality,
     FetchRecord,
     QuantizeRecord,
     RecordError,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from pipelines.layout import Layout
     from pipelines.params import TrackSlice
+    from pipelines.records import AnyQuality
 
 RUN_KEY_TAG = "fleet.run_key"
 # Changes with everything that a run says of a load test; MLflow groups metrics by the prefix.
@@ -253,19 +255,30 @@ def _params(quantized: QuantizeRecord, measured: BenchmarkRecord) -> dict[str, s
         "gpus": ", ".join(measured.machine.gpus),
         "quality_corpus_sha256": measured.quality.corpus_sha256,
         "quality_context_tokens": measured.quality.context_tokens,
-        "quality_chunks_count": measured.quality.chunks_count,
+        **_scored(measured.quality),
         "memory_method": measured.memory.method,
     }
     # An empty value is no value to MLflow.
     return {name: str(value) for name, value in values.items() if value not in {None, ""}}
 
 
-def _metrics(quantized: QuantizeRecord, measured: BenchmarkRecord) -> dict[str, float]:
-    """What was measured; speed by test and depth, e.g. `decode_tok_s_d4096`."""
-    quality, memory = measured.quality, measured.memory
-    values: dict[str, float] = {
-        "size_mib": measured.size_bytes / 2**20,
-        "bits_per_weight": quantized.bits_per_weight,
+def _scored(quality: AnyQuality) -> dict[str, int]:
+    """Say over how much text quality was measured: windows of it, or texts of an encoder."""
+    if isinstance(quality, EmbeddingQuality):
+        return {"quality_texts_count": quality.texts_count}
+    return {"quality_chunks_count": quality.chunks_count}
+
+
+def _quality_metrics(quality: AnyQuality) -> dict[str, float]:
+    if isinstance(quality, EmbeddingQuality):
+        return {
+            "cosine_mean": quality.cosine_mean,
+            "cosine_mean_error": quality.cosine_mean_error,
+            "cosine_p01": quality.cosine_p01,
+            "cosine_min": quality.cosine_min,
+            "same_nearest": quality.same_nearest,
+        }
+    return {
         "kld_mean_nats": quality.kld_mean_nats,
         "kld_mean_error_nats": quality.kld_mean_error_nats,
         "kld_p999_nats": quality.kld_p999_nats,
@@ -274,6 +287,16 @@ def _metrics(quantized: QuantizeRecord, measured: BenchmarkRecord) -> dict[str, 
         "ppl": quality.ppl,
         "ppl_f16": quality.ppl_f16,
         "ppl_ratio": quality.ppl_ratio,
+    }
+
+
+def _metrics(quantized: QuantizeRecord, measured: BenchmarkRecord) -> dict[str, float]:
+    """What was measured; speed by test and depth, e.g. `decode_tok_s_d4096`."""
+    memory = measured.memory
+    values: dict[str, float] = {
+        "size_mib": measured.size_bytes / 2**20,
+        "bits_per_weight": quantized.bits_per_weight,
+        **_quality_metrics(measured.quality),
         "memory_mib": memory.measured_mib,
         "memory_estimate_mib": memory.estimate_mib,
         "benchmark_wall_s": measured.wall_s,

@@ -8,9 +8,11 @@ Digests are made from names, so that records of one quant fit together and those
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from pipelines import records
+from pipelines.compare_records import CompareRecord, Side, SpeedComparison
+from pipelines.evaluate_records import EvalResult, EvaluateRecord, QuantEval
 from pipelines.load_records import (
     Calibration,
     Degenerate,
@@ -26,11 +28,12 @@ from pipelines.load_records import (
     Spread,
     WinnerTest,
 )
-from pipelines.params import Choose, ChooseSlice, Gates, Host, QuantType
+from pipelines.params import Choose, ChooseSlice, Gates, Host, JudgeSlice, QuantType, Serving, Slo
 from pipelines.records import (
     BenchmarkRecord,
     CalibrateRecord,
     ConvertRecord,
+    EmbeddingQuality,
     FetchRecord,
     FileDigest,
     MachineId,
@@ -40,9 +43,10 @@ from pipelines.records import (
     Speed,
     Validity,
 )
+from pipelines.verify_records import Check, Layer, LogitsAgreement, VerifyRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from pipelines.layout import Layout
     from pipelines.params import Objective
@@ -51,6 +55,7 @@ MODEL = "tiny-llama"
 COMMIT = "0c1e57098a3f0c1e57098a3f0c1e57098a3f0c1e"
 CONTEXT_TOKENS = 512
 CHUNKS = 100
+LEVELS = {"ttft_ms": 300.0, "tpot_ms": 50.0, "min_goodput": 0.95}
 
 
 def sha256(name: str) -> str:
@@ -101,6 +106,156 @@ def f16_digest(model: str) -> FileDigest:
     return FileDigest(
         name="f16.gguf", size_bytes=7 << 20, sha256=sha256(f"{model} f16"), md5="0" * 32
     )
+
+
+def check(layer: str = "tokens", outcome: str = "PASS", **changes: Any) -> Check:
+    """Build one layer of the proof of a conversion."""
+    fields: dict[str, Any] = {
+        "layer": layer,
+        "outcome": outcome,
+        "examined_count": 0 if outcome == "SKIP" else 2400,
+        "differing_count": 3 if outcome == "FAIL" else 0,
+        "sentence": {
+            "PASS": "2,400 of 2,400 are equal",
+            "FAIL": "3 of 2,400 differ, 0 are allowed",
+            "SKIP": "It could not be looked at.",
+        }[outcome],
+        "findings": ("'a b': 1, 2 upstream; 3 here",) if outcome == "FAIL" else (),
+    }
+    return Check(**(fields | changes))
+
+
+def verify_record(
+    model: str = MODEL, *, outcomes: Mapping[str, str] | None = None, **changes: Any
+) -> VerifyRecord:
+    """Build the proof of a conversion that passed every layer but those of `outcomes`."""
+    found = dict.fromkeys(get_args(Layer), "PASS") | dict(outcomes or {})
+    fields: dict[str, Any] = {
+        "model": model,
+        "revision": sha256(model)[:40],
+        "architecture": "llama",
+        "f16_sha256": f16_digest(model).sha256,
+        "llama_cpp_commit": COMMIT,
+        "recipe": 1,
+        "outcome": "FAIL" if "FAIL" in found.values() else "PASS",
+        "checks": tuple(check(layer, outcome) for layer, outcome in found.items()),
+        "logits": LogitsAgreement(
+            corpus_sha256=sha256("evaluation"), tokens_count=512, same_top=0.998,
+            kld_mean_nats=1e-5, kld_max_nats=1e-3, nll_upstream_nats=2.5, nll_gguf_nats=2.5001,
+        ),
+        "embeddings": None,
+    }  # fmt: skip
+    return VerifyRecord(**(fields | changes))
+
+
+def quant_eval(type_: str = "Q4_K_M", model: str = MODEL, **changes: Any) -> QuantEval:
+    """Build the answers of a quant that lost one item and won one."""
+    built = quantize_record(type_, model)
+    fields: dict[str, Any] = {
+        "key": built.key, "type": type_, "gguf_sha256": built.gguf.sha256,
+        "outcomes": "1011101110", "correct_count": 7, "harmed_count": 1, "helped_count": 1,
+        "p_value": 0.75, "outcome": "PASS",
+        "sentence": f"{type_}: 1 item lost, 1 won; no proof of harm (p = 0.75)",
+    }  # fmt: skip
+    return QuantEval(**(fields | changes))
+
+
+def eval_result(
+    name: str = "recall", types: Iterable[str] = ("Q8_0", "Q4_K_M"), model: str = MODEL,
+    **changes: Any,
+) -> EvalResult:  # fmt: skip
+    """Build one set on which no quant is harmed."""
+    fields: dict[str, Any] = {
+        "name": name, "kind": "multiple-choice", "set_sha256": sha256(f"set {name}"),
+        "license": "mit", "items_count": 10, "chance": 0.25, "f16_outcomes": "1011011110",
+        "f16_correct_count": 7, "is_void": False, "sentence": "f16 answers 7 of 10 rightly",
+        "quants": tuple(quant_eval(type_, model) for type_ in types),
+    }  # fmt: skip
+    return EvalResult(**(fields | changes))
+
+
+def evaluate_record(
+    model: str = MODEL, *, sets: Iterable[EvalResult] = (), **changes: Any
+) -> EvaluateRecord:
+    """Build the task evals of a model; without sets nothing was declared."""
+    fields: dict[str, Any] = {
+        "model": model, "f16_sha256": f16_digest(model).sha256, "llama_cpp_commit": COMMIT,
+        "recipe": 1, "alpha": 0.05, "canary_margin": 0.1, "sets": tuple(sets),
+    }  # fmt: skip
+    return EvaluateRecord(**(fields | changes))
+
+
+def side(type_: str = "Q4_K_M", model: str = MODEL, **changes: Any) -> Side:
+    """Build one of the two that are compared: the quant of this checkout."""
+    built = quantize_record(type_, model)
+    fields: dict[str, Any] = {
+        "source": "this checkout", "key": built.key, "type": type_,
+        "gguf_sha256": built.gguf.sha256, "f16_sha256": built.f16_sha256,
+        "size_bytes": built.gguf.size_bytes, "llama_cpp_commit": COMMIT, "toolchain_id": "t" * 12,
+    }  # fmt: skip
+    return Side(**(fields | changes))
+
+
+def speed_comparison(outcome: str = "equal", **changes: Any) -> SpeedComparison:
+    """Build one compared test."""
+    low = {"better": 0.04, "equal": -0.01, "undecided": -0.05, "worse": -0.12}[outcome]
+    fields: dict[str, Any] = {
+        "test": "decode", "depth_tokens": 256, "tokens": 32, "effect": 0.03, "pairs": (),
+        "control_pairs": (), "log_ratio_mean": low + 0.01, "log_ratio_low": low,
+        "log_ratio_high": low + 0.02, "control_half_width": 0.01, "drift": 0.0,
+        "outcome": outcome, "sentence": f"decode is {outcome}",
+    }  # fmt: skip
+    return SpeedComparison(**(fields | changes))
+
+
+def compare_record(outcome: str = "equal", model: str = MODEL, **changes: Any) -> CompareRecord:
+    """Build a comparison of the chosen Q4_K_M with the one of the commit before."""
+    champion = side(source="HEAD~1", model=model, gguf_sha256=sha256(f"{model} champion"))
+    fields: dict[str, Any] = {
+        "model": model, "context_tokens": CONTEXT_TOKENS, "champion": champion,
+        "challenger": side(model=model), "machine": machine_id(), "validity": validity(),
+        "speed": (speed_comparison(outcome),), "quality": None, "flips": (), "outcome": outcome,
+        "sentence": f"decode is {outcome}", "doubled": False, "budget_s": 60.0, "wall_s": 42.0,
+        "measured_at": "2026-11-21T10:00:00Z",
+    }  # fmt: skip
+    return CompareRecord(**(fields | changes))
+
+
+def judge_slice(
+    types: Iterable[str] = ("Q8_0", "Q4_K_M"), model: str = MODEL, **changes: Any
+) -> JudgeSlice:
+    """Build what a model is judged by; `hosts` as {name: fields}, `evals` as names of sets."""
+    return JudgeSlice(**judge_fields(types, model, **changes))
+
+
+def judge_fields(types: Iterable[str], model: str = MODEL, **changes: Any) -> dict[str, Any]:
+    """Return the fields of `judge_slice`: those of the records that this module builds."""
+    hosts = changes.pop("hosts", None) or {"local": {"memory_mib": 2048, "margin_mib": 256}}
+    gates = changes.pop("gates", {"max_kld_mean_nats": 0.06})
+    slos = changes.pop("slos", None)
+    fields: dict[str, Any] = {
+        "model": model,
+        "quants": {f"{model}-{type_}": type_ for type_ in types},
+        "source": f"path:examples/{model}",
+        "revision": sha256(model)[:40],
+        "recipe": 1,
+        "context_tokens": CONTEXT_TOKENS,
+        "modelfile": "modelfiles/chat.Modelfile.j2",
+        "serving": Serving(),
+        "objective": "speed",
+        "gates": Gates(**gates),
+        "hosts": {name: Host.model_validate(spec) for name, spec in hosts.items()},
+        "slos": {name: Slo(**one) for name, one in (slos or dict.fromkeys(hosts, LEVELS)).items()},
+        "corpus_sha256": sha256("evaluation"),
+        "logits": "auto",
+        "evals": {name: sha256(f"set {name}") for name in changes.pop("evals", ())},
+        "alpha": 0.05,
+        "compare_required": False,
+        "stable": "latest",
+        "license": None,
+        "waivers": (),
+    }
+    return fields | changes
 
 
 def calibrate_record(model: str = MODEL, **changes: Any) -> CalibrateRecord:
@@ -215,6 +370,50 @@ def quality(**changes: Any) -> QualityResult:
         "ppl_ratio_error": 0.001,
     }
     return QualityResult(**(fields | changes))
+
+
+def embedding_quality(**changes: Any) -> EmbeddingQuality:
+    """Build the agreement of an encoder's embeddings with those of its f16."""
+    fields: dict[str, Any] = {
+        "corpus_sha256": sha256("evaluation"),
+        "context_tokens": 512,
+        "texts_count": CHUNKS,
+        "scored_tokens": CHUNKS * 130,
+        "dimensions": 384,
+        "cosine_mean": 0.9972,
+        "cosine_mean_error": 0.0001,
+        "cosine_p01": 0.991,
+        "cosine_min": 0.988,
+        "same_nearest": 0.96,
+    }
+    return EmbeddingQuality(**(fields | changes))
+
+
+def encoder_record(  # noqa: PLR0913 - the numbers that tests vary most
+    type_: str = "Q4_K_M",
+    model: str = MODEL,
+    *,
+    prefill_tok_s: float = 9_400.0,
+    noise: float = 0.01,
+    cosine_mean: float = 0.9972,
+    memory_mib: float = 42.0,
+    size_mib: float = 3.0,
+    **changes: Any,
+) -> BenchmarkRecord:
+    """Build the record of a measured quant of an encoder; the keywords decide."""
+    least = min(cosine_mean, 0.9) if cosine_mean < 1 else 1.0
+    fields: dict[str, Any] = {
+        "speed": (speed("prefill", 0, prefill_tok_s, noise),),
+        "quality": embedding_quality(
+            cosine_mean=cosine_mean,
+            cosine_mean_error=(1 - cosine_mean) * 0.01,
+            cosine_p01=least,
+            cosine_min=least,
+        ),
+    }
+    return benchmark_record(
+        type_, model, memory_mib=memory_mib, size_mib=size_mib, **(fields | changes)
+    )
 
 
 def memory(**changes: Any) -> Memory:
@@ -362,6 +561,8 @@ def load_gate(name: str = "goodput", host: str = "local", **changes: Any) -> Loa
         "more_requests": None,
         "sentence": "100 of 100 requests kept every level: 96.3 to 100.0 %, 95 % needed",
     }
+    if name == "memory":
+        fields |= {"value": 180.0, "low": 180.0, "high": 180.0, "limit": 2048.0}
     return LoadGate(**(fields | changes))
 
 
@@ -469,7 +670,7 @@ def load_test_record(
     fields: dict[str, Any] = {
         "model": model,
         "context_tokens": CONTEXT_TOKENS,
-        "slos": {host: {"ttft_ms": 300.0, "tpot_ms": 50.0, "min_goodput": 0.95} for host in chosen},
+        "slos": dict.fromkeys(chosen, LEVELS),
         "engine": engine_id(),
         "machine": machine_id(),
         "modelfile": "modelfiles/chat.Modelfile.j2",
@@ -534,7 +735,9 @@ def write_model(
     """Write the records of one model where stages look for them, without a choice."""
     records.write(at.model_record("fetch", model), fetch_record(model))
     records.write(at.model_record("convert", model), convert_record(model))
+    records.write(at.model_record("verify", model), verify_record(model))
     records.write(at.model_record("calibrate", model), calibrate_record(model))
+    records.write(at.model_record("evaluate", model), evaluate_record(model))
     for built in quantized:
         records.write(at.quant_record("quantize", model, built.type), built)
     for one in measured:

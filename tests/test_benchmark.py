@@ -42,7 +42,7 @@ from pipelines.benchmark import Bench
 from pipelines.errors import DigestError, FleetError, MachineError, ParamsError, ToolError
 from pipelines.layout import Layout
 from pipelines.params import Benchmark, BenchmarkSlice, Corpus, Quality
-from pipelines.records import BenchmarkRecord, FileDigest, QuantizeRecord
+from pipelines.records import BenchmarkRecord, FileDigest, QualityResult, QuantizeRecord
 from pipelines.toolchain import Toolchain
 
 if TYPE_CHECKING:
@@ -213,6 +213,7 @@ def test_record_holds_everything_that_was_measured(
     assert measured.f16_sha256 == hashing.digest(made.f16("tiny")).sha256
     assert (measured.llama_cpp_commit, measured.threads) == (tools.commit, 2)
     quality = measured.quality
+    assert isinstance(quality, QualityResult)
     assert (quality.chunks_count, quality.scored_tokens) == (4, 4 * 31)
     assert 0 <= quality.kld_mean_nats < 0.05
     assert quality.kld_mean_nats <= quality.kld_p999_nats <= quality.kld_max_nats

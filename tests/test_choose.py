@@ -6,7 +6,7 @@ import json
 import math
 import os
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import assume, given, settings
@@ -15,6 +15,8 @@ from record_factory import (
     MODEL,
     benchmark_record,
     choose_slice,
+    embedding_quality,
+    encoder_record,
     machine_id,
     memory,
     quality,
@@ -305,15 +307,185 @@ def test_every_declared_gate_is_judged() -> None:
     limits = {
         "max_kld_mean_nats": 0.001, "max_kld_p999_nats": 0.1, "min_same_top": 0.99,
         "max_ppl_ratio": 1.001, "min_decode_tok_s": 9e9, "min_prefill_tok_s": 9e9,
-        "max_size_mib": 0.1,
+        "max_size_mib": 0.1, "min_cosine_mean": 0.9999,
     }  # fmt: skip
     enough = benchmark_record(quality=quality(chunks_count=400, scored_tokens=400 * 256))
 
     assert set(limits) == set(Gates.model_fields)
     for name, limit in limits.items():
         slice_ = choose_slice(["Q4_K_M"], gates={name: limit})
-        host = only_host(elect({"Q4_K_M": {}}, slice_, replaced={"Q4_K_M": enough}))
+        record = encoder_record() if name == "min_cosine_mean" else enough
+        host = only_host(elect({"Q4_K_M": {}}, slice_, replaced={"Q4_K_M": record}))
         assert (host.verdict, name in host.candidates[0].sentence) == ("REJECT", True), name
+
+
+# --- encoders ---------------------------------------------------------------------------------
+
+# As real ones show: prefill barely depends on the bits, the cosine does.
+ENCODERS: Numbers = {
+    "Q8_0": {"prefill_tok_s": 9_400, "cosine_mean": 0.9999, "memory_mib": 60, "size_mib": 5},
+    "Q5_K_M": {"prefill_tok_s": 9_900, "cosine_mean": 0.9981, "memory_mib": 50, "size_mib": 4},
+    "Q4_K_M": {"prefill_tok_s": 11_000, "cosine_mean": 0.9946, "memory_mib": 42, "size_mib": 3},
+    "Q2_K": {"prefill_tok_s": 12_000, "cosine_mean": 0.958, "memory_mib": 30, "size_mib": 2},
+}
+
+
+def elect_encoders(
+    numbers: Numbers,
+    slice_: ChooseSlice | None = None,
+    replaced: dict[str, BenchmarkRecord] | None = None,
+) -> ChoiceRecord:
+    """Choose among quants of an encoder given by their numbers."""
+    made = {type_: encoder_record(type_, **cast("Any", own)) for type_, own in numbers.items()}
+    sizes = {type_: {"size_mib": own.get("size_mib", 3.0)} for type_, own in numbers.items()}
+    chosen = slice_ or choose_slice(numbers, gates={})
+    return elect(sizes, chosen, replaced={**made, **(replaced or {})})
+
+
+@pytest.mark.parametrize(
+    ("objective", "winner"), [("speed", "Q4_K_M"), ("quality", "Q8_0"), ("size", "Q4_K_M")]
+)
+def test_an_encoder_is_chosen_by_prefill_and_cosine(objective: Objective, winner: str) -> None:
+    """Its speed is prefill, its quality 1 - the mean cosine; nothing decodes."""
+    choice = elect_encoders(ENCODERS, choose_slice(ENCODERS, objective=objective, gates={}))
+    host = only_host(choice)
+
+    assert (host.winner, host.verdict, choice.decode_depth_tokens) == (winner, "PROMOTE", None)
+    best = candidate(choice, winner)
+    assert (best.decode_tok_s, best.kld_mean_nats) == (None, None)
+    assert best.cosine_mean == ENCODERS[winner]["cosine_mean"]
+    assert best.prefill_tok_s == ENCODERS[winner]["prefill_tok_s"]
+
+
+def test_an_encoder_is_told_in_its_own_units() -> None:
+    """Nobody reads of nats or of a depth where there are none."""
+    host = only_host(elect_encoders(ENCODERS))
+
+    assert host.sentence == (
+        "promote Q4_K_M: the fastest of the 3 quants that pass "
+        "(11,000 tok/s of prefill, 0.00540 below cosine 1, 42.0 MiB)"
+    )
+    texts = [host.sentence, host.binding, *(one.sentence for one in host.candidates)]
+    assert not [text for text in texts if "nats" in text or "depth" in text]
+
+
+def test_an_encoder_has_a_limit_on_its_quality_even_if_nobody_declares_one() -> None:
+    """0.99 holds then, it is in the record, and a note says that nobody declared it."""
+    choice = elect_encoders(ENCODERS)
+
+    assert "0.958 is under the limit 0.99 (min_cosine_mean)" in candidate(choice, "Q2_K").sentence
+    assert choice.gates == {"min_cosine_mean": 0.99}
+    assert "No min_cosine_mean is declared, so 0.99 holds." in choice.notes
+
+
+def test_a_declared_limit_takes_the_place_of_the_built_in_one() -> None:
+    """What the operator states holds, in both directions."""
+    loose = elect_encoders(ENCODERS, choose_slice(ENCODERS, gates={"min_cosine_mean": 0.9}))
+    strict = elect_encoders(ENCODERS, choose_slice(ENCODERS, gates={"min_cosine_mean": 0.999}))
+
+    assert (only_host(loose).winner, only_host(strict).winner) == ("Q2_K", "Q8_0")
+    assert not [note for note in loose.notes if "declared" in note]
+
+
+def test_limits_of_decoders_neither_fail_an_encoder_nor_judge_it_in_silence() -> None:
+    """A fleet-wide limit on divergence is none of an encoder, and the choice says so."""
+    gates = {"max_kld_mean_nats": 1e-9, "min_same_top": 1.0, "min_decode_tok_s": 9e9}
+    choice = elect_encoders(ENCODERS, choose_slice(ENCODERS, gates=gates))
+
+    assert only_host(choice).winner == "Q4_K_M"
+    assert choice.gates == {"min_cosine_mean": 0.99}
+    (note,) = [note for note in choice.notes if "max_kld_mean_nats" in note]
+    assert note == (
+        "max_kld_mean_nats, min_same_top and min_decode_tok_s speak of models that go on with "
+        "texts; this one makes embeddings and was not judged by that."
+    )
+
+
+def test_a_limit_of_encoders_is_not_taken_for_one_of_a_decoder() -> None:
+    """A cosine that nobody measured is not kept in silence either."""
+    choice = elect(FLEET, choose_slice(FLEET, gates={"min_cosine_mean": 1.0}))
+
+    assert only_host(choice).winner == "Q2_K"
+    assert choice.gates == {}
+    (note,) = [note for note in choice.notes if "min_cosine_mean" in note]
+    assert "was not judged by that" in note
+
+
+_DOUBTFUL_ENCODERS: dict[str, tuple[dict[str, Any], str]] = {
+    "no prefill at depth 0": ({"speed": (speed("prefill", 8, 9e9),)}, "prefill speed is measured"),
+    "a decode test": (
+        {"speed": (speed("prefill", 0, 9e9), speed("decode", 0, 9e9))}, "decodes nothing",
+    ),
+    "a cosine above one": ({"quality": embedding_quality(cosine_mean=1.2)}, "cosines lie in -1..1"),
+    "a least above the mean": (
+        {"quality": embedding_quality(cosine_mean=0.98, cosine_min=0.99)}, "cosines lie in -1..1",
+    ),
+    "no text": ({"quality": embedding_quality(texts_count=0)}, "texts were embedded"),
+    "no number": ({"quality": embedding_quality().model_copy(update={"cosine_p01": math.nan})},
+                  "not a finite number"),
+    "other texts": ({"quality": embedding_quality(texts_count=64)}, "number of chunks"),
+    "another corpus": ({"quality": embedding_quality(corpus_sha256=sha256("other"))}, "corpus"),
+    "a divergence": ({"quality": quality(), "speed": (speed("decode", 0, 9e9),)},
+                     "kind of quality"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", _DOUBTFUL_ENCODERS)
+def test_a_record_of_an_encoder_that_does_not_fit_never_wins(what: str) -> None:
+    """However good its numbers are."""
+    changes, reason = _DOUBTFUL_ENCODERS[what]
+    bad = encoder_record("Q4_K_M").model_copy(update=changes)
+
+    choice = elect_encoders(ENCODERS, replaced={"Q4_K_M": bad})
+
+    assert candidate(choice, "Q4_K_M").verdict == "INVALID"
+    assert reason in candidate(choice, "Q4_K_M").sentence
+    assert only_host(choice).winner == "Q5_K_M"
+
+
+_encoder_numbers = st.fixed_dictionaries(
+    {
+        "prefill_tok_s": st.floats(950, 1050) | st.floats(10, 100_000),
+        "cosine_mean": st.floats(0.98, 1.0) | st.floats(-1, 1),
+        "memory_mib": st.floats(1, 3000),
+        "size_mib": st.floats(1, 100),
+        "noise": st.sampled_from([0.0, 0.01, 0.1]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(["Q8_0", "Q6_K", "Q4_K_M"]), _encoder_numbers, min_size=1),
+    st.sampled_from(["speed", "quality", "size"]),
+    st.data(),
+)
+def test_worse_numbers_never_make_a_losing_encoder_win(
+    numbers: Numbers, objective: Objective, data: st.DataObject
+) -> None:
+    """A quant cannot gain by a lower cosine, a slower prefill, or more memory."""
+
+    def winner(of: Numbers) -> str | None:
+        return only_host(elect_encoders(of, choose_slice(of, objective=objective, gates={}))).winner
+
+    target = data.draw(st.sampled_from(sorted(numbers)))
+    assume(winner(numbers) != target)
+    name = data.draw(st.sampled_from(["prefill_tok_s", "cosine_mean", "memory_mib", "size_mib"]))
+    value, factor = numbers[target][name], data.draw(st.floats(1.0, 3.0))
+    worse = {
+        "prefill_tok_s": value / factor, "cosine_mean": 1 - min(2.0, (1 - value) * factor),
+    }.get(name, value * factor)  # fmt: skip
+
+    assert winner(numbers | {target: numbers[target] | {name: worse}}) != target
+
+
+def test_a_choice_of_decoders_is_written_as_before() -> None:
+    """Committed choices keep their bytes: the cosine is not written where there is none."""
+    written = json.loads(elect(FLEET).model_dump_json())
+
+    assert "cosine_mean" not in written["hosts"][0]["candidates"][0]
+    encoder = json.loads(elect_encoders(ENCODERS).model_dump_json())
+    assert encoder["hosts"][0]["candidates"][0]["cosine_mean"] == 0.9999
 
 
 # --- doubt ------------------------------------------------------------------------------------
