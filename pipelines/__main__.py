@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from pipelines.layout import Layout
-    from pipelines.params import Closed, Declaration, ReportSlice
+    from pipelines.params import ChooseSlice, Closed, Declaration, QuantizeSlice, ReportSlice
     from pipelines.records import Record
 
 INTERRUPTED = 130
@@ -219,6 +219,19 @@ def _add_stage(verbs: argparse._SubParsersAction[argparse.ArgumentParser], stage
         verb.add_argument("key", metavar=stage.keyed_by.upper(), help="key in params.yaml")
     if stage.name == "load-test":
         _add_load_test(verb)
+    if stage.name == "quantize":
+        verb.add_argument(
+            "--explain",
+            action="store_true",
+            help="only say what it will be: size, bits per weight, types, fallbacks, memory",
+        )
+    if stage.name == "choose":
+        verb.add_argument(
+            "--what-if",
+            action="append",
+            metavar="NAME=VALUE",
+            help="only say what would be chosen with another limit, e.g. vram_mib=12288; repeat it",
+        )
     if stage.name == "report":
         verb.add_argument(
             "--strict", action="store_true", help="exit 5 unless every model is PROMOTE"
@@ -281,6 +294,8 @@ def _stage(args: argparse.Namespace) -> int:
         return load_operations.main(declared, at, args)
     slice_ = _slice(at, declared, args.stage, key)
     inputs.require(args.stage.name, slice_.model_dump(), at)
+    if getattr(args, "explain", False) or getattr(args, "what_if", None):
+        return _foretell(args, declared, slice_, at)
     module = import_module(f"pipelines.{args.stage.name.replace('-', '_')}")
     at.log(args.stage.name, key).unlink(missing_ok=True)  # programs append; a log is of one run
     if args.stage.name == "report":
@@ -290,6 +305,18 @@ def _stage(args: argparse.Namespace) -> int:
     if args.json:
         console.out(record.model_dump_json(indent=2))
     return 0
+
+
+def _foretell(args: argparse.Namespace, declared: Declaration, slice_: Closed, at: Layout) -> int:
+    """Say what a stage would do, and do nothing."""
+    if args.stage.name == "choose":
+        from pipelines import what_if  # noqa: PLC0415 - only for this option
+
+        return what_if.main(cast("ChooseSlice", slice_), at, args.what_if, as_json=args.json)
+    from pipelines import explain, params  # noqa: PLC0415 - only for this option
+
+    measured = params.benchmark_slice(declared, args.key)
+    return explain.main(cast("QuantizeSlice", slice_), measured, at, as_json=args.json)
 
 
 def _load(at: Layout) -> Declaration:

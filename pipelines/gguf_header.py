@@ -257,6 +257,48 @@ def read(path: Path) -> Header:
         )
 
 
+def write_plan(source: Header, types: Mapping[str, str], into: Path) -> int:
+    """
+    Write a GGUF with the metadata of another one, other tensor types and a hole for its weights.
+
+    For tools that plan from a header alone. Its size is that of a real file; the disk holds a few
+    blocks of it.
+
+    Args:
+        source: Header of the file whose metadata and shapes are taken.
+        types: Type of every tensor, by name.
+        into: Where to write.
+
+    Returns:
+        Bytes of the file, the hole included.
+
+    Raises:
+        GgufError: The source is not what it was, or a row does not fit its type.
+    """
+    numbers = {name: number for number, (name, _, _) in _TYPES.items()}
+    with _open(source.path) as cursor:
+        _metadata(cursor, _preamble(cursor)[2])
+        metadata_bytes = cursor.offset
+    with source.path.open("rb") as file:
+        head = bytearray(file.read(metadata_bytes))
+    offset = 0
+    for tensor in source.tensors:
+        elements, block_bytes = BLOCKS[types[tensor.name]]
+        if tensor.shape[0] % elements:
+            raise GgufError(f"rows of {_shown(tensor.name)} do not fit {types[tensor.name]}.")
+        name = tensor.name.encode()
+        head += struct.pack(f"<Q{len(name)}sI", len(name), name, len(tensor.shape))
+        head += struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
+        head += struct.pack("<IQ", numbers[types[tensor.name]], offset)
+        size_bytes = tensor.n_elements // elements * block_bytes
+        offset = _padded(offset + size_bytes, source.alignment)
+    size_bytes = _padded(len(head), source.alignment) + offset
+    with into.open("wb") as file:
+        file.write(head)
+        file.truncate(size_bytes)
+    return size_bytes
+
+
 class _Cursor:
     """A position in the file; every step is checked against the file's size before it is made."""
 

@@ -29,6 +29,7 @@ from pipelines import (
     proc,
     records,
     tensor_mix,
+    tensor_rules,
 )
 from pipelines.errors import DigestError, ParamsError, ToolError
 from pipelines.wording import first_few
@@ -76,14 +77,12 @@ def quantize(wanted: QuantizeSlice, at: Layout, tools: Toolchain) -> QuantizeRec
         MachineError: The disk is too small; nothing was written.
     """
     convert = records.read(at.model_record("convert", wanted.model), records.ConvertRecord)
-    source = _source(at.f16(wanted.model), convert)
-    calibration = _calibration(wanted, at, convert)
+    source, wanted, calibration = prepared(wanted, at, convert)
     log = at.log("quantize", wanted.key)
     final = at.gguf(wanted.model, wanted.key)
     # Both exist whether a model is calibrated or not; an output of DVC may be an empty folder.
     cwd = at.imatrix_dir(wanted.model) if calibration else at.f16(wanted.model).parent
 
-    tensor_mix.check_forced_types(source, wanted)
     run_tool = partial(
         proc.run, log=log, cwd=cwd, env=llamacpp.environment(tools), inherit_env=False
     )
@@ -116,6 +115,21 @@ def quantize(wanted: QuantizeSlice, at: Layout, tools: Toolchain) -> QuantizeRec
             name=final.name, size_bytes=digests.size_bytes, sha256=digests.sha256, md5=digests.md5
         ),
     )
+
+
+def prepared(
+    wanted: QuantizeSlice, at: Layout, convert: ConvertRecord
+) -> tuple[Header, QuantizeSlice, CalibrateRecord | None]:
+    """
+    Return what is quantized, with all rules, and the record of the matrix that is used, if one is.
+
+    Raises:
+        ParamsError, ToolError, DigestError: See `quantize`.
+    """
+    source = _source(at.f16(wanted.model), convert)
+    resolved = tensor_rules.resolve(wanted, source, at)
+    tensor_mix.check_forced_types(source, resolved)
+    return source, resolved, _calibration(resolved, at, convert)
 
 
 def quantize_argv(

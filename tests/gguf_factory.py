@@ -115,6 +115,8 @@ def quant(
         "type": type_,
         "imatrix": False,
         "tensor_types": tuple(TensorRule(match=m, type=t) for m, t in rules),  # type: ignore[arg-type]
+        "preset": None,
+        "recipe_file": None,
         "output_tensor_type": None,
         "token_embedding_type": None,
         "pure": False,
