@@ -67,6 +67,8 @@ _WINDOWED: Final = frozenset({"gemma2", "gemma3", "gemma3n", "gemma4", "phi3", "
 _ENCODERS: Final = frozenset({"bert", "nomic-bert", "jina-bert-v2", "modern-bert"})
 # Layers of the two largest models of the family, whose attention llama.cpp scales by heads.
 _GEMMA_27B_LAYERS: Final = {"gemma2": 46, "gemma3": 62}
+_KINDS: Final = frozenset({"default", "none", "linear", "yarn", "llama3", "su", "longrope",
+                           "proportional"})  # fmt: skip
 _POOLING: Final = {"pooling_mode_mean_tokens": 1, "pooling_mode_cls_token": 2,
                    "pooling_mode_lasttoken": 3}  # fmt: skip
 
@@ -88,6 +90,9 @@ class Held:
 
     def hold(self, key: str, found: Value | None, wanted: Number, source: str) -> None:
         """Compare one value with what it should be; `source` says where that stands."""
+        if isinstance(found, Array):
+            self.notes.append(f"{key}, which differs from layer to layer")
+            return
         self.examined_count += 1
         if found is None:
             self.differing.append(f"{key} is missing, {source} means {_shown(wanted)}")
@@ -134,13 +139,29 @@ class _Sides:
         if self.architecture == "granite":
             # GraniteConfig has none; what stands there is not read.
             return width // heads if heads else 0
-        return self.integer("head_dim") or (width // heads if heads else 0)
+        return full_head_dim(self.config) or (width // heads if heads else 0)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what config.json says of the text model: the section that a wrapper has, on top."""
     inner = config.get("text_config")
     return {**config, **inner} if isinstance(inner, dict) else dict(config)
+
+
+def full_head_dim(config: Mapping[str, Any]) -> int:
+    """
+    Length of a head in the layers that see everything; 0 if it is not declared.
+
+    Gemma 4 has longer heads there: `global_head_dim`, in newer files by layer.
+    """
+    layers = config.get("layer_types")
+    by_layer = config.get("per_layer_config")
+    if isinstance(layers, list) and isinstance(by_layer, dict):
+        for number, own in by_layer.items():
+            full = number.isdecimal() and int(number) < len(layers)
+            if full and layers[int(number)] == "full_attention" and own.get("head_dim"):
+                return int(own["head_dim"])
+    return int(config.get("global_head_dim") or config.get("head_dim") or 0)
 
 
 def hold_against(
@@ -243,11 +264,11 @@ def _heads(held: Held, sides: _Sides) -> None:
         kv = 1 if sides.config.get("multi_query") is True else heads
     found_heads = sides.found("attention.head_count")
     found_kv = sides.found("attention.head_count_kv")
+    if sides.config.get("kv_lora_rank") is not None:
+        return  # compressed attention: heads and lengths of keys and values follow other rules
     held.hold(sides.name("attention.head_count_kv"),
               found_heads if found_kv is None else found_kv, kv,
               "config.json")  # fmt: skip
-    if sides.config.get("kv_lora_rank") is not None:
-        return  # compressed attention: the lengths of keys and values follow other rules
     width = sides.found("embedding_length")
     implied = (
         width // found_heads
@@ -258,6 +279,9 @@ def _heads(held: Held, sides: _Sides) -> None:
         found = sides.found(key)
         held.hold(sides.name(key), implied if found is None else found, sides.head_dim,
                   "the head_dim of config.json")  # fmt: skip
+        local, declared = sides.found(f"{key}_swa"), sides.integer("head_dim")
+        if local is not None and declared:
+            held.hold(sides.name(f"{key}_swa"), local, declared, "the head_dim of config.json")
 
 
 def _context(held: Held, sides: _Sides) -> None:
@@ -337,6 +361,8 @@ def _rope(held: Held, sides: _Sides) -> None:
                   local_base, "the rope_theta of sliding layers in config.json")  # fmt: skip
     if sides.head_dim and sides.config.get("kv_lora_rank") is None:
         part = float(rope.get("partial_rotary_factor") or 1.0)
+        if rope["rope_type"] == "proportional":
+            part = 1.0  # rope_freqs.weight says which part is rotated
         length = sides.found("attention.key_length")
         found = sides.found("rope.dimension_count")
         held.hold(sides.name("rope.dimension_count"),
@@ -368,12 +394,12 @@ def _rope_scaling(held: Held, sides: _Sides, rope: Mapping[str, Any]) -> None:
             held.hold(sides.name(key), sides.found(key), original, where)
         for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
             held.hold(name, name in names or None, wanted=True, source=where)
-    if kind == "llama3":
+    if kind in {"llama3", "proportional"}:
         held.hold("rope_freqs.weight", has_freqs or None, wanted=True, source=where)
     elif has_freqs and sides.architecture == "llama":
         held.differing.append(f"rope_freqs.weight is there, {where} scales no frequency")
-    if kind not in {"default", "none", "linear", "yarn", "llama3", "su", "longrope"}:
-        held.notes.append(f"{where} is not held against anything: llama.cpp has no word for it")
+    if kind not in _KINDS:
+        held.notes.append(f"{where}, for which llama.cpp has no word")
 
 
 def _window(held: Held, sides: _Sides) -> None:
@@ -389,8 +415,8 @@ def _window(held: Held, sides: _Sides) -> None:
         context = sides.integer("max_position_embeddings")
         if context > wanted:
             held.notes.append(
-                f"upstream attends to the last {wanted:,} tokens, llama.cpp's {sides.architecture} "
-                "to all: behind that many tokens they differ"
+                f"the window: upstream attends to the last {wanted:,} tokens, llama.cpp's "
+                f"{sides.architecture} to all, so behind that many they differ"
             )
         return
     held.hold(sides.name("attention.sliding_window"), found, wanted,
@@ -422,7 +448,7 @@ def _encoder(held: Held, sides: _Sides, source: Path) -> None:
     try:
         pooling = json.loads((source / "1_Pooling" / "config.json").read_bytes())
     except (OSError, ValueError):
-        held.notes.append("upstream's 1_Pooling/config.json is not there: pooling is not compared")
+        held.notes.append("pooling, since upstream has no 1_Pooling/config.json")
         return
     wanted = [number for key, number in _POOLING.items() if pooling.get(key) is True]
     if len(wanted) == 1:

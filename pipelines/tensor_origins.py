@@ -59,6 +59,7 @@ _PLAIN: Final = Rules()
 _PAIRS: Final = Rules(rope_pairs=True)
 _GEMMA: Final = Rules(norm_plus=1.0, tied=True)
 _GEMMA3: Final = replace(_GEMMA, vocabulary=True)
+_GEMMA4: Final = replace(_GEMMA3, norm_plus=0.0)
 _CONV1D: Final = Rules(transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 _ROBERTA: Final = Rules(positions=True)
 
@@ -66,12 +67,15 @@ RULES: Final[Mapping[str, Rules]] = {
     "BertForMaskedLM": _PLAIN,
     "BertModel": _PLAIN,
     "BloomForCausalLM": Rules(heads_fused=True),
+    "CohereForCausalLM": _PLAIN,
     "DistilBertModel": _PLAIN,
     "GPT2LMHeadModel": _CONV1D,
     "GPTNeoXForCausalLM": Rules(heads_fused=True),
     "Gemma2ForCausalLM": _GEMMA,
     "Gemma3ForCausalLM": _GEMMA3,
     "Gemma3ForConditionalGeneration": _GEMMA3,
+    "Gemma4ForCausalLM": _GEMMA4,
+    "Gemma4ForConditionalGeneration": _GEMMA4,
     "GemmaForCausalLM": _GEMMA,
     "GraniteForCausalLM": _PAIRS,
     "LlamaForCausalLM": _PAIRS,
@@ -306,7 +310,7 @@ def _spellings(name: str) -> Iterator[str]:
     name = name.replace("language_model.", "").replace("text_model.", "")
     name = name.replace("e_score_correction_bias", "e_score_correction.bias")
     name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
-    if name.endswith((".experts.down_proj", ".experts.gate_up_proj")):
+    if name.endswith((".experts.down_proj", ".experts.gate_up_proj", "layer_scalar")):
         name += ".weight"
     yield name
     if block := _BLOCK.search(name):

@@ -44,6 +44,8 @@ _EITHER_TYPE: Final = (
     "token_types.weight", "ssm_conv1d.weight", "shortconv.conv.weight", "ssm_a",
 )  # fmt: skip
 _OUTPUT: Final = "output.weight"
+# A frequency divided by it turns nothing, at any position.
+_STANDSTILL: Final = 1e30
 # The deepest models have some 130. A table of names has a thousand entries for each.
 _MAX_BLOCKS: Final = 1024
 
@@ -123,24 +125,27 @@ def _structure(
     comparable: dict[str, Origin] = {}
     differing: list[str] = []
     unexplained: list[str] = []
-    surely = differing if traced.exact else unexplained
+    extra = [
+        f"{name} comes from no tensor of upstream"
+        for name in tensors
+        if name not in traced.origins and name not in computed
+    ]
+    # Of a class that is not known, a tensor may have been cut into others.
+    cut = unexplained if extra and not traced.exact else differing
     for name, origin in traced.origins.items():
         tensor = tensors.get(name)
         if tensor is None:
             if name != _OUTPUT or not traced.tied:
-                differing.append(f"{name} is missing ({origin.upstream})")
+                cut.append(f"{name} is missing ({origin.upstream})")
         elif _shape_fits(tensor, origin):
             comparable[name] = origin
         else:
             (differing if origin.certain else unexplained).append(
                 f"{name} is {_shape(tensor)}, {origin.upstream} {list(origin.shape)}"
             )
+    surely = differing if traced.exact else unexplained
     surely += [f"{name} of upstream has no counterpart" for name in traced.unknown]
-    surely += [
-        f"{name} comes from no tensor of upstream"
-        for name in tensors
-        if name not in traced.origins and name not in computed
-    ]
+    surely += extra
     differing += [problem for tensor in header.tensors if (problem := _type_problem(tensor))]
     return _Structure(
         comparable=comparable, differing=tuple(differing), unexplained=tuple(unexplained)
@@ -187,8 +192,10 @@ def computed_tensors(header: Header, config: Mapping[str, Any]) -> dict[str, NDA
         target = f"rope_factors_{name}.weight"
         if target in there and isinstance(rope.get(key), list):
             found[target] = np.asarray(rope[key], dtype=np.float32)
-    if "rope_freqs.weight" in there and str(rope["rope_type"]).lower() == "llama3":
-        found["rope_freqs.weight"] = np.asarray(_llama3_factors(config, rope), dtype=np.float32)
+    kind = str(rope["rope_type"]).lower()
+    if "rope_freqs.weight" in there and kind in {"llama3", "proportional"}:
+        factors = (_llama3_factors if kind == "llama3" else _proportional_factors)(config, rope)
+        found["rope_freqs.weight"] = np.asarray(factors, dtype=np.float32)
     return found
 
 
@@ -209,6 +216,13 @@ def _llama3_factors(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[
             smooth = (original / wave - low) / (high - low)
             factors.append(1 / ((1 - smooth) / factor + smooth))
     return factors
+
+
+def _proportional_factors(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[float]:
+    """Factor of each frequency of Gemma 4: those behind the rotated part of a head stand still."""
+    pairs = hyperparameters.full_head_dim(config) // 2
+    rotated = int(pairs * float(rope.get("partial_rotary_factor") or 1.0))
+    return [1.0] * rotated + [_STANDSTILL] * (pairs - rotated)
 
 
 def _tensors(header: Header, traced: Traced, structure: _Structure) -> Check:
