@@ -28,19 +28,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pipelines.evidence import Measured
-    from pipelines.report_tree import LoadBlock, ModelReport, Report, Row
+    from pipelines.report_tree import LoadBlock, ModelReport, Report, Row, Section
 
 # GitHub takes 65,536 characters in a comment; the sticky marker and the footer need some.
 MARKDOWN_LIMIT = 60_000
 _COLOURS = {
     "PROMOTE": "32", "CHOSEN": "32", "HOLD": "33", "REJECT": "31", "INVALID": "35", "PASS": "2",
-    "FAIL": "31", "INCONCLUSIVE": "33",
+    "FAIL": "31", "INCONCLUSIVE": "33", "SKIP": "2",
 }  # fmt: skip
 # Whose tone of the style sheet the outcome of a load test has.
-_TONES = {"PASS": "promote", "FAIL": "reject", "INCONCLUSIVE": "hold", "INVALID": "invalid"}
+_TONES = {
+    "PASS": "promote", "FAIL": "reject", "INCONCLUSIVE": "hold", "INVALID": "invalid",
+    "SKIP": "pass",
+}  # fmt: skip
 _TERMINAL_FACTS = frozenset({"manifest", "cold load", "slots", "client"})
 _MARKS = {"PROMOTE": "✅", "HOLD": "⏸️", "REJECT": "❌", "INVALID": "⚠️"}
-_OUTCOMES = {"PASS": "✅", "INCONCLUSIVE": "⏸️", "FAIL": "❌"}
+_OUTCOMES = {"PASS": "✅", "INCONCLUSIVE": "⏸️", "FAIL": "❌", "INVALID": "⚠️", "SKIP": "⏭️"}
 
 
 # --- Markdown ---------------------------------------------------------------------------------
@@ -90,6 +93,7 @@ def _markdown(report: Report, detail: int) -> str:
         detail=detail,
         columns=tables.of_quants,
         run_columns=tables.of_runs,
+        text_columns=tables.of_texts,
         rows=lambda model: _rows(model, everyone=detail > 2),  # noqa: PLR2004 - see `markdown`
         marks=_MARKS,
         outcomes=_OUTCOMES,
@@ -117,6 +121,7 @@ def html(report: Report) -> str:
         policy=_policy(css, script),
         columns=tables.of_quants,
         run_columns=tables.of_runs,
+        text_columns=tables.of_texts,
         charts=charts,
         load_charts=load_charts,
         tones=_TONES,
@@ -229,11 +234,15 @@ def _terminal_model(model: ModelReport, width: int, *, colour: bool) -> list[str
     for headline, host in zip(model.headlines, model.hosts, strict=True):
         first, *rest = _wrap(headline, width)
         lines += [_paint(line, f"1;{_COLOURS[host.verdict]}", on=colour) for line in (first, *rest)]
+    if model.next_step:
+        lines += _wrap(f"next: {model.next_step}", width)
     lines += ["", *_terminal_table(model, width, colour=colour), ""]
     lines += [line for text in model.losers for line in _wrap(text, width, indent=2)]
     details = dict.fromkeys(text for host in model.hosts for text in host.details)
     for text in (*details, *model.notes):
         lines += _wrap(text, width, indent=2)
+    for section in model.sections:
+        lines += _terminal_section(section, width, colour=colour)
     for block in model.tests:
         lines += _terminal_test(block, width, colour=colour)
     if model.smokes:
@@ -266,6 +275,22 @@ def _terminal_table(model: ModelReport, width: int, *, colour: bool) -> list[str
         else _paint(line.text, _COLOURS[line.row.verdict], on=colour and line.row.verdict != "PASS")
         for line in found
     ]
+
+
+def _terminal_section(section: Section, width: int, *, colour: bool) -> list[str]:
+    """Set one kind of evidence: what was found, its table, how it was looked at."""
+    lines = ["", *_wrap(section.title, width)]
+    for one in section.findings:
+        lines += _terminal_finding(one, width, colour=colour)
+    if section.table is not None:
+        columns = tables.of_texts(section.table)
+        found = tables.lines(columns, section.table.rows, width, is_marked=lambda _: False)
+        # No column has a unit.
+        shown = [found[0], *found[2:]]
+        lines += ["", *(_paint(one.text, "2", on=colour and one.row is None) for one in shown), ""]
+    for text in section.notes:
+        lines += _wrap(text, width, indent=2)
+    return lines
 
 
 def _terminal_test(block: LoadBlock, width: int, *, colour: bool) -> list[str]:

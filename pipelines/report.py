@@ -1,12 +1,10 @@
 """
 What the records say, as one tree of words and numbers (`pipelines.report_tree`).
 
-`build` reads and never judges: verdicts are those of `choose` and of the load test, the worse of
-the two (`pipelines.verdict`). It is fail-closed in the same way, though. A choice that is missing,
-unreadable or older than the files and measurements that it speaks of counts as INVALID, and a
+`build` reads and never judges: verdicts, reasons and next steps are those of `pipelines.verdict`. A
 number whose record is missing is shown as not measured, with the reason. Of an INVALID quant only
-those numbers are shown that the choice kept. Nothing here depends on the clock: equal records give
-equal bytes.
+those numbers are shown that the choice kept. Nothing here depends on the clock but whether a waiver
+is over: equal records give equal bytes.
 """
 
 from __future__ import annotations
@@ -19,17 +17,26 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
-from pipelines import atomic, publish, records, report_load, verdict, wording
+from pipelines import (
+    atomic,
+    publish,
+    records,
+    report_evidence,
+    report_load,
+    verdict,
+    verdict_evidence,
+    wording,
+)
 from pipelines.console import clean
 from pipelines.errors import GateError
 from pipelines.evidence import MIB, Readings
-from pipelines.load_records import LoadTestRecord
 from pipelines.records import (
     BenchmarkRecord,
     CalibrateRecord,
     Candidate,
     ChoiceRecord,
     ConvertRecord,
+    EmbeddingQuality,
     FetchRecord,
     QuantizeRecord,
 )
@@ -50,14 +57,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipelines.layout import Layout
-    from pipelines.params import ReportSlice
-    from pipelines.records import HostChoice
+    from pipelines.params import JudgeSlice, ReportSlice
+    from pipelines.records import AnyQuality, HostChoice
     from pipelines.report_tree import Finding, LoadBlock
     from pipelines.verdict import HostFinal
 
 _TEXT_CHARACTERS = 600
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_STALE = "the choice is older than the records that it speaks of"
 
 
 # --- entry points -----------------------------------------------------------------------------
@@ -99,7 +105,8 @@ def require_promote(slice_: ReportSlice, at: Layout) -> None:
 
 def build(slice_: ReportSlice, at: Layout) -> Report:
     """Read every record of the declared fleet, missing ones included."""
-    models = tuple(_Reader(at, model, quants).model() for model, quants in slice_.models.items())
+    day = verdict_evidence.today()
+    models = tuple(_Reader(at, declared, day).model() for declared in slice_.models.values())
     counts = Counter(model.standing for model in models)
     return Report(
         models=models,
@@ -120,39 +127,30 @@ class _LoadTests(TypedDict):
 class _Reader:
     """Reads the records of one model and composes its part of the report."""
 
-    def __init__(self, at: Layout, model: str, quants: Mapping[str, str]) -> None:
+    def __init__(self, at: Layout, declared: JudgeSlice, day: str) -> None:
         self.at = at
-        self.name = model
-        self.quants = quants
-        self.fetched = records.read_or_reason(at.model_record("fetch", model), FetchRecord)
-        self.converted = records.read_or_reason(at.model_record("convert", model), ConvertRecord)
-        self.calibrated = records.read_or_reason(
-            at.model_record("calibrate", model), CalibrateRecord
-        )
-        self.choice = records.read_or_reason(at.model_record("choose", model), ChoiceRecord)
-        self.tested = records.read_or_reason(at.model_record("load-test", model), LoadTestRecord)
-        self.built = {
-            type_: records.read_or_reason(at.quant_record("quantize", model, type_), QuantizeRecord)
-            for type_ in quants.values()
-        }
-        self.measured = {
-            type_: records.read_or_reason(
-                at.quant_record("benchmark", model, type_), BenchmarkRecord
-            )
-            for type_ in quants.values()
-        }
+        self.name = declared.model
+        self.quants: Mapping[str, str] = declared.quants
+        self.evidence = verdict_evidence.collect(declared, at, day=day)
+        self.judged = verdict.judge(self.evidence)
+        self.fetched = self.evidence.fetched
+        self.converted = self.evidence.converted
+        self.calibrated = self.evidence.calibrated
+        self.choice = self.evidence.choice
+        self.tested = self.evidence.tested
+        self.built = self.evidence.quantized
+        self.measured = self.evidence.measured
 
     def model(self) -> ModelReport:
-        finals = self._finals()
-        hosts = self._hosts(finals)
+        judged, is_measured = self.judged, self._is_measured()
         choice = self.choice if isinstance(self.choice, ChoiceRecord) else None
         limits = [one.limit_mib - one.margin_mib for one in (choice.hosts if choice else ())
                   if one.limit_mib is not None]  # fmt: skip
         return ModelReport(
             name=self.name,
-            verdict=max((one.verdict for one in hosts), key=VERDICTS.index, default="INVALID"),
-            is_measured=self._is_measured(),
-            hosts=hosts,
+            verdict=judged.verdict if is_measured else "INVALID",
+            is_measured=is_measured,
+            hosts=self._hosts(),
             rows=tuple(self._row(type_) for type_ in self.quants.values()),
             objective=choice.objective if choice else "",
             context_tokens=choice.context_tokens if choice else None,
@@ -162,35 +160,33 @@ class _Reader:
             method=self._method(),
             lineage=self._lineage(),
             files=self._files(),
-            notes=tuple(_tidy(note) for note in choice.notes) if choice else (),
+            notes=tuple(_tidy(note) for note in (*(choice.notes if choice else ()), *judged.notes)),
             commands=self._commands(),
             released=self._released(),
-            **self._load_tests(finals),
+            next_step=_tidy(judged.next_step)
+            if is_measured and judged.verdict != "PROMOTE"
+            else "",
+            sections=report_evidence.sections(self.evidence, judged),
+            **self._load_tests(),
         )
 
     # --- verdicts ---
 
-    def _finals(self) -> tuple[HostFinal, ...]:
-        """Judge every host; none if there is no choice that could be judged."""
-        if isinstance(self.choice, str) or self._doubt():
-            return ()
-        return verdict.final(self.choice, self.tested)
-
-    def _hosts(self, finals: Sequence[HostFinal]) -> tuple[HostVerdict, ...]:
+    def _hosts(self) -> tuple[HostVerdict, ...]:
         if not self._is_measured():
             sentence = "nothing is measured yet"
             return (HostVerdict(hosts=(), verdict="INVALID", sentence=sentence, details=()),)
-        if isinstance(self.choice, str) or not finals:
-            doubt = self._doubt() or "no host is declared"
-            reason = self.choice if isinstance(self.choice, str) else doubt
+        if isinstance(self.choice, str) or not self.judged.hosts:
+            reason = self.choice if isinstance(self.choice, str) else "no host is declared"
             sentence = f"invalid: nothing is chosen ({_tidy(reason)})"
             return (HostVerdict(hosts=(), verdict="INVALID", sentence=sentence, details=()),)
-        return _host_verdicts(self.choice.hosts, finals)
+        return _host_verdicts(self.choice.hosts, self.judged.hosts)
 
-    def _load_tests(self, finals: Sequence[HostFinal]) -> _LoadTests:
+    def _load_tests(self) -> _LoadTests:
         """Tell what served the winners; nothing if no host has a test that speaks of its winner."""
-        if isinstance(self.tested, str):
+        if isinstance(self.tested, str) or self.judged.is_stale:
             return {"tests": (), "smokes": ()}
+        finals = self.judged.hosts
         blocks = report_load.blocks(self.tested, finals)
         built = {
             type_: one.gguf.sha256
@@ -247,34 +243,6 @@ class _Reader:
         paths = (self.at.quant_record("benchmark", self.name, type_) for type_ in self.measured)
         return self.at.model_record("choose", self.name).exists() or any(p.exists() for p in paths)
 
-    def _doubt(self) -> str:
-        """Say why the choice on disk does not speak of the files on disk, if so."""
-        if isinstance(self.choice, str):
-            return ""
-        for host in self.choice.hosts:
-            spoken_of = {one.type for one in host.candidates}
-            if spoken_of != set(self.quants.values()) or self.choice.model != self.name:
-                return _STALE
-            if not all(self._speaks_of(one) for one in host.candidates):
-                return _STALE
-        return ""
-
-    def _speaks_of(self, one: Candidate) -> bool:
-        """Tell whether a candidate has the numbers of the records on disk, or none."""
-        if one.gguf_sha256 is None:
-            return one.verdict == "INVALID"
-        read = self._readings(one.type)
-        if read is None:
-            return False
-        if one.verdict == "INVALID":
-            # A limit that cannot be judged, or numbers that a disturbance does not touch.
-            wanted = read.numbers() if one.decode_tok_s is not None else read.steady_numbers()
-        elif read.benchmark.validity.verdict != "VALID":
-            return False
-        else:
-            wanted = read.numbers()
-        return all(getattr(one, name) == value for name, value in wanted.items())
-
     def _readings(self, type_: str) -> Readings | None:
         """Return the two records of a quant if they are there and of one file."""
         built, measured = self.built[type_], self.measured[type_]
@@ -287,7 +255,7 @@ class _Reader:
         return Readings(built.key, type_, built, measured)
 
     def _candidates(self, type_: str) -> list[tuple[str, Candidate]]:
-        if isinstance(self.choice, str) or self._doubt():
+        if isinstance(self.choice, str) or self.judged.is_stale:
             return []
         return [(host.host, one) for host in self.choice.hosts for one in host.candidates
                 if one.type == type_]  # fmt: skip
@@ -414,7 +382,11 @@ def _host_verdicts(
     """Say what was decided; hosts of which the same is to be said are named together."""
     together: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for one, final in zip(hosts, finals, strict=True):
-        details = (*map(_tidy, final.reasons), *_details(one))
+        let_pass = (
+            f"Let pass by {each.let_pass}: {each.sentence}" for each in final.reasons
+            if each.let_pass
+        )  # fmt: skip
+        details = (*map(_tidy, (*final.details, *let_pass)), *_details(one))
         together.setdefault((final.verdict, final.sentence, details), []).append(one.host)
     return tuple(
         HostVerdict(hosts=tuple(names), verdict=judged, sentence=sentence, details=details)
@@ -470,9 +442,11 @@ def _with_measured(row: Row, read: Readings) -> Row:
         memory_mib=read.memory_mib.value,
         decode_tok_s=read.decode_tok_s,
         prefill_tok_s=read.prefill_tok_s,
-        kld_mean_nats=read.kld_mean_nats.value,
-        same_top=read.benchmark.quality.same_top,
-        ppl_ratio=read.benchmark.quality.ppl_ratio,
+        kld_mean_nats=read.kld_mean_nats.value if read.kld_mean_nats else None,
+        same_top=read.logits.same_top if read.logits else None,
+        ppl_ratio=read.logits.ppl_ratio if read.logits else None,
+        cosine_mean=read.embeddings.cosine_mean if read.embeddings else None,
+        same_nearest=read.embeddings.same_nearest if read.embeddings else None,
     )
 
 
@@ -487,11 +461,12 @@ def _with_kept(row: Row, candidates: Sequence[Candidate]) -> Row:
         kld_mean_nats=kept.kld_mean_nats,
         same_top=kept.same_top,
         ppl_ratio=kept.ppl_ratio,
+        cosine_mean=kept.cosine_mean,
     )
 
 
 def _method_line(one: BenchmarkRecord) -> str:
-    machine, quality = one.machine, one.quality
+    machine = one.machine
     kept = {len(test.samples_tok_s) for test in one.speed}
     dropped = {len(test.dropped_tok_s) for test in one.speed}
     devices = ", ".join(machine.gpus) or machine.cpu
@@ -502,11 +477,20 @@ def _method_line(one: BenchmarkRecord) -> str:
         f"backend {machine.backend}, {wording.counted(one.threads, 'thread')}; "
         f"llama.cpp {one.llama_cpp_commit[:12]}; "
         f"{repetitions} repetitions of each speed test after {first} that warm up; "
-        f"divergence from f16 over {wording.counted(quality.chunks_count, 'chunk')} of "
-        f"{wording.tokens(quality.context_tokens)} tokens of corpus "
-        f"{quality.corpus_sha256[:12]} ({wording.tokens(quality.scored_tokens)} scored); "
+        f"{_scored(one.quality)} of corpus {one.quality.corpus_sha256[:12]} "
+        f"({wording.tokens(one.quality.scored_tokens)} scored); "
         f"memory by {one.memory.method.upper()}."
     )
+
+
+def _scored(quality: AnyQuality) -> str:
+    """Say of what quality is: a divergence, or cosines of embeddings."""
+    tokens = wording.tokens(quality.context_tokens)
+    if isinstance(quality, EmbeddingQuality):
+        texts = wording.counted(quality.texts_count, "text")
+        return f"cosine with the embeddings of f16 over {texts} of up to {tokens} tokens"
+    chunks = wording.counted(quality.chunks_count, "chunk")
+    return f"divergence from f16 over {chunks} of {tokens} tokens"
 
 
 def _mix(tensor_types: Mapping[str, int]) -> str:

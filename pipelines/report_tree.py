@@ -54,6 +54,9 @@ class Row:
     kld_mean_nats: float | None = None
     same_top: float | None = None
     ppl_ratio: float | None = None
+    # Of an encoder, in the place of the three before.
+    cosine_mean: float | None = None
+    same_nearest: float | None = None
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -120,6 +123,25 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextTable:
+    """A table of texts; `numbers` are the columns that stand to the right, from 0."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One kind of evidence: what was found, its table if it has one, and how it was looked at."""
+
+    title: str
+    findings: tuple[Finding, ...] = ()
+    table: TextTable | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadBlock:
     """
     The load test of one winner.
@@ -164,6 +186,10 @@ class ModelReport:
     smokes: tuple[Finding, ...] = ()
     # What became of it as a release, and what somebody let pass for that; sentences.
     released: tuple[str, ...] = ()
+    # What to do now, as a sentence; empty where nothing is.
+    next_step: str = ""
+    # Proof of the conversion, task evals, comparison.
+    sections: tuple[Section, ...] = ()
 
     @property
     def standing(self) -> str:

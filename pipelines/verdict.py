@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["VERDICTS", "HostFinal", "ModelVerdict", "Reason", "Verdict", "final", "judge", "worst"]
 
 NOTHING_CHOSEN: Final = "nothing is chosen"
+# In one headline.
+_MOST_CLAUSES: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ class ModelVerdict:
         waivers: Those without which more would count.
         released: Hosts that a release may serve.
         types: Quants that it may hold, in the order of the declaration.
+        is_stale: Whether the choice speaks of other numbers or files than there are, or of another
+            declaration: nothing of it may be shown beside them.
         license: The Hub's word for the licence.
     """
 
@@ -104,17 +108,19 @@ class ModelVerdict:
     waivers: tuple[ReleaseWaiver, ...]
     released: tuple[str, ...]
     types: tuple[str, ...]
+    is_stale: bool
     license: str
 
 
 def judge(evidence: Evidence) -> ModelVerdict:
     """Judge a model by everything that is known of it."""
     chain, rules = Chain(evidence), Rules(evidence)
+    of_choice = tuple(chain.choice())
     of_model = (
         *chain.records(),
         *chain.numbers(),
         *chain.links(),
-        *chain.choice(),
+        *of_choice,
         *rules.verify(),
         *rules.evals(),
         *rules.access(),
@@ -140,6 +146,7 @@ def judge(evidence: Evidence) -> ModelVerdict:
         waivers=_waivers(rules, reasons),
         released=released,
         types=_types(evidence, released),
+        is_stale=bool(of_choice),
         license=rules.license(),
     )
 
@@ -210,7 +217,7 @@ def _composed(
     verdict = worst(of_choice, found)
     # All that comes from where the worst one comes from is said at once.
     first = [each for each in against if (each.verdict, each.rule) == (found, against[0].rule)]
-    clause = "; ".join(each.clause for each in first) or (served.praise if served else "")
+    clause = _told(first) or (served.praise if served else "")
     sentence, details = chosen, [clause] if clause else []
     if found in ("PROMOTE", of_choice):
         sentence, details = "; ".join(filter(None, (chosen, clause))), []
@@ -231,6 +238,15 @@ def _composed(
         next_step=_next_step(verdict, [each for each in reasons if each.counts], choice.model),
         test=served.test if served else None,
     )
+
+
+def _told(first: Sequence[Reason]) -> str:
+    """Join the clauses of the worst reasons; of many the first ones, and how many more."""
+    clauses = list(dict.fromkeys(each.clause for each in first))
+    shown = clauses[:_MOST_CLAUSES]
+    more = len(clauses) - len(shown)
+    further = [f"and {wording.counted(more, 'further reason')}"] if more else []
+    return "; ".join([*shown, *further])
 
 
 def _choice_reason(one: HostChoice, choice: ChoiceRecord) -> list[Reason]:

@@ -502,7 +502,7 @@ def served(type_: str = "Q4_K_M", model: str = MODEL, **changes: Any) -> Served:
         "manifest_sha256": sha256(f"{model}-{type_} manifest"),
         "context_tokens": CONTEXT_TOKENS,
         "parallel": 1,
-        "gpu_layers": "all",
+        "gpu_layers": "0",
         "kv_type": "f16",
         "size_bytes": 9 << 20,
         "size_vram_bytes": 0,

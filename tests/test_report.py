@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from markdown_it import MarkdownIt
 from record_factory import (
+    LEVELS,
     MODEL,
     benchmark_record,
     calibration,
@@ -23,6 +24,7 @@ from record_factory import (
     engine_id,
     fetch_record,
     golden,
+    judge_slice,
     load_gate,
     load_gates,
     load_run,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipelines.load_records import LoadTestRecord
+    from pipelines.params import JudgeSlice
     from pipelines.report_tree import Report
 
 FLEET: dict[str, dict[str, float]] = {
@@ -66,8 +69,8 @@ def write_fleet(
     numbers: Mapping[str, Mapping[str, float]] | None = None,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     **kwargs: Any,
-) -> dict[str, Any]:
-    """Write records and a choice of one model; return its quants as the slice names them."""
+) -> JudgeSlice:
+    """Write records and a choice of one model; return by what it is judged."""
     numbers = FLEET if numbers is None else numbers
     built, measured = [], []
     for type_, values in numbers.items():
@@ -81,9 +84,10 @@ def write_fleet(
     winners = {host.host: host.winner for host in chosen.hosts if host.winner is not None}
     others = (type_ for type_ in numbers if type_ not in winners.values())
     smokes = tuple(smoke(type_, served=served(type_, model)) for type_ in others)
-    tested = load_test_record(winners, model, smokes=smokes)
+    slos = {host.host: LEVELS for host in chosen.hosts}
+    tested = load_test_record(winners, model, smokes=smokes, slos=slos)
     records.write(at.model_record("load-test", model), tested)
-    return {f"{model}-{type_}": type_ for type_ in numbers}
+    return judge_slice(numbers, model, **kwargs)
 
 
 def small_report(tmp_path: Path, **kwargs: Any) -> Report:
@@ -117,7 +121,7 @@ def mixed_fleet(at: Layout) -> ReportSlice:
             "both": write_fleet(at, "both", hosts=two_hosts),
             "held": write_fleet(at, "held", changes=gone),
             "refused": write_fleet(at, "refused", gates={"max_kld_mean_nats": 0.0001}),
-            "unknown": {"unknown-Q8_0": "Q8_0"},
+            "unknown": judge_slice(["Q8_0"], "unknown"),
         }
     )
 
@@ -168,7 +172,7 @@ def test_hosts_that_differ_are_told_apart(tmp_path: Path) -> None:
 def test_a_missing_record_is_shown_with_its_reason(tmp_path: Path) -> None:
     """A model of which nothing is there yet has a row for each quant, and is no fault of it."""
     at = Layout(tmp_path)
-    built = report.build(ReportSlice(models={"new": {"new-Q8_0": "Q8_0"}}), at)
+    built = report.build(ReportSlice(models={"new": judge_slice(["Q8_0"], "new")}), at)
 
     text = render.terminal(built, 120)
 
@@ -207,7 +211,7 @@ def test_a_choice_older_than_its_files_is_invalid(tmp_path: Path) -> None:
     quants = write_fleet(at)
     other = quantize_record("Q8_0", gguf=quantize_record("Q8_0", "other").gguf)
 
-    fewer = ReportSlice(models={MODEL: {f"{MODEL}-Q8_0": "Q8_0"}})
+    fewer = ReportSlice(models={MODEL: judge_slice(["Q8_0"])})
     assert report.worst_verdict(report.build(fewer, at)) == "INVALID"
     records.write(at.quant_record("quantize", MODEL, "Q8_0"), other)
     assert report.worst_verdict(report.build(ReportSlice(models={MODEL: quants}), at)) == "INVALID"
@@ -271,8 +275,11 @@ def load_report(tmp_path: Path, *, hosts: Iterable[str] = ("local",), **changes:
     """Build the report of one model whose load test of Q4_K_M is special in `changes`."""
     at = Layout(tmp_path)
     hosts = list(hosts)
-    quants = write_fleet(at, hosts={host: {"vram_mib": 4000} for host in hosts})
+    declared: dict[str, Any] = {"hosts": {host: {"vram_mib": 4000} for host in hosts}}
+    quants = write_fleet(at, **declared)
     record = {name: changes.pop(name) for name in ("smokes", "slos") if name in changes}
+    if "slos" in record:
+        quants = judge_slice(FLEET, slos=record["slos"], **declared)
     tested = load_test_record(
         dict.fromkeys(hosts, "Q4_K_M"),
         winners=(winner_test("Q4_K_M", hosts, **changes),),
@@ -524,7 +531,7 @@ def test_a_release_that_does_not_speak_of_the_records_is_none(
 ) -> None:
     """The report never calls released what is not what the records show."""
     at = Layout(tmp_path)
-    quants = released_report(tmp_path, evidence=spoil != "evidence").models[0].rows
+    released_report(tmp_path, evidence=spoil != "evidence")
     if spoil == "bytes":
         text = at.release(MODEL).read_text()
         at.release(MODEL).write_text(f"{text} ")
@@ -532,9 +539,8 @@ def test_a_release_that_does_not_speak_of_the_records_is_none(
         at.release(MODEL).unlink()
     elif spoil == "record":
         at.model_record("publish", MODEL).write_text("{}")
-    declared: Any = {f"{MODEL}-{row.type}": row.type for row in quants}
 
-    built = report.build(ReportSlice(models={MODEL: declared}), at)
+    built = report.build(ReportSlice(models={MODEL: judge_slice(FLEET)}), at)
 
     (told,) = built.models[0].released
     assert told.startswith("not released: ")
@@ -632,7 +638,7 @@ def hostile_report(tmp_path: Path, text: str) -> Report:
     choice = json.loads(path.read_text())
     choice["notes"] = [text]
     host = choice["hosts"][0]
-    host["host"], host["sentence"], host["binding"] = text, text, text
+    host["sentence"], host["binding"] = text, text
     host["candidates"][0]["sentence"] = text
     path.write_text(json.dumps(choice))
     records.write(at.model_record("load-test", MODEL), hostile_load_test(text))
@@ -643,31 +649,31 @@ def hostile_report(tmp_path: Path, text: str) -> Report:
 
 
 def hostile_load_test(text: str) -> LoadTestRecord:
-    """Build a load test of the host `text` that holds `text` wherever a string is free."""
+    """Build a load test that holds `text` wherever a string is free."""
     wrong = GoldenPrompt(id=text, outcome="FAIL", sentence=text, diff=(text, f"- {text}"))
     failed = load_run(
-        None, 100, hosts=[text], ok_count=99, errors={text: 1}, notes=(text,), name=text
+        None, 100, hosts=["local"], ok_count=99, errors={text: 1}, notes=(text,), name=text
     )
     test = winner_test(
-        hosts=[text],
+        hosts=["local"],
         served=served(manifest_sha256=text, gpu_layers=text, kv_type=text),
         golden=golden(sha256=text, upstream=text, prompts=(wrong,)),
-        runs=(load_run(1, hosts=[text]), load_run(2, hosts=[text]), failed),
+        runs=(load_run(1, hosts=["local"]), load_run(2, hosts=["local"]), failed),
         calibration=calibration(client_bound=True, reason=text),
         degenerate=degenerate(sentence=text, kinds={text: 1}),
-        gates=(load_gate(host=text), load_gate("ttft", text, sentence=text)),
+        gates=(load_gate(), load_gate("ttft", sentence=text)),
         failures=(text,),
         notes=(text,),
     )
     return load_test_record(
-        {text: "Q4_K_M"},
-        slos={text: {"ttft_ms": 300.0, "min_goodput": 0.95}},
+        {"local": "Q4_K_M"},
+        slos={"local": {"ttft_ms": 300.0, "min_goodput": 0.95}},
         engine=engine_id(version=text, llama_cpp=text, sentence=text),
         modelfile=text,
         modelfile_sha256=text,
         winners=(test,),
         smokes=(smoke("Q8_0", sentence=text),),
-        verdicts=(load_verdict(text, sentence=text),),
+        verdicts=(load_verdict(sentence=text),),
         measured_at=text,
     )
 
