@@ -133,8 +133,7 @@ def test_rules_of_a_file_decide_after_those_of_params_and_before_a_preset(
 ) -> None:
     """The first rule that is found wins: params.yaml, then the file, then the preset."""
     text = (
-        "# made by a search\n^blk\\.0\\.attn_q\\.weight$=Q6_K\n\n^blk\\.0\\.attn_k\\.weight$=q5_0\n"
-    )
+    text = "# made by a search\n^blk\\.0\\.attn_q\\.weight$=Q6_K\n\nffn_up=q5_0\n"
 
     made = _decided(
         at,
