@@ -132,7 +132,6 @@ def test_rules_of_a_file_decide_after_those_of_params_and_before_a_preset(
     at: Layout, tools: Toolchain
 ) -> None:
     """The first rule that is found wins: params.yaml, then the file, then the preset."""
-    text = (
     text = "# made by a search\n^blk\\.0\\.attn_q\\.weight$=Q6_K\n\nffn_up=q5_0\n"
 
     made = _decided(
