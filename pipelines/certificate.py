@@ -100,6 +100,9 @@ class Watch:
         self.beside_s = _own_cpu_s() - self._own_before_s
         self.beside_s += sum(each.usage().on_core_s for each in self._others)
         self._hardware = machine.probe()
+        # Now, and not when it is judged: the machine may have been given to others by then.
+        self._leased = bool(self._leases) and all(each.held() for each in self._leases)
+        self._battery = counters.on_battery()
         self._stack.close()
         if self._card_watch.sees_cards:
             seen = self._card_watch.observation()
@@ -137,10 +140,10 @@ class Watch:
             usage=self.usage(),
             cards=tuple(gpu.Card(**card) for card in self._hardware["gpus"]),
             gpu=self.cards,
-            battery=counters.on_battery(),
+            battery=self._battery,
             beside_s=None if self._beside is None else self.beside_s,
             governor=machine.governor(),
-            leased=bool(self._leases) and all(each.held() for each in self._leases),
+            leased=self._leased,
             hw_id_found=self._hardware["hw_id"],
         )
 
