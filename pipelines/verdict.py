@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from pipelines import golden, verdict_served, wording
-from pipelines.records import ChoiceRecord
+from pipelines.records import BenchmarkRecord, ChoiceRecord, EmbeddingQuality
 from pipelines.verdict_chain import Chain, served_of
 from pipelines.verdict_rules import Rules
 from pipelines.verdict_words import (
@@ -165,8 +165,12 @@ def final(choice: ChoiceRecord, tested: LoadTestRecord | str) -> tuple[HostFinal
 # --- one host ---------------------------------------------------------------------------------
 
 
-def _served(one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | str) -> Served | None:
-    return verdict_served.of_host(one, choice, tested) if one.winner is not None else None
+def _served(
+    one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | str, *, embeds: bool = False
+) -> Served | None:
+    if one.winner is None:
+        return None
+    return verdict_served.of_host(one, choice, tested, embeds=embeds)
 
 
 def _host(
@@ -176,7 +180,11 @@ def _host(
     choice = evidence.choice
     assert isinstance(choice, ChoiceRecord), "it has hosts"
     own = (*chain.gates(one), *rules.harm_of(one), *rules.comparison_of(one))
-    served = _served(one, choice, evidence.tested)
+    measured = evidence.measured.get(one.winner or "")
+    embeds = isinstance(measured, BenchmarkRecord) and isinstance(
+        measured.quality, EmbeddingQuality
+    )
+    served = _served(one, choice, evidence.tested, embeds=embeds)
     alone = _composed(one, choice, served, own)
     found = replace(
         _composed(one, choice, served, (*of_model, *own)),

@@ -15,14 +15,14 @@ from pydantic import BaseModel
 
 from pipelines import wording
 from pipelines.evidence import Readings, Trusted
-from pipelines.limits import GATES, memory_limit_mib, misses
+from pipelines.limits import GATES, applying, memory_limit_mib, misses
 from pipelines.load_records import LoadTestRecord
-from pipelines.params import Gates
 from pipelines.records import (
     BenchmarkRecord,
     CalibrateRecord,
     ChoiceRecord,
     ConvertRecord,
+    EmbeddingQuality,
     FetchRecord,
     QuantizeRecord,
 )
@@ -196,7 +196,7 @@ class Chain:
             name: (memory_limit_mib(spec), spec.margin_mib) for name, spec in declared.hosts.items()
         }
         judged = {one.host: (one.limit_mib, one.margin_mib) for one in choice.hosts}
-        gates = declared.gates.model_dump(exclude_none=True)
+        gates = applying(declared.gates, to_encoder=self._embeds())
         yield from self._judged_by(
             (file, "gates", choice.gates, gates),
             (file, "objective", choice.objective, declared.objective),
@@ -204,6 +204,12 @@ class Chain:
         )
         for host in choice.hosts:
             yield from self._host(host, choice)
+
+    def _embeds(self) -> bool:
+        """Tell whether what was measured makes embeddings."""
+        found = self.evidence.measured.values()
+        qualities = [one.quality for one in found if isinstance(one, BenchmarkRecord)]
+        return any(isinstance(one, EmbeddingQuality) for one in qualities)
 
     def _host(self, one: HostChoice, choice: ChoiceRecord) -> Iterator[Reason]:
         spoken_of = {each.type for each in one.candidates}
@@ -270,7 +276,8 @@ class Chain:
             yield self._invalid("chain", f"{name} holds no speed", none)
             return
         read = Readings(one.key, one.type, built, measured)
-        is_steady = one.verdict == "INVALID" and one.decode_tok_s is None
+        no_speed = one.decode_tok_s is None and one.prefill_tok_s is None
+        is_steady = one.verdict == "INVALID" and no_speed
         numbers = read.steady_numbers() if is_steady or not is_valid else read.numbers()
         for field, value in numbers.items():
             if getattr(one, field) != value:
@@ -289,16 +296,18 @@ class Chain:
         if not isinstance(built, QuantizeRecord) or not isinstance(measured, BenchmarkRecord):
             return
         quant = Trusted(built.key, built.type, built, measured)
-        for name, limit in self.declared.gates.model_dump(exclude_none=True).items():
-            missed, unjudged = misses(quant, Gates(**{name: limit}))
+        limits = applying(self.declared.gates, to_encoder=quant.is_encoder)
+        missed, unjudged = misses(quant, self.declared.gates)
+        for name, limit in limits.items():
             value = GATES[name].read(quant)
             due = f"{name} {wording.declared(limit)}"
             for miss in missed:
-                assert value is not None, "it was judged"
-                found = f"{wording.beyond(value, limit)}{GATES[name].unit}"
-                yield self._gate(one, "REJECT", miss.text, found, due)
+                if value is not None and miss.text.endswith(f"({name})"):
+                    found = f"{wording.beyond(value, limit)}{GATES[name].unit}"
+                    yield self._gate(one, "REJECT", miss.text, found, due)
             for text in unjudged:
-                yield self._gate(one, "HOLD", text, "not measured", due)
+                if text.startswith(f"{name} "):
+                    yield self._gate(one, "HOLD", text, "not measured", due)
 
     def _gate(
         self, one: HostChoice, verdict: Verdict, clause: str, value: str, limit: str

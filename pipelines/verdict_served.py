@@ -39,7 +39,9 @@ class Served:
     test: WinnerTest | None
 
 
-def of_host(one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | str) -> Served:
+def of_host(
+    one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | str, *, embeds: bool = False
+) -> Served:
     """
     Judge the file that is chosen for a host by how it was served.
 
@@ -47,6 +49,7 @@ def of_host(one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | str)
         one: The choice for the host; it has a winner.
         choice: The whole choice.
         tested: The load test, or as a clause why there is none.
+        embeds: Whether it makes embeddings: then there is no prompt that could be rendered wrongly.
     """
     assert one.winner is not None, "by the caller"
     if isinstance(tested, str):
@@ -58,7 +61,7 @@ def of_host(one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord | str)
         return Served(reasons=(_reason(one, choice, "INVALID", *doubt),), praise="", test=None)
     test = _test_of(one, tested)
     assert test is not None, "a doubt otherwise"
-    reasons = tuple(_reasons(one, choice, tested, test))
+    reasons = tuple(_reasons(one, choice, tested, test, embeds=embeds))
     said = load_verdict.praise_of(one.host, test)
     praise = f"on {engine_words(tested)}, {wording.clause(tidy(said))}" if said else ""
     return Served(reasons=reasons, praise="" if reasons else praise, test=test)
@@ -153,10 +156,16 @@ def _test_of(one: HostChoice, tested: LoadTestRecord) -> WinnerTest | None:
 
 
 def _reasons(
-    one: HostChoice, choice: ChoiceRecord, tested: LoadTestRecord, test: WinnerTest
+    one: HostChoice,
+    choice: ChoiceRecord,
+    tested: LoadTestRecord,
+    test: WinnerTest,
+    *,
+    embeds: bool,
 ) -> Iterator[Reason]:
     """Yield what the parts of the test say, and what the record says where that is worse."""
-    missing = next(_missing(one, test, tested.slos.get(one.host, {})), None)
+    levels = tested.slos.get(one.host, {})
+    missing = next(_missing(one, test, levels, embeds=embeds), None)
     if missing is not None:
         yield _reason(one, choice, "INVALID", *missing)
     found = list(load_verdict.findings(one.host, test, tested.smokes, tested.engine))
@@ -202,7 +211,7 @@ _SHARES = frozenset({"ttft", "tpot", "e2e", "goodput"})
 
 
 def _missing(
-    one: HostChoice, test: WinnerTest, levels: Mapping[str, float]
+    one: HostChoice, test: WinnerTest, levels: Mapping[str, float], *, embeds: bool
 ) -> Iterator[tuple[str, str, str]]:
     """
     Yield which part is not there that a test which neither failed nor is in doubt must have.
@@ -211,6 +220,7 @@ def _missing(
         one: The choice for the host.
         test: The test of its winner.
         levels: What is declared for it.
+        embeds: Whether it makes embeddings.
     """
     if test.invalid or test.failures:
         return
@@ -232,7 +242,7 @@ def _missing(
             had, wanted_limit = wording.declared(gate.limit), wording.declared(due)
             what = f"{gate.name} of host {one.host} was judged by the limit {had}"
             yield f"{what}, declared is {wanted_limit}", had, f"{name} {wanted_limit}"
-    if test.golden is None or not test.golden.prompts:
+    if not embeds and (test.golden is None or not test.golden.prompts):
         yield "its prompts were not compared with the upstream's", "no prompt", "a prompt"
 
 
