@@ -3,8 +3,8 @@ The stage `quantize`: one quantized GGUF, and the proof of what is in it.
 
 llama-quantize exits with 0 in cases that ruin a release: a rule that matches nothing is ignored,
 rows that fit no block silently get a larger type. So the mixture is known before the run
-(`pipelines.tensor_mix`), the finished file is read again, and only a file that is what was
-predicted gets its final name.
+(`pipelines.tensor_mix`), the finished file is read again, rows of every tensor are turned back into
+numbers (`pipelines.quant_values`), and only a file that is what was predicted gets its final name.
 
 The name of the importance matrix is written into the GGUF as it is given. The tool therefore runs
 in the folder of the matrix and gets the bare name: another checkout makes the same bytes.
@@ -27,11 +27,12 @@ from pipelines import (
     hashing,
     llamacpp,
     proc,
+    quant_values,
     records,
     tensor_mix,
     tensor_rules,
 )
-from pipelines.errors import DigestError, ParamsError, ToolError
+from pipelines.errors import DigestError, MachineError, ParamsError, ToolError
 from pipelines.wording import first_few
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def quantize(wanted: QuantizeSlice, at: Layout, tools: Toolchain) -> QuantizeRec
     Raises:
         ParamsError: The declaration does not fit the model: a rule without effect, a type that
             rows do not fit, more fallbacks than allowed, a missing importance matrix.
-        ToolError: llama-quantize failed, or made something else than it announced.
+        ToolError: llama-quantize failed, or made something else than it announced, or numbers that
+            are not those of the source.
         DigestError: The 16-bit model is not the one of its record.
         MachineError: The disk is too small; nothing was written.
     """
@@ -94,6 +96,7 @@ def quantize(wanted: QuantizeSlice, at: Layout, tools: Toolchain) -> QuantizeRec
         argv = quantize_argv(tools, wanted, source, output=part)
         _make(wanted, partial(run_tool, argv), len(mix.types))
         made = check_made(part, source, mix, calibration)
+        values = _read_back(wanted, source, made, tools)
         digests = hashing.digest(part)
     dvc_state.remember(final, digests.md5)
     return records.QuantizeRecord(
@@ -114,6 +117,7 @@ def quantize(wanted: QuantizeSlice, at: Layout, tools: Toolchain) -> QuantizeRec
         gguf=records.FileDigest(
             name=final.name, size_bytes=digests.size_bytes, sha256=digests.sha256, md5=digests.md5
         ),
+        values=values,
     )
 
 
@@ -196,6 +200,25 @@ def check_made(
         raise ToolError(f"llama-quantize changed {first_few(changed)}.")
     _check_imatrix(made, calibration)
     return made
+
+
+def _read_back(
+    wanted: QuantizeSlice, source: Header, made: Header, tools: Toolchain
+) -> records.QuantValues:
+    """Compare sampled rows of every tensor with the source; say of which that was not possible."""
+    try:
+        values = quant_values.examine(source, made, tools)
+    except ImportError as error:
+        raise MachineError(
+            f"the Python packages that read a quant back are incomplete: {error}.",
+            hint="Install the extra `convert`: make setup.",
+        ) from error
+    if values.unreadable:
+        console.warn(
+            f"{wanted.key}: {first_few(values.unreadable)} are of a type that gguf-py cannot read: "
+            "their values were not compared with the 16-bit model's."
+        )
+    return values
 
 
 def _changed_metadata(source: Header, made: Header) -> list[str]:
