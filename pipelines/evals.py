@@ -240,7 +240,8 @@ def _item(line: bytes, kind: EvalKind) -> tuple[Item | None, list[str]]:
         item = _TYPES[kind].model_validate_json(json.dumps(value))
     except ValidationError as error:
         details = error.errors(include_url=False)
-        return None, list(dict.fromkeys(_said(each, kind) for each in details))
+        told = [_said(each, kind) for each in details if not _follows(each, details)]
+        return None, list(dict.fromkeys(told))
     flaws = list(_contradictions(item))
     return (None, flaws) if flaws else (item, [])
 
@@ -276,6 +277,14 @@ def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - any JSON value
     elif isinstance(value, list):
         for inner in value:
             yield from _texts(inner)
+
+
+def _follows(detail: ErrorDetails, others: Sequence[ErrorDetails]) -> bool:
+    """Tell whether a list is only called too short since an item of it is wrong."""
+    loc = detail["loc"]
+    return detail["type"] == "too_short" and any(
+        len(each["loc"]) > len(loc) and each["loc"][: len(loc)] == loc for each in others
+    )
 
 
 def _said(detail: ErrorDetails, kind: EvalKind) -> str:

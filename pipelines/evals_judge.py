@@ -109,8 +109,11 @@ def canary(
 
 def least_harmed(helped: int, alpha: float) -> int:
     """Return how many harmed items prove harm beside so many helped ones: p below `alpha`."""
-    # For as many helped ones p falls with each harmed one; 1,100 heads in a row have no p above 0.
-    low, high = helped, 2 * helped + 1_100
+    # For as many helped ones p falls with each harmed one.
+    low, step = helped, 1
+    while mcnemar_p(low + step, helped) >= alpha:
+        low, step = low + step, 2 * step
+    high = low + step
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if mcnemar_p(middle, helped) < alpha else (middle, high)
