@@ -346,7 +346,7 @@ def vocabulary(upstream: Upstream, written: Vocabulary, config: Any) -> Check:  
         config: Upstream's config.json: where the tokenizer names no special token, it may.
     """
     findings = [
-        *_sizes(upstream, written),
+        *_sizes(upstream, written, config),
         *_texts(upstream, written),
         *_types(upstream, written),
         *_roles(upstream, written, config),
@@ -391,9 +391,12 @@ def vocabulary(upstream: Upstream, written: Vocabulary, config: Any) -> Check:  
     )
 
 
-def _sizes(upstream: Upstream, written: Vocabulary) -> Iterator[str]:
+def _sizes(upstream: Upstream, written: Vocabulary, config: Any) -> Iterator[str]:  # noqa: ANN401 - as above
     """Yield what is missing, what is too much, and embeddings for other tokens than there are."""
     count = len(written.tokens)
+    room = max(_room(config), len(upstream.tokens))
+    if count > room:
+        yield f"there are {count:,} tokens, upstream has room for {room:,}"
     for id_ in range(count, len(upstream.tokens)):
         if upstream.tokens[id_] is not None:
             yield f"token {id_} {quoted(upstream.tokens[id_] or '')} is missing"
@@ -408,6 +411,16 @@ def _sizes(upstream: Upstream, written: Vocabulary) -> Iterator[str]:
             yield (
                 f"token {id_} {quoted(text)}, {_word(type_)}, is none of upstream's and no padding"
             )
+
+
+def _room(config: Any) -> int:  # noqa: ANN401 - as above
+    """Return the rows that upstream's embeddings have, tokens and padding."""
+    inner = config.get("text_config")
+    told = [config, *([inner] if isinstance(inner, dict) else [])]
+    sizes = [each.get("vocab_size") for each in told]
+    multiple = config.get("pad_vocab_size_multiple")
+    step = multiple if isinstance(multiple, int) and multiple > 0 else 1
+    return max((-(-size // step) * step for size in sizes if isinstance(size, int)), default=0)
 
 
 def _texts(upstream: Upstream, written: Vocabulary) -> Iterator[str]:

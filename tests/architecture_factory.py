@@ -484,7 +484,7 @@ def _write_model(
     with torch.no_grad():
         for key, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=random)
-            if weight is embeddings or "embed" in key or key.endswith("wpe.weight"):
+            if weight.ndim == 2 and ("embed" in key or weight is embeddings or ".wpe." in key):
                 weight.copy_(0.02 * noise)
             elif weight.ndim == 1 and key.endswith("bias"):
                 weight.copy_(0.1 * noise)
@@ -546,18 +546,26 @@ def _write_tokenizer(family: Family, directory: Path, known: Vocabulary) -> None
     if family.vocabulary in {"phi-3", "llama-spm"}:
         config |= {"add_bos_token": family.adds_bos, "add_eos_token": False, "legacy": False}
         _write_sentencepiece(directory / "tokenizer.model", known)
+        fast = _sentencepiece(family, known)
+        fast.add_tokens([tokenizers.AddedToken(**fields) for fields in _in_order(added)])
+        fast.save(str(directory / "tokenizer.json"), pretty=False)
         beyond = {fields["content"]: id_ for id_, fields in added.items() if id_ >= 32000}
         if beyond:
             (directory / "added_tokens.json").write_text(json.dumps(beyond, ensure_ascii=False))
     else:
         tokenizer = _word_piece(known) if family.encoder else _byte_pairs(family, known)
-        tokenizer.add_tokens(
-            [tokenizers.AddedToken(**fields) for fields in _in_order(added)]
-        )
+        tokenizer.add_tokens([tokenizers.AddedToken(**fields) for fields in _in_order(added)])
         tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    if family.vocabulary == "gemma-4":
+        # Upstream names each of them; what is named nowhere is no special token to transformers.
+        config["extra_special_tokens"] = [
+            fields["content"] for fields in _in_order(added) if fields["special"]
+        ]
     if family.encoder:
         config |= {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accents": None}
-        plain = [_unmarked(token, kind) for token, kind in zip(known.tokens, known.types, strict=True)]
+        plain = [
+            _unmarked(token, kind) for token, kind in zip(known.tokens, known.types, strict=True)
+        ]
         (directory / "vocab.txt").write_text("\n".join(plain) + "\n")
         _write_pooling(directory)
     if family.template is not None:
@@ -737,6 +745,57 @@ def _write_sentencepiece(path: Path, known: Vocabulary) -> None:
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
     path.write_bytes(model.SerializeToString())
+
+
+def _sentencepiece(family: Family, known: Vocabulary) -> Any:
+    """
+    Rebuild the fast tokenizer that repositories have beside tokenizer.model.
+
+    The best score is merged first; a blank is put in front of each piece, as llama.cpp does.
+    """
+    from tokenizers import (  # noqa: PLC0415
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        processors,
+    )
+
+    inside = {token: id_ for id_, token in enumerate(known.tokens[:32000])}
+    inside |= dict(zip(("<unk>", "<s>", "</s>"), range(3), strict=True))
+    ranked: list[tuple[float, int, int, str, str]] = []
+    for token, id_ in inside.items():
+        if known.types[id_] not in {_NORMAL, _USER_DEFINED}:
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in inside and right in inside:
+                ranked.append((-known.scores[id_], inside[left], inside[right], left, right))
+    ranked.sort(key=lambda each: each[:3])
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=inside,
+            merges=[(left, right) for *_, left, right in ranked],
+            byte_fallback=True,
+            fuse_unk=True,
+            unk_token="<unk>",
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    if family.adds_bos:
+        bos = family.special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos}:0 $A:0",
+            pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
+            special_tokens=[(bos, inside[bos])],
+        )
+    return tokenizer
 
 
 def _write_pooling(directory: Path) -> None:
