@@ -1006,8 +1006,8 @@ def test_every_stage_has_a_slice_for_each_of_its_keys(tmp_path: Path) -> None:
 
     models, quants = ["tiny-llama", "qwen3-8b"], ["tiny-llama-Q8_0", "tiny-llama-IQ2_XS",
                                                   "qwen3-8b-Q4_K_M"]  # fmt: skip
-    expected = {(stage, key) for stage in ("fetch", "convert", "calibrate", "choose",
-                                                "load-test", "publish", "track")
+    expected = {(stage, key) for stage in ("fetch", "convert", "verify", "calibrate", "evaluate",
+                                                "choose", "load-test", "publish", "track")
                 for key in models}  # fmt: skip
     expected |= {(stage, key) for stage in ("quantize", "benchmark") for key in quants}
     assert set(found) == expected | {("report", "fleet")}
