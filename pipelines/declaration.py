@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from pipelines import atomic, console, hashing, marked_yaml, params
+from pipelines import atomic, console, hashing, marked_yaml, params, tensor_rules
 from pipelines.errors import FleetError, ParamsError, Problem
 from pipelines.layout import Layout
 from pipelines.marked_yaml import Finding
@@ -384,9 +384,13 @@ def _tensor_flaws(here: Loc, quant: dict[str, Any]) -> Iterator[Flaw]:
             more = "alike: lower case, no `=`, no `(?` but `(?:` and `(?!`"
             yield Flaw((*here, "tensor_types", i, "match"), f"{text} {more}")
     type_ = quant.get("type")
-    if rules and isinstance(type_, str) and type_ in params.UNQUANTIZED:
-        text = f"has no effect on {type_}, whose tensors are not quantized; remove it"
-        yield Flaw((*here, "tensor_types"), text, on_key=True)
+    for option in ("tensor_types", "recipe_file"):
+        if quant.get(option) and isinstance(type_, str) and type_ in params.UNQUANTIZED:
+            text = f"has no effect on {type_}, whose tensors are not quantized; remove it"
+            yield Flaw((*here, option), text, on_key=True)
+    if quant.get("preset") is not None and type_ in tensor_rules.NOTHING_TO_KEEP:
+        text = f"keeps tensors at Q8_0: no effect on {type_}, which is as exact; remove it"
+        yield Flaw((*here, "preset"), text, on_key=True)
     if quant.get("leave_output_tensor") is True and quant.get("output_tensor_type") is not None:
         text = "contradicts `leave_output_tensor: true`; remove one of the two"
         yield Flaw((*here, "output_tensor_type"), text, on_key=True)
@@ -618,6 +622,7 @@ def _file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any 
             continue
         yield from _corpus_file_flaws(("corpora", key), corpus, root)
     yield from _eval_file_flaws(data, root)
+    yield from _recipe_file_flaws(data, root)
     yield from _modelfile_flaws(data, root)
     for key, entry in _entries(data, "models"):
         source = entry.get("source")
@@ -641,6 +646,24 @@ def _eval_file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 -
         if any(flaw.loc[-1] == "path" for flaw in flaws):
             continue
         yield from (Flaw((*here, "path"), text) for text in _item_flaws(declared, root))
+
+
+def _recipe_file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
+    """Files of tensor rules: the declared bytes, and rules that llama-quantize will take."""
+    for key, quant in _entries(data, "quants"):
+        try:
+            declared = params.RecipeFile.model_validate(quant.get("recipe_file"))
+        except ValidationError:
+            continue
+        here: Loc = ("quants", key, "recipe_file")
+        corpus = params.Corpus(path=declared.path, sha256=declared.sha256)
+        flaws = list(_corpus_file_flaws(here, corpus, root))
+        yield from flaws
+        if not flaws:
+            try:
+                tensor_rules.read_file(declared, root, ".".join(map(str, here)))
+            except FleetError as error:
+                yield Flaw((*here, "path"), error.message.rstrip("."))
 
 
 def _item_flaws(declared: params.Eval, root: Path) -> Iterator[str]:
