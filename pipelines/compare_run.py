@@ -50,10 +50,10 @@ Letter = Literal["A", "B"]
 NEIGHBOUR_WITHIN_S: Final = 60.0
 # A machine changes in hours: heat, other users, updates.
 JOURNAL_LASTS_S: Final = 6 * 3600.0
-# As many void pairs as pairs that were wanted: then the machine is somebody else's.
-MAX_VOID_SHARE: Final = 1.0
+# Twice as many void pairs as pairs that were wanted: then the machine is somebody else's.
+MAX_VOID_SHARE: Final = 2.0
 # How long a pair waits for others to be done, and how long is looked for that.
-QUIET_WITHIN_S: Final = 10.0
+QUIET_WITHIN_S: Final = 5.0
 _LOOK_S: Final = 0.2
 # Share of a core that may be busy when all cores that are wanted count as free: this program, too.
 _IDLE_ENOUGH: Final = 0.3
