@@ -30,11 +30,11 @@ def run(*words):
 
 def with_fake(folder: Path, tools: Toolchain | None, name: str, body: str) -> Toolchain:
     """
-    Return a toolchain whose program `name` is `body`; without `tools` it has no other one.
+    Return a toolchain whose program `name` is `body`; it has no other one.
 
     Args:
         folder: Where the fake prefix is made.
-        tools: The real toolchain, for the path of the real program.
+        tools: The real toolchain, for the path of the real program and for gguf-py.
         name: The program to replace.
         body: Python source.
     """
@@ -43,5 +43,7 @@ def with_fake(folder: Path, tools: Toolchain | None, name: str, body: str) -> To
     real = str(tools.tool(name)) if tools else ""
     program.write_text(_PROLOGUE.format(python=sys.executable, real=real) + textwrap.dedent(body))
     program.chmod(0o755)
+    if tools and not (folder / "share").exists():
+        (folder / "share").symlink_to(tools.prefix / "share", target_is_directory=True)
     manifest = {"tools": {name: {}}, "llama_cpp_commit": "f" * 40, "backend": "cpu"}
     return Toolchain(prefix=folder, manifest=manifest)
