@@ -1,10 +1,10 @@
 """
-params.schema.json, docs/params.md, release.schema.json: what the types say, for other readers.
+params.schema.json, docs/params.md, release.schema.json, docs/verdict.md: what the code says.
 
 An editor reads the first (the first line of params.yaml names it) and completes keys; people read
-the page; whoever reads releases without this template has the third. All are generated, and
-`make check` fails when they are stale. The sentences about what is allowed are the ones that
-`pipelines.declaration` puts into its errors.
+the second; whoever reads releases without this template has the third; the last is the truth table
+of the verdict. All are generated, and `make check` fails when they are stale. The sentences about
+what is allowed are the ones that `pipelines.declaration` puts into its errors.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SCHEMA_FILE = "params.schema.json"
 DOCS_FILE = "docs/params.md"
 RELEASE_FILE = "release.schema.json"
+VERDICT_FILE = "docs/verdict.md"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 Fragment = dict[str, Any]
@@ -287,10 +288,13 @@ def _untitled(part: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def _files() -> dict[str, str]:
+    from pipelines import verdict_table  # noqa: PLC0415 - not for params.yaml
+
     return {
         SCHEMA_FILE: generate(),
         DOCS_FILE: generate_docs(),
         RELEASE_FILE: generate_release(),
+        VERDICT_FILE: verdict_table.page(),
     }
 
 

@@ -278,7 +278,7 @@ def _choice_reason(one: HostChoice, choice: ChoiceRecord) -> list[Reason]:
             verdict="INVALID" if one.verdict == "PROMOTE" else one.verdict,
             clause=why or NOTHING_CHOSEN,
             value=f"{passing:,} of {len(one.candidates):,} quants pass, {doubted:,} in doubt",
-            limit="one that passes, none in doubt",
+            limit="one that passes, and none in doubt",
             file=f"{choice.model}/choice.json",
             next_step=steps[one.verdict],
             host=one.host,

@@ -9,7 +9,7 @@ A choice is read against the numbers that it was made of, and its winners agains
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 
@@ -104,7 +104,9 @@ class Chain:
             yield from self._calibrated(known.calibrated)
         for key, type_ in declared.quants.items():
             yield from self._quant(key, type_)
-        if isinstance(known.tested, LoadTestRecord):
+        # Where nothing is chosen it has nothing to speak of.
+        hosts = known.choice.hosts if isinstance(known.choice, ChoiceRecord) else ()
+        if isinstance(known.tested, LoadTestRecord) and any(one.winner for one in hosts):
             yield from self._tested(known.tested)
 
     def _calibrated(self, matrix: CalibrateRecord) -> Iterator[Reason]:
@@ -374,21 +376,28 @@ def _listed(found: object) -> str:
     return str(found)
 
 
+# What holds no number that could be none; asked for first, since most of a record is this.
+_PLAIN: Final = frozenset({str, int, bool, type(None)})
+
+
 def _not_finite(value: object, place: str = "") -> str:
     """Name the first number below a record that is no number; empty if all are finite."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return ""
     if isinstance(value, float):
         return "" if math.isfinite(value) else place
     if isinstance(value, BaseModel):
         inside: Any = value.__dict__.items()
-    elif isinstance(value, dict):
-        inside = value.items()
-    elif isinstance(value, (list, tuple)):
-        inside = enumerate(value)
+    elif kind is dict:
+        inside = value.items()  # type: ignore[attr-defined]
+    elif kind in {list, tuple}:
+        inside = enumerate(value)  # type: ignore[arg-type]
     else:
         return ""
     for name, each in inside:
-        if isinstance(each, (float, BaseModel, dict, list, tuple)):
-            found = _not_finite(each, f"{place}.{name}" if place else str(name))
+        if type(each) not in _PLAIN:
+            found = _not_finite(each, f"{place}.{name}".lstrip("."))
             if found:
                 return found
     return ""

@@ -71,11 +71,14 @@ def _reason(  # noqa: PLR0913, PLR0917 - the fields of a reason
     one: HostChoice, choice: ChoiceRecord, verdict: Verdict, clause: str, value: str, limit: str
 ) -> Reason:
     again = f"`fleet repro {choice.model}`"
+    repeat = (
+        f"{again} repeats a load test that is INVALID" if value == "INVALID" else f"Run {again}"
+    )
     steps: dict[Verdict, str] = {
         "PROMOTE": "",
-        "HOLD": "Settle what is open",
+        "HOLD": "",
         "REJECT": "Choose another quant, other levels or another host",
-        "INVALID": f"{again} repeats a load test that is INVALID",
+        "INVALID": repeat,
     }
     return Reason(
         rule="load-test",
@@ -229,7 +232,9 @@ def _missing(
     if "goodput" not in judged:
         yield f"no level of host {one.host} was judged", "no level", "goodput"
         return
-    wanted = [gate for level, gate in _GATES.items() if level in levels]
+    # An embedding comes in one piece: nobody can judge its first token, or a further one.
+    none_of = {"ttft", "tpot"} if embeds else set()
+    wanted = [g for level, g in _GATES.items() if level in levels and g not in none_of]
     wanted += ["memory"] if one.limit_mib is not None else []
     unjudged = [name for name in wanted if name not in judged]
     if unjudged:
@@ -242,6 +247,9 @@ def _missing(
             had, wanted_limit = wording.declared(gate.limit), wording.declared(due)
             what = f"{gate.name} of host {one.host} was judged by the limit {had}"
             yield f"{what}, declared is {wanted_limit}", had, f"{name} {wanted_limit}"
+    if embeds and test.embeddings is None:
+        what = "its embeddings were not compared with the toolchain's"
+        yield what, "no text", "a text"
     if not embeds and (test.golden is None or not test.golden.prompts):
         yield "its prompts were not compared with the upstream's", "no prompt", "a prompt"
 

@@ -61,8 +61,9 @@ def without_verb(text: str, verdict: Verdict) -> str:
 
 
 def capital(text: str) -> str:
-    """Begin a clause as a sentence does."""
-    return text[:1].upper() + text[1:]
+    """Begin a clause as a sentence does, unless it begins with a name such as `verify.json`."""
+    word = text.partition(" ")[0]
+    return text[:1].upper() + text[1:] if word.rstrip(",:").isalpha() else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +100,8 @@ class Reason:
         for name in ("host", "let_pass"):
             object.__setattr__(self, name, tidy(getattr(self, name)))
         object.__setattr__(self, "clause", tidy(self.clause, SENTENCE_CHARACTERS))
-        object.__setattr__(
-            self, "next_step", wording.sentence(tidy(self.next_step, SENTENCE_CHARACTERS))
-        )
+        step = tidy(self.next_step, SENTENCE_CHARACTERS)
+        object.__setattr__(self, "next_step", wording.sentence(step) if step else "")
 
     @property
     def counts(self) -> bool:
@@ -110,8 +110,8 @@ class Reason:
 
     @property
     def sentence(self) -> str:
-        """The reason by itself: `Layer tokens fails (M/verify.json: 3 differ, none is due).`."""
-        return f"{capital(self.clause)} ({self.file}: {self.value}, {self.limit} is due)."
+        """The reason by itself: `Layer tokens fails (M/verify.json: FAIL; due: PASS).`."""
+        return f"{capital(self.clause)} ({self.file}: {self.value}; due: {self.limit})."
 
 
 def severest(reasons: Iterable[Reason]) -> list[Reason]:

@@ -192,7 +192,7 @@ def test_the_reference_names_every_key_with_its_default_and_its_limits() -> None
 
 
 def test_the_committed_files_are_up_to_date() -> None:
-    """params.schema.json, docs/params.md and release.schema.json say what the types say now."""
+    """The schemas, docs/params.md and docs/verdict.md say what the code says now."""
     assert schema.in_sync(ROOT) == []
 
 
