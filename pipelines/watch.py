@@ -1,8 +1,8 @@
 """
 What the kernel counts for the programs below us while they run: memory and waiting for a core.
 
-Read from /proc ten times a second, only for our own descendants, so that watching costs less than
-a thousandth of a core. Systems without /proc (macOS) are asked through psutil, which knows the
+Read from /proc ten times a second, only for our own descendants, so that watching costs half a
+hundredth of a core at most. Systems without /proc (macOS) are asked through psutil, which knows the
 memory of the moment but neither its peak nor the waiting.
 """
 
