@@ -185,9 +185,12 @@ def _tensor(
     found = read_rows(made, after, rows, tools)
     if wanted is None or found is None:
         return _Looked(name=name, unreadable=True)
-    _require(after, rows, np.isfinite(found).all(axis=1), "holds values that are NaN or infinite")
+    every = np.logical_and.reduce
+    _require(
+        after, rows, every(np.isfinite(found), axis=1), "holds values that are NaN or infinite"
+    )
     if before.type in _EXACT.get(type_, ()):
-        equal: NDArray[np.bool_] = np.equal(wanted, found).all(axis=1)
+        equal = every(wanted == found, axis=1)
         _require(after, rows, equal, f"differs from the 16-bit model's although it is {type_}")
         return _Looked(name=name, rows_count=len(rows))
     size = np.sqrt(np.square(wanted.astype(np.float64)).mean(axis=1))
