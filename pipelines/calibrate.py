@@ -61,14 +61,25 @@ _TOKENS: Final = re.compile(r"^Total number of tokens: (\d+)$", re.MULTILINE)
 _MAX_TOKEN_BYTES: Final = 64
 _SUMS: Final = ".in_sum2"
 _COUNTS: Final = ".counts"
+# Named in the record; `partial_entries_count` and `zero_columns_count` say how many there are.
+_MAX_HOLES: Final = 6
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Entries of an importance matrix, those with experts unseen, and where it knows nothing."""
+
+    count: int = 0
+    partial_count: int = 0
+    zero_columns_count: int = 0
+    holes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What is in an importance matrix: entries, those with experts unseen, windows of text."""
+    """What is in an importance matrix: its entries, and windows of text."""
 
-    entries_count: int
-    partial_entries_count: int
+    entries: _Entries
     chunks_count: int
 
 
@@ -93,7 +104,7 @@ def calibrate(wanted: CalibrateSlice, at: Layout, tools: Toolchain) -> Calibrate
         with atomic.replacing(at.imatrix_dir(wanted.model)) as part:
             part.mkdir()
         console.info(f"{wanted.model}: no calibration is declared, so there is no imatrix.")
-        return _record(wanted, convert, tools, _Content(0, 0, 0), imatrix=None)
+        return _record(wanted, convert, tools, _Content(_Entries(), 0), imatrix=None)
 
     corpora.require(wanted.corpus, at, "calibration text")
     _require_model(at.f16(wanted.model), convert)
@@ -265,46 +276,88 @@ def _check(imatrix: Path, wanted: CalibrateSlice, corpus: Corpus) -> _Content:
         raise _too_short(wanted, corpus, chunks)
     if wanted.chunks is not None and chunks > wanted.chunks:
         raise ToolError(f"llama-imatrix read {chunks} windows instead of {wanted.chunks}.")
-    entries, partial = _check_entries(header)
-    return _Content(entries_count=entries, partial_entries_count=partial, chunks_count=chunks)
+    return _Content(entries=_check_entries(header), chunks_count=chunks)
 
 
-def _check_entries(header: Header) -> tuple[int, int]:
-    """Look at all sums; return the number of entries and of those with experts unseen."""
+def _check_entries(header: Header) -> _Entries:
+    """
+    Look at all sums.
+
+    Raises:
+        ToolError: Sums are not finite, below zero, or all zero; names the entries and how many.
+    """
     tensors = {tensor.name: tensor for tensor in header.tensors}
     names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
     pairs = {name + end for name in names for end in (_SUMS, _COUNTS)}
     if not names or pairs != tensors.keys() or {"F32"} != set(header.type_counts()):
         raise ToolError("llama-imatrix wrote tensors that are not sums and counts of F32.")
-    useless, partial = [], []
+    useless, unseen, silent = [], [], []
+    silent_columns = 0
     for name in names:
         counts = next(_rows(header, tensors[name + _COUNTS], 1))
         rows = _rows(header, tensors[name + _SUMS], len(counts))
         # One row for each expert; an expert that no token was sent to has count 0 and no sums.
-        used = [_is_useful(row) for row, count in zip(rows, counts, strict=True) if count > 0]
-        if not used or not all(used):
-            useless.append(name)
-        elif len(used) < len(counts):
-            partial.append(f"{name} ({len(used)} of {len(counts)} experts)")
+        used = [_look(row) for row, count in zip(rows, counts, strict=True) if count > 0]
+        if flaw := next((each.flaw for each in used if each.flaw), "" if used else "no token"):
+            useless.append(f"{name} ({flaw})")
+            continue
+        if len(used) < len(counts):
+            unseen.append(f"{name} ({len(used)} of {len(counts)} experts)")
+        if zeros := sum(each.zeros_count for each in used):
+            columns = sum(each.columns_count for each in used)
+            silent.append(f"{name} ({zeros:,} of {columns:,} columns are zero)")
+            silent_columns += zeros
     if useless:
         raise ToolError(
             f"the importance matrix has zeros only, or values that are not finite, in "
             f"{first_few(useless)}.",
             hint="The 16-bit model is damaged, or its activations overflow: look at its outputs.",
         )
-    if partial:
+    _warn_of_holes(unseen, silent)
+    return _Entries(
+        count=len(names),
+        partial_count=len(unseen),
+        zero_columns_count=silent_columns,
+        holes=tuple([*unseen, *silent][:_MAX_HOLES]),
+    )
+
+
+def _warn_of_holes(unseen: list[str], silent: list[str]) -> None:
+    """Say where the importance matrix knows nothing."""
+    if unseen:
         console.warn(
-            f"the calibration text did not reach every expert: {first_few(partial)}. Weights of "
+            f"the calibration text did not reach every expert: {first_few(unseen)}. Weights of "
             "the others are quantized without an importance matrix; a longer or more varied text "
             "helps."
         )
-    return len(names), len(partial)
+    if silent:
+        console.warn(
+            f"the importance matrix has holes: {first_few(silent)}. Weights that meet these inputs "
+            "count for nothing while a quant is made; a longer or more varied text helps, unless "
+            "the model never uses them."
+        )
 
 
-def _is_useful(row: array[float]) -> bool:
-    """Tell whether sums of squares are finite, none below 0, not all 0; a sum keeps NaN."""
-    total = sum(row)
-    return math.isfinite(total) and total > 0 and min(row) >= 0
+@dataclass(frozen=True)
+class _Row:
+    """One row of sums: what makes it useless, if anything does, and its columns."""
+
+    flaw: str
+    zeros_count: int
+    columns_count: int
+
+
+def _look(row: array[float]) -> _Row:
+    """Look at sums of squares: finite, none below 0, not all 0; a sum of them keeps NaN."""
+    total, zeros = sum(row), row.count(0.0)
+    flaw = ""
+    if not math.isfinite(total) and (bad := sum(not math.isfinite(value) for value in row)):
+        flaw = f"{bad:,} of {len(row):,} not finite"
+    elif min(row) < 0:
+        flaw = f"{sum(value < 0 for value in row):,} of {len(row):,} below zero"
+    elif zeros == len(row):
+        flaw = f"all {zeros:,} zero"
+    return _Row(flaw=flaw, zeros_count=zeros, columns_count=len(row))
 
 
 def _rows(header: Header, tensor: TensorInfo, rows: int) -> Iterator[array[float]]:
@@ -337,7 +390,9 @@ def _record(
         corpus_sha256=wanted.corpus.sha256 if wanted.corpus else None,
         context_tokens=wanted.context_tokens,
         chunks_count=content.chunks_count,
-        entries_count=content.entries_count,
-        partial_entries_count=content.partial_entries_count,
+        entries_count=content.entries.count,
+        partial_entries_count=content.entries.partial_count,
+        zero_columns_count=content.entries.zero_columns_count,
+        holes=content.entries.holes,
         imatrix=imatrix,
     )

@@ -112,7 +112,18 @@ class CalibrateRecord(Record):
     entries_count: int
     # Entries of which some experts never saw a token: those are quantized without an imatrix.
     partial_entries_count: int = 0
+    # Inputs whose squares sum to zero, over all entries, and the first entries with holes.
+    zero_columns_count: int = 0
+    holes: tuple[str, ...] = ()
     imatrix: FileDigest | None
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out holes that are not there: records of before stay as they are."""
+        fields: dict[str, Any] = handler(self)
+        if not self.holes:
+            del fields["zero_columns_count"], fields["holes"]
+        return fields
 
 
 class Fallback(Part):

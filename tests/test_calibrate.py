@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -241,7 +242,37 @@ def test_an_entry_that_says_nothing_is_named(
         calibrate(declared(at), at, fake)
 
     assert expected in caught.value.message
+    assert re.search(r"blk.1.attn_q.weight \([\w ,]*\d+", caught.value.message)
     assert_nothing_left(at)
+
+
+def test_one_value_that_is_not_finite_is_counted(
+    at: Layout, tmp_path: Path, tools: Toolchain
+) -> None:
+    """A single NaN among good sums poisons the types that use them: it is refused and counted."""
+    action = f"tensors[{ENTRY + '.in_sum2'!r}].reshape(-1)[3] = float('nan')"
+
+    with pytest.raises(ToolError, match=r"blk.1.attn_q.weight \(1 of \d+ not finite\)"):
+        calibrate(declared(at), at, rewriting(tmp_path, tools, action))
+
+    assert_nothing_left(at)
+
+
+def test_columns_that_are_always_zero_are_recorded_and_warned_of(
+    at: Layout, tmp_path: Path, tools: Toolchain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An input that the text never moved is a hole: the matrix is usable, the record says so."""
+    warnings: list[str] = []
+    monkeypatch.setattr(console, "warn", warnings.append)
+    action = f"tensors[{ENTRY + '.in_sum2'!r}].reshape(-1)[:3] = 0"
+
+    record = calibrate(declared(at), at, rewriting(tmp_path, tools, action))
+
+    assert record.zero_columns_count == 3
+    assert record.holes[0].startswith(f"{ENTRY} (3 of ")
+    assert f"holes: {record.holes[0]}" in warnings[0]
+    whole = record.model_copy(update={"holes": (), "zero_columns_count": 0})
+    assert {"holes", "zero_columns_count"}.isdisjoint(whole.model_dump())
 
 
 def test_experts_that_the_text_did_not_reach_are_a_warning(
@@ -257,6 +288,7 @@ def test_experts_that_the_text_did_not_reach_are_a_warning(
     assert record.partial_entries_count == 1
     assert record.entries_count == 14
     assert "blk.0.ffn_up.weight (3 of 4 experts)" in warnings[0]
+    assert record.holes == ("blk.0.ffn_up.weight (3 of 4 experts)",)
 
 
 def test_a_model_that_yields_nan_is_refused_by_the_tool(at: Layout, tools: Toolchain) -> None:
