@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from pipelines import atomic
 from pipelines.upstream_logits import ANSWER, OUTPUTS
@@ -28,7 +28,7 @@ COMPARED: Final = "compared.json"
 _ROWS: Final = 64
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """llama.cpp does not accept the GGUF; the text says at which step."""
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         result = _compared(job, answer, directory)
     except ImportError as error:
         result = {"failure": {"kind": "import", "text": str(error)}}
-    except _Refused as error:
+    except _RefusedError as error:
         result = {"failure": {"kind": "refused", "text": str(error)}}
     atomic.write_json(directory / COMPARED, result)
     return 0
@@ -66,6 +66,8 @@ def _compared(job: dict[str, Any], answer: dict[str, Any], directory: Path) -> d
             wanted = upstream[position : position + count]
             position += count
             got = model.outputs(ids)
+            if not np.isfinite(got).all():
+                raise _RefusedError("what llama.cpp computes from it is not finite")
             if encoder:
                 result["cosines"].append(_cosine(wanted[0], got[0]))
                 continue
@@ -123,7 +125,7 @@ def _cosine(one: Any, other: Any) -> float:  # noqa: ANN401 - numpy arrays
     import numpy as np  # noqa: PLC0415
 
     if len(one) != len(other):
-        raise _Refused(f"embeddings have {len(other)} numbers, upstream's {len(one)}")
+        raise _RefusedError(f"embeddings have {len(other)} numbers, upstream's {len(one)}")
     a, b = one.astype(np.float64), other.astype(np.float64)
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
@@ -141,7 +143,7 @@ class _Model:
             encoder: Hand out pooled embeddings in place of logits.
 
         Raises:
-            _Refused: llama.cpp cannot load it.
+            _RefusedError: llama.cpp cannot load it.
         """
         import llama_cpp as llama  # noqa: PLC0415 - of the toolchain's prefix
 
@@ -153,7 +155,7 @@ class _Model:
         options.use_extra_bufts = False
         self._model = llama.llama_model_load_from_file(job["gguf"].encode(), options)
         if not self._model:
-            raise _Refused("llama.cpp cannot load it")
+            raise _RefusedError("llama.cpp cannot load it")
         context = llama.llama_context_default_params()
         context.n_ctx = context.n_batch = context.n_ubatch = longest
         context.n_seq_max = 1
@@ -165,15 +167,13 @@ class _Model:
         context.no_perf = True
         self._context = llama.llama_init_from_model(self._model, context)
         if not self._context:
-            raise _Refused("llama.cpp cannot make a context for it")
+            raise _RefusedError("llama.cpp cannot make a context for it")
         vocabulary = llama.llama_model_get_vocab(self._model)
         self._tokens_count = llama.llama_vocab_n_tokens(vocabulary)
-        self.width = (
-            llama.llama_model_n_embd(self._model) if encoder else self._tokens_count
-        )
+        self.width = llama.llama_model_n_embd(self._model) if encoder else self._tokens_count
         self._batch = llama.llama_batch_init(longest, 0, 1)
 
-    def __enter__(self) -> _Model:
+    def __enter__(self) -> Self:
         """Return it."""
         return self
 
@@ -191,12 +191,12 @@ class _Model:
             Float32 of (tokens, vocabulary), or (1, width) for an encoder; valid until the next.
 
         Raises:
-            _Refused: A token is not in its vocabulary, or it cannot be computed.
+            _RefusedError: A token is not in its vocabulary, or it cannot be computed.
         """
         import numpy as np  # noqa: PLC0415
 
         if max(ids) >= self._tokens_count:
-            raise _Refused(
+            raise _RefusedError(
                 f"token {max(ids)} of upstream is not among its {self._tokens_count} tokens"
             )
         llama, batch = self._llama, self._batch
@@ -212,11 +212,11 @@ class _Model:
             batch.logits[place] = True
         code = llama.llama_decode(self._context, batch)
         if code != 0:
-            raise _Refused(f"llama.cpp cannot compute {len(ids)} tokens (code {code})")
+            raise _RefusedError(f"llama.cpp cannot compute {len(ids)} tokens (code {code})")
         if self._encoder:
             pooled = llama.llama_get_embeddings_seq(self._context, 0)
             if not pooled:
-                raise _Refused("it makes no pooled embedding: it names no pooling")
+                raise _RefusedError("it makes no pooled embedding: it names no pooling")
             return np.ctypeslib.as_array(pooled, shape=(1, self.width))
         logits = llama.llama_get_logits(self._context)
         return np.ctypeslib.as_array(logits, shape=(len(ids), self.width))

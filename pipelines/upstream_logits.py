@@ -10,6 +10,11 @@ same, and only the time is more.
 The token ids are upstream's, and whoever is compared gets the same ones: a tokenizer that went
 wrong is another layer's find, and must neither hide nor feign a fault of the computation.
 
+What rounding alone does is asked of upstream, too: once more with the weights, and whatever is
+multiplied with them, rounded to float16, which is what llama.cpp's CPU backend does to a 16-bit
+GGUF. How far that moves the outputs (`rounding` in the answer) depends on the depth of a model and
+on how sharp its distributions are, so it is measured on the model at hand.
+
 Writes into the directory of the job: `answer.json`, and the outputs as raw float32 in rows,
 `upstream.f32`: the logits of each position of each window, or the pooled state of each text.
 """
@@ -32,6 +37,8 @@ OUTPUTS: Final = "upstream.f32"
 # Tokens of the longest text of an encoder, and words from which on a paragraph is one.
 _LONGEST_TEXT_TOKENS: Final = 256
 _SHORTEST_TEXT_WORDS: Final = 4
+# Rows of logits in float64 at a time: 64 rows of 262,144 tokens have 128 MiB.
+_ROWS: Final = 64
 # llama.h, enum llama_pooling_type, by the names of sentence-transformers.
 _POOLINGS: Final = {
     "pooling_mode_mean_tokens": "mean",
@@ -40,7 +47,7 @@ _POOLINGS: Final = {
 }
 
 
-class _Unable(Exception):
+class _UnableError(Exception):
     """Upstream's implementation cannot be run here; the text says why."""
 
 
@@ -54,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         result = {"failure": {"kind": "import", "text": str(error)}}
     except MemoryError as error:
         result = {"failure": {"kind": "memory", "text": str(error)}}
-    except _Unable as error:
+    except _UnableError as error:
         result = {"failure": {"kind": "unable", "text": str(error)}}
     atomic.write_json(directory / ANSWER, result)
     return 0
@@ -78,16 +85,25 @@ def _answer(job: dict[str, Any], directory: Path) -> dict[str, Any]:
         pooling = _declared_pooling(Path(job["source"])) or pooling
         windows = _texts(tokenizer, text, job["texts"], job["window"])
     if not windows:
-        raise _Unable("the corpus has not enough text")
+        raise _UnableError("the corpus has not enough text")
     with torch.inference_mode():
         model = _model(job["source"], config, encoder=pooling is not None, streamed=job["streamed"])
         with (directory / OUTPUTS).open("wb") as file:
-            width = 0
+            width, exact = 0, []
             for ids in windows:
                 rows = _outputs(model, ids, pooling)
                 width = rows.shape[-1]
                 file.write(rows.numpy().tobytes())
+                if ids is windows[0] or pooling is not None:
+                    exact.append(rows)
+        _round(model)
+        rounding = [
+            figures
+            for ids, rows in zip(windows, exact, strict=False)
+            for figures in _moved(rows, _outputs(model, ids, pooling), pooling)
+        ]
     return {
+        "rounding": rounding,
         "transformers": transformers.__version__,
         "implementation": type(model).__name__,
         "width": width,
@@ -101,7 +117,7 @@ def _config(source: str) -> Any:  # noqa: ANN401 - transformers has no types
     Return upstream's configuration as transformers reads it.
 
     Raises:
-        _Unable: transformers has no implementation of its own.
+        _UnableError: transformers has no implementation of its own.
     """
     import transformers  # noqa: PLC0415
 
@@ -109,7 +125,7 @@ def _config(source: str) -> Any:  # noqa: ANN401 - transformers has no types
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     kind = stated.get("model_type")
     if kind not in known:
-        raise _Unable(f"transformers {transformers.__version__} does not know {kind!r}")
+        raise _UnableError(f"transformers {transformers.__version__} does not know {kind!r}")
     return transformers.AutoConfig.from_pretrained(
         source, trust_remote_code=False, local_files_only=True
     )
@@ -120,7 +136,7 @@ def _model(source: str, config: Any, *, encoder: bool, streamed: bool) -> Any:  
     Load upstream's model with all its weights.
 
     Raises:
-        _Unable: There is no such implementation, or weights of it are missing.
+        _UnableError: There is no such implementation, or weights of it are missing.
     """
     import torch  # noqa: PLC0415
     import transformers  # noqa: PLC0415
@@ -139,16 +155,23 @@ def _model(source: str, config: Any, *, encoder: bool, streamed: bool) -> Any:  
         kinds = [transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText]
     found = [kind for kind in kinds if type(config) in kind._model_mapping]  # noqa: SLF001
     if not found:
-        raise _Unable(f"transformers has no language model for {config.model_type!r}")
+        raise _UnableError(f"transformers has no language model for {config.model_type!r}")
     try:
         model, info = found[0].from_pretrained(source, **options)
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as e:
-        raise _Unable(f"transformers cannot load it: {type(e).__name__}: {e}") from e
+    except (
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+    ) as e:
+        raise _UnableError(f"transformers cannot load it: {type(e).__name__}: {e}") from e
     # The head over the first token's state, which embeddings do not pass through.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing or info["mismatched_keys"]:
         lacking = missing or sorted(str(key) for key in info["mismatched_keys"])
-        raise _Unable(f"transformers finds no weights for {lacking[0]} (of {len(lacking)})")
+        raise _UnableError(f"transformers finds no weights for {lacking[0]} (of {len(lacking)})")
     if streamed:
         _stream(model)
     return model.eval()
@@ -175,6 +198,48 @@ def _stream(model: Any) -> None:  # noqa: ANN401 - as above
         if any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(widen)
             module.register_forward_hook(narrow)
+
+
+def _round(model: Any) -> None:  # noqa: ANN401 - as above
+    """Let each module that owns matrices multiply numbers of float16, and add up in float32."""
+    import torch  # noqa: PLC0415
+
+    def rounded(module: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ANN401
+        for weight in module.parameters(recurse=False):
+            if weight.ndim > 1:
+                weight.data = weight.data.half().float()
+        return tuple(
+            each.half().to(each.dtype)
+            if isinstance(each, torch.Tensor) and each.is_floating_point()
+            else each
+            for each in values
+        )
+
+    for module in model.modules():
+        if any(weight.ndim > 1 for weight in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(rounded)
+
+
+def _moved(exact: Any, rounded: Any, pooling: str | None) -> list[list[float]]:  # noqa: ANN401
+    """
+    Say how far rounding moved each row.
+
+    Returns:
+        [divergence in nats, 1 if the most probable token is another] of each row of logits, or
+        [1 - cosine] of a pooled state.
+    """
+    import torch  # noqa: PLC0415
+
+    if pooling is not None:
+        cosine = torch.nn.functional.cosine_similarity(exact.double(), rounded.double())
+        return [[float(1 - cosine)]]
+    figures = []
+    for one, other in zip(exact.split(_ROWS), rounded.split(_ROWS), strict=True):
+        p, q = (torch.log_softmax(each.double(), -1) for each in (one, other))
+        terms = torch.nan_to_num(p.exp() * (p - q), nan=0.0)
+        flips = (p.argmax(-1) != q.argmax(-1)).double()
+        figures += torch.stack([terms.sum(-1), flips], -1).tolist()
+    return figures
 
 
 def _outputs(model: Any, ids: list[int], pooling: str | None) -> Any:  # noqa: ANN401 - as above
