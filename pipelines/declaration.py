@@ -641,11 +641,10 @@ def _eval_file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 -
         here: Loc = ("evals", key)
         corpus = params.Corpus(path=declared.path, sha256=declared.sha256)
         flaws = list(_corpus_file_flaws(here, corpus, root))
+        if not any(flaw.loc[-1] == "path" for flaw in flaws):
+            # What is in other bytes than were declared is of interest, too: they are often meant.
+            yield from (Flaw((*here, "path"), text) for text in _item_flaws(declared, root))
         yield from flaws
-        # What is in other bytes than were declared is of interest, too: they are often meant.
-        if any(flaw.loc[-1] == "path" for flaw in flaws):
-            continue
-        yield from (Flaw((*here, "path"), text) for text in _item_flaws(declared, root))
 
 
 def _recipe_file_flaws(data: Any, root: Path) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value

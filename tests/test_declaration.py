@@ -997,6 +997,82 @@ def test_the_local_registry_is_there_even_if_nobody_declares_it(tmp_path: Path) 
     assert 'is the place of registry "local" already' in found
 
 
+# --- sets of tasks ----------------------------------------------------------------------------
+
+EVAL_PATH = "corpora/evals/x.jsonl"
+ITEMS = [
+    {"id": f"i{i}", "prompt": "It depends", "choices": [" on it.", " of it."], "answer": 0}
+    for i in range(20)
+]
+
+
+def with_set(text: str, data: bytes, *, more: str = "", used: str = "[x]") -> str:
+    """Declare a set for the first model."""
+    digest = hashlib.sha256(data).hexdigest()
+    line = f"    path: {EVAL_PATH}\n    sha256: {digest}\n    license: mit\n{more}"
+    text = text.replace("    objective: size\n", f"    objective: size\n    evals: {used}\n")
+    return f"{text}evals:\n  x:\n    kind: multiple-choice\n{line}"
+
+
+def items_as(items: list[Any]) -> bytes:
+    """Write a set."""
+    return b"".join(json.dumps(item).encode() + b"\n" for item in items)
+
+
+def test_a_model_names_declared_sets_once(tmp_path: Path) -> None:
+    """A slip gets a suggestion; a name that is there twice would count twice."""
+    text = with_set(VALID, b"", used="[x, y, x]")
+
+    unknown, twice = refused(tmp_path, text)
+
+    assert 'models.tiny-llama.evals[1]: eval "y" is not declared' in unknown
+    assert 'Declared: "x"' in unknown
+    assert 'models.tiny-llama.evals[2]: eval "x" is there twice' in twice
+
+
+def test_the_chance_of_a_multiple_choice_is_not_declared(tmp_path: Path) -> None:
+    """The items say it, and two sources would contradict each other."""
+    [found] = refused(tmp_path, with_set(VALID, b"", more="    chance: 0.5\n"))
+
+    assert "evals.x.chance: is for the other kinds" in found
+
+
+def test_a_set_of_tasks_is_looked_at_line_by_line(at: Layout) -> None:
+    """Missing, other bytes, wrong items: each is said on the line of the declaration."""
+    good = items_as(ITEMS)
+    write(at.root, with_set(at.params.read_text(encoding="utf-8"), good))
+    [missing] = file_problems(at)
+    assert f"evals.x.path: {EVAL_PATH} does not exist" in missing
+
+    (at.root / EVAL_PATH).parent.mkdir(parents=True)
+    (at.root / EVAL_PATH).write_bytes(good)
+    declared = declaration.check(at)
+    assert params.evaluate_slice(declared, "tiny-llama").evals == {"x": declared.evals["x"]}
+    assert params.evaluate_slice(declared, "qwen3-8b").evals == {}
+
+    (at.root / EVAL_PATH).write_bytes(items_as([*ITEMS[:2], ITEMS[2] | {"answer": 7}, *ITEMS[3:]]))
+    wrong_item, wrong_bytes = file_problems(at)
+    assert f"evals.x.path: {EVAL_PATH}:3: answer: 7 is none of 2 choices" in wrong_item
+    assert "evals.x.sha256: " in wrong_bytes
+    assert "If they are meant, write: sha256: " in wrong_bytes
+
+    (at.root / EVAL_PATH).write_bytes(items_as(ITEMS[:19]))
+    assert any("has 19 items; 20 to" in problem for problem in file_problems(at))
+
+
+def test_a_set_of_another_kind_does_not_fill_the_screen(at: Layout) -> None:
+    """Twenty wrong lines are ten problems and how many more there are."""
+    data = items_as([{"id": item["id"]} for item in ITEMS])
+    write(at.root, with_set(at.params.read_text(encoding="utf-8"), data))
+    (at.root / EVAL_PATH).parent.mkdir(parents=True)
+    (at.root / EVAL_PATH).write_bytes(data)
+
+    found = file_problems(at)
+
+    assert len(found) == 11
+    assert found[-1].endswith(f"{EVAL_PATH} has 50 problems more like these")
+
+
 # --- slices -----------------------------------------------------------------------------------
 
 
@@ -1075,8 +1151,8 @@ def test_slices_of_what_is_gone_are_removed(at: Layout) -> None:
     declaration.write_slices(declaration.load(at.params), at)
     base = at.root / "work/params"
     (base / "fetch/.old.json.part").write_bytes(b"")
-    (base / "verify").mkdir()
-    (base / "verify/tiny-llama.json").write_bytes(b"{}")
+    (base / "weigh").mkdir()
+    (base / "weigh/tiny-llama.json").write_bytes(b"{}")
     lines = at.params.read_text(encoding="utf-8").splitlines()
     start = lines.index("  qwen3-8b:")
     kept = [each for each in lines[:start] + lines[start + 4 :] if "qwen3-8b-Q4" not in each]
@@ -1084,9 +1160,7 @@ def test_slices_of_what_is_gone_are_removed(at: Layout) -> None:
 
     declaration.write_slices(declaration.load(at.params), at)
 
-    assert not [
-        name for name in written(at) if "qwen" in name or "verify" in name or "part" in name
-    ]
+    assert not [name for name in written(at) if "qwen" in name or "weigh" in name or "part" in name]
     assert "quantize/tiny-llama-Q8_0.json" in written(at)
 
 
