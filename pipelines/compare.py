@@ -45,7 +45,7 @@ from pipelines.errors import FleetError, ParamsError
 from pipelines.records import FileDigest, Validity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from pipelines.compare_records import QualityComparison
@@ -496,7 +496,7 @@ def measure(session: Session, *, doubling_fits: bool = True) -> Measured:
         if not reasons:
             console.step(f"{wording.counted(plan.pairs, 'pair')} of champion and challenger")
             for end in (plan.pairs, 2 * plan.pairs):
-                pairs += session.pairs(len(pairs), end, _teller(plan, pairs, end))
+                session.pairs(pairs, end, _teller(plan, end))
                 outcome = stats_paired.worst_of(
                     [one.outcome for one in judge(plan, pairs) if one is not None]
                 )
@@ -573,12 +573,10 @@ def drifted(speed: Sequence[SpeedComparison]) -> list[str]:
     ]
 
 
-def _teller(plan: Plan, before: Sequence[Pair], end: int) -> Any:  # noqa: ANN401 - a callback
+def _teller(plan: Plan, end: int) -> Callable[[Sequence[Pair]], None]:
     """Say after each pair how it stands."""
-    earlier = tuple(before)
 
-    def tell(new: Sequence[Pair]) -> None:
-        pairs = (*earlier, *new)
+    def tell(pairs: Sequence[Pair]) -> None:
         parts = []
         for number, metric in enumerate(metrics(plan, pairs)):
             if number in plan.gated:

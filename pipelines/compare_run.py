@@ -33,7 +33,7 @@ from pipelines import (
     wording,
 )
 from pipelines.compare_records import PairSample, VoidPair
-from pipelines.errors import MachineError
+from pipelines.errors import ParamsError
 from pipelines.records import Finite, Part, Validity
 
 if TYPE_CHECKING:
@@ -378,13 +378,11 @@ class Session:
         """Measure the champion against itself."""
         return tuple(self._pair("control", index) for index in range(self.plan.control_pairs))
 
-    def pairs(self, begin: int, end: int, tell: Callable[[Sequence[Pair]], None]) -> list[Pair]:
-        """Measure pairs; `tell` is called with those of this call after each."""
-        found: list[Pair] = []
-        for index in range(begin, end):
-            found.append(self._pair("pairs", index))
+    def pairs(self, found: list[Pair], end: int, tell: Callable[[Sequence[Pair]], None]) -> None:
+        """Add pairs to those that were found until there are `end`; `tell` hears after each."""
+        while len(found) < end:
+            found.append(self._pair("pairs", len(found)))
             tell(found)
-        return found
 
     def _pair(self, phase: Phase, index: int) -> Pair:
         """
@@ -526,10 +524,10 @@ def refuse_wrong_plan(plan: Plan) -> None:
     See that something is left to count.
 
     Raises:
-        MachineError: No repetition would be left.
+        ParamsError: No repetition would be left.
     """
     if plan.dropped_repetitions >= plan.repetitions:
-        raise MachineError(
+        raise ParamsError(
             f"compare.dropped_repetitions ({plan.dropped_repetitions}) leaves none of "
             f"{plan.repetitions} repetitions.",
             hint="Raise compare.repetitions in params.yaml.",
