@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from gguf_factory import converted_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvml_replay import TRACES, replay
 from record_factory import validity as validity_block
@@ -393,6 +393,7 @@ def worsened(seen: Conditions, by: float) -> list[Conditions]:
     ]  # fmt: skip
 
 
+@settings(deadline=None)
 @given(seen=conditions(), by=WORSE)
 def test_a_worse_reading_never_makes_an_invalid_run_valid(seen: Conditions, by: float) -> None:
     """And never takes a reason away, but for the card that nobody watched any more."""
@@ -412,6 +413,7 @@ ACTION = re.compile(
 )
 
 
+@settings(deadline=None)
 @given(seen=conditions())
 def test_every_reason_names_value_limit_and_what_to_do(seen: Conditions) -> None:
     """A reader has to know how bad it was, how bad it may be, and what helps."""
