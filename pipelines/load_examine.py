@@ -9,14 +9,18 @@ numbers INVALID; a file that cannot be loaded is a failure of that file.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from pipelines import (
+    architectures,
     console,
     corpora,
     degenerate,
+    gguf_header,
     golden,
     load_conditions,
+    load_embeddings,
     load_gates,
     load_session,
     records,
@@ -24,6 +28,7 @@ from pipelines import (
     wording,
 )
 from pipelines.errors import MachineError
+from pipelines.llama_embeddings import VectorError
 from pipelines.load_conditions import Attended
 from pipelines.load_records import Smoke, WinnerTest
 from pipelines.load_session import NotAnsweredError
@@ -34,9 +39,11 @@ if TYPE_CHECKING:
 
     from pipelines.layout import Layout
     from pipelines.load.dialects import Answer
+    from pipelines.load_embeddings import Due
     from pipelines.load_records import (
         Calibration,
         Degenerate,
+        EmbeddingCheck,
         Golden,
         LoadGate,
         LoadRun,
@@ -44,7 +51,7 @@ if TYPE_CHECKING:
         Served,
     )
     from pipelines.load_session import Session
-    from pipelines.params import LoadTestSlice
+    from pipelines.params import LoadTestSlice, Slo
     from pipelines.prompts import Prompts
     from pipelines.records import Validity
     from pipelines.serving.modelfile import Modelfile
@@ -116,18 +123,28 @@ class Examiner:
             path, sha256 = self.at.gguf(model, key), quantized.gguf.sha256
         return server.GgufFile(type=type_, path=path, sha256=sha256, modelfile=self.modelfile)
 
+    @cached_property
+    def is_encoder(self) -> bool:
+        """Whether the model makes embeddings, and goes on with no text."""
+        return architectures.is_encoder(gguf_header.read(self.at.f16(self.wanted.model)))
+
+    def corpus(self) -> str:
+        """Return the text of which requests are made."""
+        corpora.require(self.wanted.corpus, self.at, "text of the load test's prompts")
+        return (self.at.root / self.wanted.corpus.path).read_text(encoding="utf-8")
+
     def session(self, loaded: Loaded) -> Session:
         """Make ready to drive a loaded model."""
-        corpora.require(self.wanted.corpus, self.at, "text of the load test's prompts")
         return load_session.opened(
             url=loaded.url,
             api=loaded.api,
             name=loaded.name,
             declared=self.wanted.load_test,
             slos=self.wanted.slos,
-            corpus=(self.at.root / self.wanted.corpus.path).read_text(encoding="utf-8"),
+            corpus=self.corpus(),
             context_tokens=self.wanted.context_tokens,
             log=self.log,
+            task="embed" if self.is_encoder else "chat",
         )
 
     def regressions(self, session: Session) -> tuple[RegressionResult, ...]:
@@ -144,16 +161,33 @@ class Examiner:
     # --- the whole test -----------------------------------------------------------------------
 
     def winner(
-        self, host: Host, reference: Reference, f16: F16Answers, type_: str, hosts: tuple[str, ...]
+        self,
+        host: Host,
+        reference: Reference | None,
+        f16: F16Answers,
+        type_: str,
+        hosts: tuple[str, ...],
     ) -> WinnerTest:
-        """Test the quant that `hosts` chose."""
+        """
+        Test the quant that `hosts` chose.
+
+        Args:
+            host: Where it is served.
+            reference: What upstream renders; None of an encoder, which has no template.
+            f16: Answers to compare with; an encoder gives none.
+            type_: The quant.
+            hosts: Those that chose it.
+        """
         console.step(f"load test of {type_}")
         seen = Findings()
         try:
+            # Before the engine has the memory.
+            due = self._embeddings_due(host, type_)
             with host.load(self.file(type_)) as loaded:
                 seen.served = loaded.served
                 seen.notes += loaded.notes
-                self._examine(loaded, reference, seen)
+                self._compare(loaded, reference, due, seen)
+                self._examine(loaded, seen)
         except server.LoadFailed as error:
             seen.failures.append(error.message)
         except server.ServingError as error:
@@ -180,19 +214,50 @@ class Examiner:
             invalid=tuple(map(wording.clause, seen.invalid)),
             notes=tuple(seen.notes),
             validity=seen.validity,
+            embeddings=seen.embeddings,
         )
 
-    def _examine(self, loaded: Loaded, reference: Reference, seen: Findings) -> None:
+    def _embeddings_due(self, host: Host, type_: str) -> Due | None:
+        """Let the toolchain embed a few texts with an encoder."""
+        if not self.is_encoder:
+            return None
+        return load_embeddings.by_toolchain(
+            self.file(type_), self.corpus(), self.settings, host.engine.tools, log=self.log
+        )
+
+    def _compare(
+        self, loaded: Loaded, reference: Reference | None, due: Due | None, seen: Findings
+    ) -> None:
+        """Hold what the engine makes of a text against upstream, or against the toolchain."""
+        if reference is not None:
+            seen.golden = golden.check(reference, self.prompts, loaded)
+        if due is None:
+            return
+        try:
+            seen.embeddings = load_embeddings.check(due, loaded)
+        except VectorError as error:
+            seen.failures.append(error.message)
+        else:
+            if seen.embeddings.outcome == "FAIL":
+                seen.failures.append(seen.embeddings.sentence)
+        slos = self.wanted.slos.values()
+        if any(slo.ttft_ms is not None or slo.tpot_ms is not None for slo in slos):
+            seen.notes.append(
+                "an embedding comes in one piece: levels on the first token and on further ones "
+                "were not judged"
+            )
+
+    def _examine(self, loaded: Loaded, seen: Findings) -> None:
         """Ask, drive, watch."""
-        seen.golden = golden.check(reference, self.prompts, loaded)
         try:
             session = self.session(loaded)
         except NotAnsweredError as error:
             loaded.verify()
             seen.failures.append(error.message)
             return
-        seen.answers = session.greedy_answers(loaded.served.type)
-        seen.regressions = self.regressions(session)
+        if not self.is_encoder:
+            seen.answers = session.greedy_answers(loaded.served.type)
+            seen.regressions = self.regressions(session)
         with Attended() as attended:
             session.drive(seen.runs, loaded.verify)
         seen.served = loaded.served.model_copy(update={"peak_memory_mib": loaded.peak_memory_mib()})
@@ -224,30 +289,39 @@ class Examiner:
             for host in hosts
             for gate in load_gates.judge(
                 judged,
-                self.wanted.slos[host],
+                self._levels(host),
                 host,
                 self.wanted.hosts[host],
                 peak_memory_mib=seen.served.peak_memory_mib,
             )
         )
 
+    def _levels(self, host: str) -> Slo:
+        slo = self.wanted.slos[host]
+        return load_session.of_embeddings(slo) if self.is_encoder else slo
+
     # --- the smoke ----------------------------------------------------------------------------
 
-    def smoke(self, host: Host, reference: Reference, type_: str) -> Smoke:
-        """Load a quant, compare one prompt, send a few requests."""
+    def smoke(self, host: Host, reference: Reference | None, type_: str) -> Smoke:
+        """Load a quant, compare one prompt or a few embeddings, send a few requests."""
         console.step(f"smoke of {type_}")
         one = self.prompts.model_copy(update={"conversations": self.prompts.conversations[:1]})
         served: Served | None = None
         run: LoadRun | None = None
         wrong: list[str] = []
         try:
+            due = self._embeddings_due(host, type_)
             with host.load(self.file(type_)) as loaded:
                 served = loaded.served
-                objection = golden.objection(golden.check(reference, one, loaded))
-                wrong += [objection] if objection else []
+                if reference is not None:
+                    objection = golden.objection(golden.check(reference, one, loaded))
+                    wrong += [objection] if objection else []
+                if due is not None:
+                    checked = load_embeddings.check(due, loaded)
+                    wrong += [checked.sentence] if checked.outcome == "FAIL" else []
                 run = self.session(loaded).smoke(type_)
                 loaded.verify()
-        except (server.ServingError, NotAnsweredError) as error:
+        except (server.ServingError, NotAnsweredError, VectorError) as error:
             wrong.append(error.message)
         if run is not None and run.ok_count < run.requests_count:
             errors = ", ".join(f"{name} {count}" for name, count in run.errors.items())
@@ -260,7 +334,8 @@ class Examiner:
             ok_count=ok,
             outcome="FAIL" if wrong else "PASS",
             sentence="; ".join(map(wording.clause, wrong))
-            or f"loaded, prompted right, {ok} of {sent} requests answered",
+            or f"loaded, {'embeds' if self.is_encoder else 'prompted'} right, {ok} of {sent} "
+            "requests answered",
         )
 
 
@@ -270,6 +345,7 @@ class Findings:
 
     served: Served | None = None
     golden: Golden | None = None
+    embeddings: EmbeddingCheck | None = None
     answers: GreedyAnswers = field(default_factory=list)
     runs: list[LoadRun] = field(default_factory=list)
     calibration: Calibration | None = None

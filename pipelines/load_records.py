@@ -7,9 +7,14 @@ never estimated from text or chunks: a chunk is not a token.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import model_serializer
 
 from pipelines.records import Finite, MachineId, Part, Record, Validity
+
+if TYPE_CHECKING:
+    from pydantic import SerializerFunctionWrapHandler
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 # Everything that can be wrong with one request; `ok` is the only success. Source of the failures
@@ -178,6 +183,20 @@ class Degenerate(Part):
     kinds: dict[str, int]
 
 
+class EmbeddingCheck(Part):
+    """
+    Embeddings that the engine serves beside those that the toolchain's llama.cpp makes of the file.
+
+    `cosine_min` is the smallest cosine over `texts_count` texts, `limit` what it must reach.
+    """
+
+    texts_count: int
+    cosine_min: Finite
+    limit: Finite
+    outcome: Literal["PASS", "FAIL"]
+    sentence: str
+
+
 class Smoke(Part):
     """A published quant that is not the winner: loaded, one golden prompt, a few requests."""
 
@@ -256,6 +275,16 @@ class WinnerTest(Part):
     notes: tuple[str, ...]
     # Of the machine while it was under load; None if it never was. Its reasons are in `invalid`.
     validity: Validity | None = None
+    # Of an encoder, in the place of golden prompts, greedy answers and regressions.
+    embeddings: EmbeddingCheck | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what only encoders have."""
+        fields: dict[str, Any] = handler(self)
+        if self.embeddings is None:
+            del fields["embeddings"]
+        return fields
 
 
 class LoadTestRecord(Record):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipelines.load.dialects import Answer
-    from pipelines.load.plan import Api, Plan, Target
+    from pipelines.load.plan import Api, Plan, Target, Task
     from pipelines.load_records import Calibration, LoadRun
     from pipelines.params import LoadTest, Slo
 
@@ -63,6 +63,7 @@ def opened(  # noqa: PLR0913 - each is one independent fact about the session
     context_tokens: int | None,
     log: Path,
     salt: int = 0,
+    task: Task = "chat",
 ) -> Session:
     """
     Make ready to drive a model: ask the server how it tokenizes the corpus.
@@ -78,6 +79,7 @@ def opened(  # noqa: PLR0913 - each is one independent fact about the session
         log: Output of the generator's processes.
         salt: Changes what prompts begin with and nothing else of them: another one for each test of
             a server that keeps the prompts of earlier ones.
+        task: Answers to conversations, or embeddings; of those only the whole time is judged.
 
     Raises:
         NotAnsweredError: The server does not answer, or says nothing of the tokens that it read.
@@ -93,16 +95,22 @@ def opened(  # noqa: PLR0913 - each is one independent fact about the session
         temperature=0.0,
         seed=declared.seed,
         context_tokens=context_tokens,
+        task=task,
     )
     return Session(
         target=target,
         declared=declared,
-        slos=slos,
+        slos=slos if task == "chat" else {host: of_embeddings(slo) for host, slo in slos.items()},
         corpus=corpus,
         chars_per_token=_chars_per_token(target, corpus, log),
         log=log,
         salt=salt,
     )
+
+
+def of_embeddings(slo: Slo) -> Slo:
+    """Return the levels that an embedding can keep: it comes in one piece."""
+    return slo.model_copy(update={"ttft_ms": None, "tpot_ms": None})
 
 
 def _chars_per_token(target: Target, corpus: str, log: Path) -> float:
@@ -290,9 +298,12 @@ class Session:
         ) as progress:
             return generator.run(planned, self.target, log=self.log, progress=progress)
 
+    def _embeds(self, run: LoadRun) -> bool:
+        return self.target.task == "embed" and run.ok_count > 0
+
     def calibrate(self, runs: Sequence[LoadRun]) -> Calibration | None:
         """Measure the client at the fastest pace that a run showed; None if no run had output."""
-        paces = [_pace(run) for run in runs if run.output_tok_s > 0]
+        paces = [_pace(run) for run in runs if run.output_tok_s > 0 or self._embeds(run)]
         if not paces:
             return None
         streams, pace = max(paces, key=math.prod)
@@ -317,8 +328,12 @@ def _pace(run: LoadRun) -> tuple[int, float]:
     """
     Return (streams at the same time, chunks a second of one of them) while they are streamed.
 
-    Tokens over the whole run are fewer: prompts are read in between, and nothing comes.
+    Tokens over the whole run are fewer: prompts are read in between, and nothing comes. Of
+    embeddings each is one chunk, and as many are waited for as there are users.
     """
+    if run.output_tok_s <= 0:
+        users = run.concurrency or max(1, run.effective_slots)
+        return users, run.requests_s / users
     streams = max(1, run.effective_slots)
     average = run.output_tok_s / streams
     if run.tpot_ms is None or run.tpot_ms.p50 <= 0:

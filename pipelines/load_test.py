@@ -36,6 +36,7 @@ from pipelines.serving import engine as engines
 from pipelines.serving import modelfile, server
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from pipelines.layout import Layout
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from pipelines.records import ChoiceRecord
     from pipelines.serving.modelfile import Modelfile
     from pipelines.toolchain import Toolchain
+    from pipelines.upstream_chat import Reference
 
 # A longer one is no licence; its name is laid beside the model then.
 _LICENSE_BYTES = 1 << 20
@@ -151,30 +153,39 @@ def _serve(
     (console.info if engine.id.declared else console.warn)(engine.id.sentence)
     hosts = _hosts_by_winner(choice)
     with (
-        upstream_chat.start(
-            at.source(wanted.model),
-            examiner.prompts,
-            examiner.log,
-            system=examiner.modelfile.system or "",
-            messages=[
-                {"role": each.role, "content": each.content} for each in examiner.modelfile.messages
-            ],
-        ) as pending,
+        _upstream(examiner) as reference,
         server.open_host(
             engine, examiner.settings, model=wanted.model, at=at, log=examiner.log
         ) as host,
     ):
         f16 = F16Answers(examiner, host)
         winners = tuple(
-            examiner.winner(host, pending.result(), f16, type_, names)
-            for type_, names in hosts.items()
+            examiner.winner(host, reference(), f16, type_, names) for type_, names in hosts.items()
         )
         smokes = tuple(
-            examiner.smoke(host, pending.result(), type_)
+            examiner.smoke(host, reference(), type_)
             for type_ in passing(choice, wanted)
             if type_ not in hosts
         )
     return engine.id, winners, smokes
+
+
+@contextlib.contextmanager
+def _upstream(examiner: Examiner) -> Iterator[Callable[[], Reference | None]]:
+    """Let upstream render the golden prompts meanwhile; an encoder has no template to render by."""
+    if examiner.is_encoder:
+        yield lambda: None
+        return
+    with upstream_chat.start(
+        examiner.at.source(examiner.wanted.model),
+        examiner.prompts,
+        examiner.log,
+        system=examiner.modelfile.system or "",
+        messages=[
+            {"role": each.role, "content": each.content} for each in examiner.modelfile.messages
+        ],
+    ) as pending:
+        yield pending.result
 
 
 def _hosts_by_winner(choice: ChoiceRecord) -> dict[str, tuple[str, ...]]:

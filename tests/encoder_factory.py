@@ -166,7 +166,7 @@ def benchmark_slice(at: Layout, type_: str, **changes: Any) -> BenchmarkSlice:
         "depths": (0, 16),
         "repetitions": 3,
         "dropped_repetitions": 1,
-        "threads": 2,
+        "threads": 1,
         "quality": Quality(context_tokens=64, chunks=4),
     }
     return BenchmarkSlice(

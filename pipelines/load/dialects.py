@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from pipelines.load.plan import Api, Prompt, Target
+    from pipelines.load.plan import Api, Prompt, Target, Task
     from pipelines.load_records import ErrorClass
 
 # Ollama ends a stream after more than 30 equal tokens, without `done` and without an error
@@ -27,6 +28,8 @@ _DETAIL_CHARS: Final = 300
 # A token is some tens of bytes of text in some hundred bytes of JSON.
 _TOKEN_BYTES: Final = 2048
 _ANSWER_BYTES: Final = 1 << 18
+# 16,384 dimensions, each of some twenty letters.
+_EMBEDDING_BYTES: Final = 1 << 20
 # Tokens, or nanoseconds of a hundred days; sums of more are no numbers any more.
 _MOST_COUNTED: Final = 1 << 53
 _HTTP_OK: Final = 200
@@ -74,7 +77,8 @@ class Answer:
     Attributes:
         index: Place in the plan's prompts, of which the first are the warm-up's.
         scheduled_ns, sent_ns, end_ns: See `Exchange`.
-        first_ns, last_ns: Times of the first and last chunk with content; thinking is content.
+        first_ns, last_ns: Times of the first and last chunk with content; thinking is content. An
+            embedding comes in one piece: it has a last one, and no first.
         done_ns: When the server said that generation had ended. An answer that ended by itself has
             a last token that is no content: it is in the server's count, and generated until then.
         error: Class of the failure; None of a success.
@@ -118,8 +122,10 @@ class Answer:
         return self.error is None
 
 
-def path(api: Api) -> str:
+def path(api: Api, task: Task = "chat") -> str:
     """Path of the endpoint."""
+    if task == "embed":
+        return "/api/embed" if api == "ollama" else "/v1/embeddings"
     return "/api/chat" if api == "ollama" else "/v1/chat/completions"
 
 
@@ -135,6 +141,8 @@ def body(target: Target, prompt: Prompt) -> dict[str, Any]:
     OpenAI-compatible: without `include_usage` there are no counts of tokens; `max_tokens`, since
     Ollama does not read `max_completion_tokens`.
     """
+    if target.task == "embed":
+        return _embedding_body(target, prompt.messages[-1]["content"])
     messages = list(prompt.messages)
     if target.api == "ollama":
         return {
@@ -161,8 +169,18 @@ def body(target: Target, prompt: Prompt) -> dict[str, Any]:
     }
 
 
+def _embedding_body(target: Target, text: str) -> dict[str, Any]:
+    """Ask for one embedding; Ollama would silently cut a text that is too long."""
+    asked: dict[str, Any] = {"model": target.model, "input": text}
+    if target.api == "ollama":
+        return asked | {"truncate": False}
+    return asked | {"encoding_format": "float"}
+
+
 def most_bytes(target: Target) -> int:
-    """Bytes beyond which an answer is no answer of so many tokens."""
+    """Bytes beyond which an answer is no answer of so many tokens, or no embedding."""
+    if target.task == "embed":
+        return _EMBEDDING_BYTES
     return _ANSWER_BYTES + _TOKEN_BYTES * target.generate_tokens
 
 
@@ -183,6 +201,7 @@ class _Reading:
     said: list[str] = field(default_factory=list)
     done: bool = False
     done_stamp: int | None = None
+    embedded_stamp: int | None = None
     done_reason: str = ""
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -214,7 +233,7 @@ def read(exchange: Exchange, target: Target, prompt: Prompt) -> Answer:
         sent_ns=exchange.sent_ns,
         end_ns=exchange.end_ns,
         first_ns=reading.stamps[0] if reading.stamps else None,
-        last_ns=reading.stamps[-1] if reading.stamps else None,
+        last_ns=reading.stamps[-1] if reading.stamps else reading.embedded_stamp,
         done_ns=reading.done_stamp,
         error=error,
         detail=detail,
@@ -233,7 +252,7 @@ def read(exchange: Exchange, target: Target, prompt: Prompt) -> Answer:
 
 
 def _read(exchange: Exchange, target: Target, reading: _Reading) -> None:
-    """Take in every line, up to a failure."""
+    """Take in an answer, up to a failure."""
     if exchange.status is None:
         raise _Failed(exchange.failure or "connect", exchange.detail)
     if exchange.status >= _HTTP_SERVER_ERROR:
@@ -242,6 +261,14 @@ def _read(exchange: Exchange, target: Target, reading: _Reading) -> None:
         raise _Failed("http_4xx", _told(exchange))
     if exchange.status != _HTTP_OK:
         raise _Failed("malformed", f"status {exchange.status}")
+    if target.task == "embed":
+        _embedding(exchange, target, reading)
+    else:
+        _lines(exchange, target, reading)
+
+
+def _lines(exchange: Exchange, target: Target, reading: _Reading) -> None:
+    """Take in a stream, line by line."""
     take = _ollama if target.api == "ollama" else _openai
     *lines, rest = exchange.body.split(b"\n")
     reads = zip(exchange.stamps, itertools.accumulate(exchange.sizes), strict=True)
@@ -291,17 +318,18 @@ def _judge(exchange: Exchange, target: Target, prompt: Prompt, reading: _Reading
         raise _Failed(
             "truncated_stream", f"ended after {len(reading.chunks)} chunks without saying so"
         )
-    if not reading.chunks or reading.output_tokens == 0:
+    if reading.embedded_stamp is None and (not reading.chunks or reading.output_tokens == 0):
         raise _Failed("empty_output", f"done ({reading.done_reason or 'no reason'}) and no token")
     read_tokens = reading.prompt_tokens
     if read_tokens is None:
         return
     if prompt.tokens is not None and read_tokens < prompt.tokens:
         raise _Failed("cut_context", f"{read_tokens} of {prompt.tokens} prompt tokens were read")
-    if target.context_tokens is not None and read_tokens >= target.context_tokens:
+    # A text may fill the context of an encoder, since nothing follows it.
+    room = target.context_tokens if target.task == "chat" else None
+    if room is not None and read_tokens >= room:
         raise _Failed(
-            "cut_context", f"{read_tokens} prompt tokens fill the context of "
-            f"{target.context_tokens}"
+            "cut_context", f"{read_tokens} prompt tokens fill the context of {room}"
         )  # fmt: skip
 
 
@@ -395,6 +423,50 @@ def _openai_choice(choice: object, stamp: int, line: bytes, reading: _Reading) -
     reason = _text(choice.get("finish_reason"), line)
     if reason:
         reading.done_stamp, reading.done_reason = stamp, reason
+
+
+# --- embeddings -------------------------------------------------------------------------------
+
+
+def _embedding(exchange: Exchange, target: Target, reading: _Reading) -> None:
+    """
+    Take in an answer that is one JSON object, with one vector of finite numbers, not all zero.
+
+    Whether it is the right vector is another question (`pipelines.load_embeddings`).
+    """
+    if exchange.failure is not None:
+        raise _Failed(exchange.failure, exchange.detail)
+    value = _parsed(exchange.body)
+    _fail_on_error(value)
+    if target.api == "ollama":
+        vectors, counted = value.get("embeddings"), value
+        name = "prompt_eval_count"
+    else:
+        data = value.get("data")
+        vectors = (
+            [each.get("embedding") if isinstance(each, dict) else None for each in data]
+            if isinstance(data, list)
+            else None
+        )
+        usage = value.get("usage")
+        counted, name = usage if isinstance(usage, dict) else {}, "prompt_tokens"
+    reading.prompt_tokens = _count(counted.get(name), exchange.body)
+    if not isinstance(vectors, list) or len(vectors) != 1:
+        raise _Failed("malformed", "not one embedding of one text")
+    if not _is_vector(vectors[0]):
+        raise _Failed("empty_output", "an embedding without numbers, or of zeros")
+    reading.done = True
+    reading.embedded_stamp = reading.done_stamp = (
+        exchange.stamps[-1] if exchange.stamps else exchange.end_ns
+    )
+
+
+def _is_vector(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and all(isinstance(each, int | float) and math.isfinite(each) for each in value)
+        and any(value)
+    )
 
 
 # --- lines ------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def summarise(plan: Plan, raw: Raw, slos: Mapping[str, Slo]) -> LoadRun:
         prompt_tokens_median=_median(each.prompt_tokens for each in fine),
         output_tokens_median=_median(each.output_tokens for each in fine),
         done_reasons=_done_reasons(fine),
-        ttft_ms=spread([ttft_ms(each) for each in fine]),
+        ttft_ms=spread([ttft_ms(each) for each in fine if each.first_ns is not None]),
         tpot_ms=spread([each for each in map(tpot_ms, fine) if each is not None]),
         gap_ms=_spread_of_gaps(raw.gaps_us),
         e2e_ms=spread([e2e_ms(each) for each in fine]),
@@ -222,7 +222,7 @@ def _kept(fine: Sequence[Answer], slo: Slo) -> dict[str, set[int]]:
     for answer in fine:
         one_token = answer.output_tokens == 1
         values = {
-            "ttft": ttft_ms(answer),
+            "ttft": ttft_ms(answer) if answer.first_ns is not None else None,
             "tpot": 0.0 if one_token else tpot_ms(answer),
             "e2e": e2e_ms(answer),
         }
@@ -284,7 +284,8 @@ def _notes(plan: Plan, raw: Raw, fine: Sequence[Answer]) -> Iterable[str]:
         yield f"{failed.total()} of {len(raw.warm_up)} requests of the warm-up failed: {kinds}"
     for kind, first in _first_of_each(raw.answers).items():
         yield f"{kind}, the first: {console.clean(' '.join(first.detail.split()))}"
-    unknown = sum(answer.output_tokens is None for answer in fine)
+    # An embedding has no first content, and no tokens of its own.
+    unknown = sum(each.output_tokens is None and each.first_ns is not None for each in fine)
     if unknown:
         yield f"the server gave no count of tokens for {unknown:,} of {len(fine):,} answers"
     single = sum(answer.output_tokens == 1 for answer in fine)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 NONCE_BITS: Final = 48
 
 Api = Literal["ollama", "openai"]
+# What a request asks for: an answer to a conversation, or the embedding of its last text.
+Task = Literal["chat", "embed"]
 Kind = Literal["closed", "open", "soak"]
 
 
@@ -54,6 +56,7 @@ class Target:
         seed: Of sampling.
         context_tokens: Context of a request; an answer to a prompt that fills it was cut. None
             where it is not known.
+        task: What is asked for; an embedding has no length, temperature or seed.
     """
 
     url: str
@@ -64,6 +67,7 @@ class Target:
     temperature: float
     seed: int
     context_tokens: int | None
+    task: Task = "chat"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,7 @@ class _User:
         headers = access.headers() | {"Content-Type": "application/json"}
         session = requests.Session()
         session.trust_env = False
-        url = target.url.rstrip("/") + dialects.path(target.api)
+        url = target.url.rstrip("/") + dialects.path(target.api, target.task)
         self._form = session.prepare_request(requests.Request("POST", url, headers=headers))
         self._adapter = HTTPAdapter(pool_connections=1, pool_maxsize=1)
         self._adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}

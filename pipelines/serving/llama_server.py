@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import console
+from pipelines import architectures, console
 from pipelines.load_records import Served
 from pipelines.serving import ollama_store, server
 from pipelines.serving.sandbox import HOST
@@ -32,6 +32,7 @@ from pipelines.serving.server import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from pipelines.llama_embeddings import Embedded
     from pipelines.serving.engine import Engine
     from pipelines.serving.sandbox import Sandbox
     from pipelines.serving.server import Api, Client, GgufFile, Running, Settings
@@ -46,15 +47,24 @@ _ERRORS_SHOWN: Final = 4
 
 
 def argv(  # noqa: PLR0913 - each is one independent fact about a server
-    program: Path, gguf: Path, settings: Settings, *, name: str, port: int, backend: str
+    program: Path,
+    gguf: Path,
+    settings: Settings,
+    *,
+    name: str,
+    port: int,
+    backend: str,
+    is_encoder: bool = False,
 ) -> list[str]:
     """
     Spell a server with nothing left to defaults that decides what or how fast it answers.
 
     As below Ollama: no cache of prompts in main memory, no shifting of the context, a part of the
     cache for each slot, and without a GPU the weights are read into memory and not mapped.
-    `auto` layers are those that fit; without fitting it would mean all.
+    `auto` layers are those that fit; without fitting it would mean all. An encoder reads a text in
+    one piece, so its batches are as long as its context.
     """
+    run_as = server.execution(settings, backend, is_encoder=is_encoder)
     layers = server.layers_word(settings, backend)
     mapped = [] if backend != "cpu" else ["--load-mode", "none"]
     return [
@@ -65,7 +75,8 @@ def argv(  # noqa: PLR0913 - each is one independent fact about a server
         *("-ngl", layers, "--fit", "on" if layers == "auto" else "off"),
         *("-fa", "on" if settings.flash_attention else "off"),
         *("-ctk", settings.kv_type, "-ctv", settings.kv_type),
-        *("-b", str(server.BATCH_TOKENS), "-ub", str(server.UBATCH_TOKENS)),
+        *("-b", str(run_as.batch_tokens), "-ub", str(run_as.ubatch_tokens)),
+        *(["--embedding"] if is_encoder else []),
         *("--no-kv-unified", "--no-context-shift", "--cache-ram", "0", "--cont-batching"),
         *("--no-webui", "--offline", "--no-mmproj", "--jinja", "--metrics", "--slots"),
         *("--log-verbosity", "4", "--log-colors", "off"),
@@ -91,7 +102,7 @@ class LlamaServerHost(Host):
     def load(self, file: GgufFile) -> Iterator[Loaded]:
         """See `Host.load`."""
         settings, tools = self.settings, self.engine.tools
-        server.read_header(file, settings)
+        is_encoder = architectures.is_encoder(server.read_header(file, settings))
         server.require_memory(file, settings, tools, log=self._log)
         proven = server.prove(file)
         name = str(ollama_store.name_of(self._model, file.type))
@@ -128,6 +139,7 @@ class LlamaServerHost(Host):
                 name=name,
                 port=port,
                 backend=tools.backend,
+                is_encoder=is_encoder,
             ),
             env=lambda _: environment,
             cwd=self._place.temporary,
@@ -271,6 +283,14 @@ def openai_prompt_tokens(
     return server.count_of(usage if isinstance(usage, dict) else {}, "prompt_tokens", program)
 
 
+def openai_embedding(client: Client, name: str, text: str) -> Embedded:
+    """Return the embedding that an OpenAI-compatible server makes of a text."""
+    from pipelines import llama_embeddings  # noqa: PLC0415 - it imports us
+
+    asked = {"model": name, "input": text, "encoding_format": "float"}
+    return llama_embeddings.of_openai(client.post("/v1/embeddings", asked))
+
+
 def without_thinking(program: str) -> dict[str, Any]:
     """Return what tells an OpenAI-compatible route to answer at once: Ollama's, or all others'."""
     if program == PROGRAM:
@@ -323,6 +343,9 @@ class _LoadedByLlamaServer(Loaded):
 
     def prompt_tokens(self, messages: Sequence[Mapping[str, Any]]) -> int:
         return openai_prompt_tokens(self._running.client, PROGRAM, self.name, messages)
+
+    def embed(self, text: str) -> Embedded:
+        return openai_embedding(self._running.client, self.name, text)
 
     def verify(self) -> None:
         self._running.require_alive()

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import console
+from pipelines import architectures, console, llama_embeddings
 from pipelines.load_records import Served
 from pipelines.serving import llama_server, ollama_store, server
 from pipelines.serving.sandbox import HOST
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from pipelines.llama_embeddings import Embedded
     from pipelines.serving.engine import Engine
     from pipelines.serving.ollama_store import Placed
     from pipelines.serving.sandbox import Sandbox
@@ -51,6 +52,9 @@ PROGRAM: Final = "ollama"
 # It answers in 0.05 s; on a busy host, or one whose GPUs are asked first, it takes longer.
 _UP_WITHIN_S: Final = 60.0
 _BIND_FAILURE: Final = "address already in use"
+# Longest text that Ollama lets an encoder read, where no num_batch says otherwise: an encoder reads
+# it in one batch (llm/llama_server.go, DefaultEmbeddingNumBatch).
+ENCODER_BATCH_TOKENS: Final = 2048
 # How Go says that SIGKILL ended the llama-server below.
 _KILLED: Final = "signal: killed"
 # An Ollama of PATH brings libraries for cards. Where the toolchain, and so the benchmark, has none,
@@ -116,7 +120,10 @@ class OllamaHost(Host):
     def load(self, file: GgufFile) -> Iterator[Loaded]:
         """See `Host.load`."""
         settings, tools = self.settings, self.engine.tools
-        server.read_header(file, settings)
+        is_encoder = architectures.is_encoder(server.read_header(file, settings))
+        if is_encoder:
+            # server/sched.go: what does not complete texts gets one slot, whatever is asked for.
+            settings = replace(settings, parallel=1)
         server.require_memory(file, settings, tools, log=self._log)
         on_card = server.uses_gpu(settings, tools)
         with ExitStack() as stack:
@@ -149,6 +156,8 @@ class OllamaHost(Host):
                     layers=server.layers_word(settings, tools.backend),
                     whole=server.wants_whole(settings, tools),
                     load_within_s=server.load_within_s(file, settings),
+                    is_encoder=is_encoder,
+                    asked_parallel=self.settings.parallel,
                 ),
                 api="ollama",
             )
@@ -272,6 +281,8 @@ class _Served:
     layers: str
     whole: bool
     load_within_s: float
+    is_encoder: bool = False
+    asked_parallel: int = 1
 
 
 class _LoadedByOllama(Loaded):
@@ -286,7 +297,9 @@ class _LoadedByOllama(Loaded):
         # Whether the context is shifted is an option of the llama-server below: a request that
         # states it otherwise loads the model again. The OpenAI route cannot state it.
         self._request: dict[str, Any] = {"model": self.name, "stream": False}
-        if api == "ollama":
+        if what.is_encoder:
+            self._request = {"model": self.name}
+        elif api == "ollama":
             self._request |= {"shift": False, "truncate": False}
         self._cold_load_ms = self._load()
         self._below = self._only_below()
@@ -294,7 +307,9 @@ class _LoadedByOllama(Loaded):
         self._llama = server.Client(llama_server.PROGRAM, self._below.port)
         self.llama_server_renders = self._below.has_templates
         self.notes = (
-            ()
+            _notes_of_encoder(what)
+            if what.is_encoder
+            else ()
             if self._below.has_templates
             else ("Ollama renders prompts itself: the llama-server below has no template.",)
         )
@@ -303,13 +318,15 @@ class _LoadedByOllama(Loaded):
     def _load(self) -> float:
         """Load the model by a request without a message; return the milliseconds that it took."""
         what = self._what
+        asked: dict[str, Any] = {} if what.is_encoder else {"messages": []}
+        path = "/api/embed" if what.is_encoder else "/api/chat"
         began = time.monotonic()
         try:
             told = server.while_waiting(
                 what.running,
                 lambda: self._ollama.post(
-                    "/api/chat",
-                    self._request | {"messages": [], "keep_alive": -1},
+                    path,
+                    self._request | asked | {"keep_alive": -1},
                     timeout_s=what.load_within_s,
                 ),
                 what=f"load {what.file.path.name}",
@@ -332,7 +349,11 @@ class _LoadedByOllama(Loaded):
                 f"ollama cannot load {what.file.path.name}: {said}",
                 log=what.running.process.log,
             ) from error
-        if told.get("done_reason") != "load":
+        # What comes back without an input: no embedding, or the reason of an answer without words.
+        is_loaded = (
+            told.get("embeddings") == [] if what.is_encoder else told.get("done_reason") == "load"
+        )
+        if not is_loaded:
             raise LoadFailed(f"ollama does not say that it loaded {what.file.path.name}.")
         return round((time.monotonic() - began) * 1e3, 3)
 
@@ -398,6 +419,12 @@ class _LoadedByOllama(Loaded):
             "think": False,
         }
         return server.count_of(self._ollama.post("/api/chat", body), "prompt_eval_count", PROGRAM)
+
+    def embed(self, text: str) -> Embedded:
+        if self.api == "openai":
+            return llama_server.openai_embedding(self._ollama, self.name, text)
+        asked = self._request | {"input": text, "truncate": False}
+        return llama_embeddings.of_ollama(self._ollama.post("/api/embed", asked))
 
     def as_openai(self) -> Loaded:
         return (
@@ -511,6 +538,21 @@ class _LoadedByOllama(Loaded):
         if not isinstance(size, int) or not isinstance(on_card, int):
             raise ServingError("ollama does not say how large the loaded model is.")
         return size, on_card
+
+
+def _notes_of_encoder(what: _Served) -> tuple[str, ...]:
+    notes = []
+    if what.asked_parallel != what.settings.parallel:
+        notes.append(
+            f"Ollama serves an encoder in one slot; serving.parallel: {what.asked_parallel} has no "
+            "effect on it"
+        )
+    if what.settings.context_tokens > ENCODER_BATCH_TOKENS:
+        notes.append(
+            f"Ollama refuses texts of more than {ENCODER_BATCH_TOKENS:,} tokens unless the "
+            "Modelfile states a larger num_batch"
+        )
+    return tuple(notes)
 
 
 def _verified(loaded: Loaded) -> Loaded:

@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import atomic, console, disk, fetch, gguf_header, hashing
+from pipelines import architectures, atomic, console, disk, fetch, gguf_header, hashing
 from pipelines.errors import DigestError, ParamsError
 from pipelines.serving.modelfile import MEDIA_TYPE, Layer
 
@@ -162,10 +162,14 @@ def manifest(header: Header, *, gguf_sha256: str, modelfile: Modelfile) -> Manif
         modelfile: All else that is served; with the options of the runner.
 
     Raises:
-        ParamsError: Neither the GGUF nor the Modelfile has a chat template.
+        ParamsError: Neither the GGUF nor the Modelfile has a chat template; or the Modelfile of an
+            encoder speaks of conversations.
         GgufError: The GGUF does not name its architecture.
     """
-    _require_chat_template(header, modelfile)
+    if architectures.is_encoder(header):
+        _require_no_chat(header, modelfile)
+    else:
+        _require_chat_template(header, modelfile)
     config = Layer(media_type=CONFIG_TYPE, data=_json(_config(header)))
     layers = modelfile.layers()
     model = _descriptor(MODEL_TYPE, gguf_sha256, header.file_size_bytes)
@@ -300,6 +304,25 @@ def _require_chat_template(header: Header, modelfile: Modelfile) -> None:
             f"{header.path.name} has no chat template, and the Modelfile declares no TEMPLATE: "
             "Ollama would render every conversation as ChatML, whatever the model was trained on.",
             hint="Give the source a chat_template, or declare TEMPLATE in a template of its own.",
+        )
+
+
+def _require_no_chat(header: Header, modelfile: Modelfile) -> None:
+    """Ollama puts neither a template nor a system text around what is embedded."""
+    stated = [
+        name
+        for name, value in (
+            ("TEMPLATE", modelfile.template),
+            ("SYSTEM", modelfile.system),
+            ("MESSAGE", modelfile.messages),
+        )
+        if value
+    ]
+    if stated:
+        raise ParamsError(
+            f"{header.path.name} is an encoder, and the Modelfile states {', '.join(stated)}: an "
+            "encoder holds no conversations, and Ollama would take no notice of it.",
+            hint="Remove it, or give the model a Modelfile of its own (`modelfile`, params.yaml).",
         )
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipelines.layout import Layout
+    from pipelines.llama_embeddings import Embedded
     from pipelines.load_records import Served
     from pipelines.serving.engine import Engine
     from pipelines.serving.modelfile import Modelfile
@@ -188,6 +189,16 @@ class Loaded(ABC):
     @abstractmethod
     def prompt_tokens(self, messages: Sequence[Mapping[str, Any]]) -> int:
         """Return the length of a conversation's prompt as the server counts it, BOS included."""
+
+    @abstractmethod
+    def embed(self, text: str) -> Embedded:
+        """
+        Return the embedding of a text, by the route that `api` has for it.
+
+        Raises:
+            ServingError: The server refuses.
+            VectorError: What it gives is no embedding.
+        """
 
     @abstractmethod
     def verify(self) -> None:
@@ -363,16 +374,20 @@ def read_header(file: GgufFile, settings: Settings) -> gguf_header.Header:
     return header
 
 
-def execution(settings: Settings, backend: str) -> Execution:
-    """Return how llama.cpp is to run the model; no layers on a GPU that the build does not have."""
+def execution(settings: Settings, backend: str, *, is_encoder: bool = False) -> Execution:
+    """
+    Return how llama.cpp is to run the model; no layers on a GPU that the build does not have.
+
+    An encoder reads a text in one piece, so its batches are as long as its context.
+    """
     layers = settings.gpu_layers if isinstance(settings.gpu_layers, int) else _ALL_LAYERS
     return Execution(
         threads=settings.threads,
         gpu_layers=0 if backend == "cpu" else layers,
         flash_attention=settings.flash_attention,
         kv_type=settings.kv_type,
-        batch_tokens=BATCH_TOKENS,
-        ubatch_tokens=UBATCH_TOKENS,
+        batch_tokens=settings.context_tokens if is_encoder else BATCH_TOKENS,
+        ubatch_tokens=settings.context_tokens if is_encoder else UBATCH_TOKENS,
     )
 
 
