@@ -13,6 +13,8 @@ class, in `RULES`:
     positions    the first pad_token_id + 1 positions are never used and left out
     vocabulary   rows of the embeddings that no token has are left out
     tied         the embeddings are the output, even if config.json does not say so
+    kv_apart     what blows up compressed keys and values is one matrix upstream; llama.cpp has two,
+                 that of the keys turned in each head
 
 Experts are stacked by their number, a fused gate and up of experts is cut in halves, for every
 class. Of a class that is not in the table the names hold, and where numbers differ only the
@@ -53,6 +55,7 @@ class Rules:
     positions: bool = False
     vocabulary: bool = False
     tied: bool = False
+    kv_apart: bool = False
 
 
 _PLAIN: Final = Rules()
@@ -68,6 +71,8 @@ RULES: Final[Mapping[str, Rules]] = {
     "BertModel": _PLAIN,
     "BloomForCausalLM": Rules(heads_fused=True),
     "CohereForCausalLM": _PLAIN,
+    "DeepseekV2ForCausalLM": Rules(kv_apart=True),
+    "DeepseekV3ForCausalLM": Rules(kv_apart=True),
     "DistilBertModel": _PLAIN,
     "GPT2LMHeadModel": _CONV1D,
     "GPTNeoXForCausalLM": Rules(heads_fused=True),
@@ -106,6 +111,7 @@ _NOT_WEIGHTS: Final = re.compile(
     r"|^vocab_(transform|layer_norm|projector)"
 )
 _EXPERT: Final = re.compile(r"\.experts\.(\d+)\.")
+_KV: Final = ".kv_b_proj.weight"
 _BLOCK: Final = re.compile(r"\.(\d+)\.")
 _PREFIXES: Final = ("bert.", "roberta.", "distilbert.", "transformer.", "model.")
 _ADDED: Final = ("model.", "transformer.")
@@ -131,6 +137,7 @@ class Origin:
         shape: Shape that it must have in numpy's order, row length last.
         plus: Is added to every value, in float32.
         transposed: Rows are upstream's columns.
+        turned: So many of `rows` at a time are transposed; 0: none are.
         first_rows: The GGUF may leave out rows at the end.
         certain: Whether the numbers must be equal; if not, only the rule is unknown.
     """
@@ -141,6 +148,7 @@ class Origin:
     rows: NDArray[np.int64] | None = None
     plus: float = 0.0
     transposed: bool = False
+    turned: int = 0
     first_rows: bool = False
     certain: bool = True
 
@@ -162,7 +170,7 @@ class Origin:
         if self.transposed:
             return self.parts[0].shape[1]
         if self.rows is not None:
-            return len(self.rows)
+            return len(self.rows) * self.shape[-2] // self.turned if self.turned else len(self.rows)
         return sum(_rows_count(part) for part in self.parts)
 
     def matrix(self, start: int, stop: int) -> NDArray[Any]:
@@ -175,6 +183,8 @@ class Origin:
         first = self.parts[0]
         if self.transposed:
             return np.ascontiguousarray(first.array()[:, start:stop].T)
+        if self.turned and self.rows is not None:
+            return self._turned(start, stop, self.rows)
         if len(self.parts) == 1:
             return _table(first)[slice(start, stop) if self.rows is None else self.rows[start:stop]]
         numbers = np.arange(start, stop) if self.rows is None else self.rows[start:stop]
@@ -186,6 +196,15 @@ class Origin:
                 for part in dict.fromkeys(owners.tolist())
             ]
         )
+
+    def _turned(self, start: int, stop: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Read whole heads, turn each, and cut out the rows that are wanted."""
+        width = self.shape[-2]
+        first, last = start // width, -(-stop // width)
+        heads = _table(self.parts[0])[rows[first * self.turned : last * self.turned]]
+        turned = heads.reshape(last - first, self.turned, width).swapaxes(1, 2)
+        whole = np.ascontiguousarray(turned).reshape(-1, self.turned)
+        return whole[start - first * width : stop - first * width]
 
     def _typed(self, part: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         tensor = self.parts[part]
@@ -237,12 +256,15 @@ def trace(
     """
     rules = RULES.get(class_)
     found = _Found()
+    apart: dict[str, Origin] = {}
     for name, tensor in sources.items():
         if _NOT_TEXT.search(name) or _NOT_WEIGHTS.search(name):
             found.ignored_count += 1
+        elif rules and rules.kv_apart and name.endswith(_KV):
+            apart |= _keys_and_values(tensor, names, config)
         elif not (_half_experts(tensor, names, found) or _whole(tensor, names, found)):
             found.unknown.append(name)
-    origins: dict[str, Origin] = {}
+    origins = apart
     for name, by_expert in found.parts.items():
         parts = tuple(by_expert[number] for number in sorted(by_expert))
         stacked = (len(parts),) if _EXPERT.search(parts[0].name) else ()
@@ -303,6 +325,32 @@ def _half(name: str, tensor: SourceTensor, half: int) -> Origin:
     first = np.arange(experts, dtype=np.int64)[:, None] * both + half * ffn
     rows = (first + np.arange(ffn, dtype=np.int64)[None, :]).ravel()
     return Origin(name=name, parts=(tensor,), shape=(experts, ffn, width), rows=rows)
+
+
+def _keys_and_values(
+    tensor: SourceTensor, names: TensorNames, config: Mapping[str, Any]
+) -> dict[str, Origin]:
+    """Cut `kv_b_proj` (heads x (keys + values), rank) into its keys, turned, and its values."""
+    heads = _integer(config, "num_attention_heads")
+    keys, values = _integer(config, "qk_nope_head_dim"), _integer(config, "v_head_dim")
+    rank = tensor.shape[-1]
+    numbers = np.arange(heads * (keys + values), dtype=np.int64).reshape(heads, keys + values)
+    cuts = {
+        "k_b_proj": ((heads, rank, keys), numbers[:, :keys], keys),
+        "v_b_proj": ((heads, values, rank), numbers[:, keys:], 0),
+    }
+    origins: dict[str, Origin] = {}
+    for word, (shape, rows, turned) in cuts.items():
+        target = names.of(tensor.name.replace("kv_b_proj", word))
+        if target is not None and numbers.size == tensor.shape[0]:
+            origins[target] = Origin(
+                name=target,
+                parts=(tensor,),
+                shape=shape,
+                rows=np.ascontiguousarray(rows).ravel(),
+                turned=turned,
+            )
+    return origins
 
 
 def _spellings(name: str) -> Iterator[str]:

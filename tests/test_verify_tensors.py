@@ -359,6 +359,31 @@ def test_fused_heads_must_be_sorted_into_queries_keys_and_values(
     assert checks["values"].outcome == ("PASS" if sorted_ else "FAIL")
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_compressed_keys_and_values_are_cut_apart_and_the_keys_turned(
+    right: bool,  # noqa: FBT001 - a parameter of the test
+    tmp_path: Path,
+    tools: Toolchain,
+) -> None:
+    """DeepSeek's kv_b_proj becomes two tensors; keys that were not turned are found."""
+    heads, keys, values, rank = 3, 8, 8, 8
+    weight = normal(heads * (keys + values), rank)
+    each = f16(weight).reshape(heads, keys + values, rank)
+    turned = each[:, :keys].swapaxes(1, 2) if right else each[:, :keys]
+    made = {
+        "blk.0.attn_k_b.weight": np.ascontiguousarray(turned),
+        "blk.0.attn_v_b.weight": np.ascontiguousarray(each[:, keys:]),
+    }
+    checks = answers(
+        tmp_path, tools, ("DeepseekV2ForCausalLM", "deepseek2"),
+        {"model.layers.0.self_attn.kv_b_proj.weight": weight}, made,
+        num_attention_heads=heads, qk_nope_head_dim=keys, v_head_dim=values,
+    )  # fmt: skip
+
+    assert checks["tensors"].outcome == "PASS"
+    assert checks["values"].outcome == ("PASS" if right else "FAIL")
+
+
 def test_positions_before_the_padding_are_left_out_of_roberta(
     tmp_path: Path, tools: Toolchain
 ) -> None:
