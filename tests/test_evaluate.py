@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from functools import cache
@@ -231,6 +232,48 @@ def scored(set_: EvalSet, at: Layout, tools: Toolchain) -> list[tuple[bool, str]
         log=at.root / "log",
         on_item=lambda _: None,
     )  # fmt: skip
+
+
+_AS_IF_RECURRENT = """
+import runpy, sys, llama_cpp
+llama_cpp.llama_model_is_recurrent = lambda _: True
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_model_that_cannot_share_a_prompt_gets_the_same_likelihoods(
+    at: Layout, tools: Toolchain, tmp_path: Path
+) -> None:
+    """Recurrent models are computed choice by choice; only rounding is another."""
+    items = [json.loads(line) for line in some_english(6).splitlines()]
+    request = tmp_path / "request.json"
+    request.write_text(
+        json.dumps(
+            {
+                "model": str(at.f16(MODEL)),
+                "threads": 1,
+                "gpu_layers": 0,
+                "context_tokens": 512,
+                "items": items,
+            }
+        )
+    )
+    scorer = ROOT / "pipelines/evals_scorer.py"
+    together, alone = (
+        subprocess.run(
+            [sys.executable, "-P", *words, scorer, request],
+            env={**os.environ, **tools.python_env()},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
+        for words in ((), ("-c", _AS_IF_RECURRENT))
+    )
+
+    assert len(together) == len(alone) == 6
+    for one, other in zip(together, alone, strict=True):
+        assert json.loads(one)["nats"] == pytest.approx(json.loads(other)["nats"], abs=0.02)
 
 
 def test_an_item_that_the_model_cannot_do_is_told_with_its_line(
