@@ -61,8 +61,9 @@ _BYTES_KINDS: Final = frozenset({"llama", "gemma4"})
 _PADDING: Final = re.compile(r"\[PAD\d+\]")
 _BYTE_TEXT: Final = re.compile(r"<0x[0-9A-F]{2}>")
 # Roles without which a model is served wrong, and what llama.cpp assumes where they are missing
-# (llama-vocab.cpp); a missing padding or unknown token harms nobody, cls is bos there.
-_NEEDED: Final = ("bos", "eos", "sep")
+# (llama-vocab.cpp); a missing padding or unknown token harms nobody, cls is bos there, and sep
+# matters where the tokenizer puts it behind a text.
+_NEEDED: Final = ("bos", "eos")
 _ASSUMED: Final = {
     ("llama", "bos"): 1,
     ("llama", "eos"): 2,
@@ -496,7 +497,8 @@ def _roles(upstream: Upstream, written: Vocabulary, config: Any) -> Iterator[str
         got = written.special.get(role)
         if got is None:
             assumed = _ASSUMED.get((written.kind, role))
-            if role in _NEEDED and wanted is not None and wanted != assumed:
+            is_needed = role in _NEEDED or (role == "sep" and wanted in around[1])
+            if is_needed and wanted is not None and wanted != assumed:
                 yield f"{role} is not stated, upstream it is {_named(upstream, wanted)}"
             continue
         allowed = {wanted} if wanted is not None else {*stated, aliases.get(role)}
@@ -670,6 +672,12 @@ def _is_beyond_word_piece(text: str, facts: _Facts) -> bool:
     ) or any(len(word) > _LONGEST_WORD for word in re.split(r"\W+|_", text))
 
 
+def _is_wide_blank(text: str, facts: _Facts) -> bool:
+    return facts.written.pre == "deepseek-llm" and any(
+        each in text for each in "\u3000\u2028\u2029"
+    )
+
+
 KNOWN: Final = (
     Known("llama.cpp does not bring text into Unicode's normal form first", _is_normalized),
     Known("llama.cpp tells some control tokens by their names", _is_by_name),
@@ -682,6 +690,10 @@ KNOWN: Final = (
         "llama.cpp's WordPiece drops more marks than accents, does not split Hangul, and has no "
         "longest word",
         _is_beyond_word_piece,
+    ),
+    Known(
+        "llama.cpp's rules of deepseek-llm split wide blanks and line separators otherwise",
+        _is_wide_blank,
     ),
 )
 

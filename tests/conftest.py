@@ -45,6 +45,28 @@ def tools() -> Toolchain:
 
 
 @pytest.fixture(scope="session")
+def family(
+    tools: Toolchain, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Path]]:
+    """Tiny models of real architectures: from a name to source and 16-bit GGUF, made once."""
+    import architecture_factory  # noqa: PLC0415 - only tests that need it
+    from verify_factory import converted  # noqa: PLC0415
+
+    root = tmp_path_factory.mktemp("families")
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(name: str) -> tuple[Path, Path]:
+        if not made:
+            architecture_factory.fixtures(root / "fixtures", tools)
+        if name not in made:
+            source = architecture_factory.build(name, root / name, root / "fixtures")
+            made[name] = source, converted(source, root / f"{name}-gguf", tools)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def engine(tools: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """The real Ollama, of PATH or built by Go; installed once, as the toolchain is."""
     from pipelines import params  # noqa: PLC0415 - only tests that need it
@@ -99,3 +121,11 @@ def _and_dvc_state(ignored: Callable[[str, list[str]], set[str]]) -> Callable[..
         return dropped
 
     return ignore
+
+
+@pytest.fixture(scope="session")
+def vocabularies(tools: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The vocabularies of real models that the pinned source has, with texts and token ids."""
+    from architecture_factory import fixtures  # noqa: PLC0415 - only tests that need it
+
+    return fixtures(tmp_path_factory.mktemp("vocabularies"), tools)

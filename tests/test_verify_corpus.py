@@ -88,7 +88,8 @@ def test_each_added_token_stands_alone_glued_behind_blanks_and_cut() -> None:
         case.text for case in verify_corpus.of_model(["<|end|>", "<think>"], 3, "abc".__getitem__)
     }
     assert {
-        "<|end|>", "a<|end|>b", "<|end|><|end|>", " <|end|> x", "<|end|", "|end|>", "<|end|><think>",
+        "<|end|>", "a<|end|>b", "<|end|><|end|>", " <|end|> x", "<|end|", "|end|>",
+        "<|end|><think>",
     } <= texts  # fmt: skip
     assert {"a", "b", "c"} <= texts
 
