@@ -104,7 +104,7 @@ def _differences(wanted: Any, got: Any, ids: list[int]) -> dict[str, list[Any]]:
         # A token that upstream rules out (-inf) adds nothing, whatever llama.cpp thinks of it.
         terms[np.isneginf(ours)] = 0.0
         found["kld_nats"] += terms.sum(1).tolist()
-        following = np.array(ids[start + 1 : start + 1 + len(ours)])
+        following = np.array(ids[start + 1 : start + 1 + len(ours)], dtype=np.int64)
         at = np.arange(len(following))
         known = following < width
         found["nll_upstream_nats"] += (-ours[at[known], following[known]]).tolist()

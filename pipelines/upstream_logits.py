@@ -267,15 +267,19 @@ def _windows(tokenizer: Any, text: str, tokens: int, window: int) -> list[list[i
     Args:
         tokenizer: Upstream's.
         text: Held-out text; one token has seldom more than 16 characters, so as much is read.
-        tokens: Tokens in all.
+        tokens: Tokens in all, those that begin a window included.
         window: Tokens of one window, with the one that begins it.
     """
     before = [id_ for id_ in _added(tokenizer) if id_ != tokenizer.eos_token_id][:1]
     piece = text[: 16 * tokens]
-    ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-    length = window - len(before)
-    pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
-    return [before + each for each in pieces if len(each) > 1]
+    ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    windows: list[list[int]] = []
+    while ids and tokens > len(before) + 1:
+        here = min(window, tokens) - len(before)
+        windows.append(before + ids[:here])
+        ids, tokens = ids[here:], tokens - len(windows[-1])
+    # Of a window of one token nothing could be said but for what follows nothing.
+    return [each for each in windows if len(each) > 1]
 
 
 def _added(tokenizer: Any) -> list[int]:  # noqa: ANN401 - as above

@@ -17,6 +17,7 @@ a top.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -25,13 +26,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import gguf_header
+from verify_factory import subject
+
+from pipelines import declaration, gguf_header
+from pipelines.layout import Layout
+from pipelines.params import Verify, VerifySlice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from pipelines.gguf_header import Array
     from pipelines.toolchain import Toolchain
+    from pipelines.verify_subject import Subject
+
+ROOT: Final = Path(__file__).resolve().parent.parent
 
 HIDDEN: Final = 64
 HEADS: Final = 4
@@ -609,7 +617,7 @@ def _byte_pairs(family: Family, known: Vocabulary) -> Any:
         for id_, (token, type_) in enumerate(zip(known.tokens, known.types, strict=True))
         if type_ == _CONTROL and id_ < len(inside)
     }
-    merges = [tuple(merge.split(" ", 1)) for merge in known.merges]
+    merges = [(merge.partition(" ")[0], merge.partition(" ")[2]) for merge in known.merges]
     tokenizer = Tokenizer(
         models.BPE(
             vocab=inside,
@@ -817,3 +825,19 @@ def _write_pooling(directory: Path) -> None:
     }
     (directory / "1_Pooling").mkdir(exist_ok=True)
     (directory / "1_Pooling/config.json").write_text(json.dumps(pooling))
+
+
+def before(root: Path, source: Path, f16: Path, tools: Toolchain, **verify: Any) -> Subject:
+    """Put a conversion before the layer, with the template's own evaluation corpus."""
+    corpus = declaration.load(ROOT / "params.yaml").corpora["evaluation"]
+    return dataclasses.replace(
+        subject(root, source, f16, tools),
+        at=Layout(ROOT),
+        log=root / "log",
+        slice_=VerifySlice(
+            model="tiny",
+            recipe=1,
+            corpus=corpus,
+            verify=Verify(**({"logits_tokens": 256} | verify)),
+        ),
+    )

@@ -485,7 +485,7 @@ def vocabulary_padded(model: Gguf) -> None:
         name = f"tokenizer.ggml.{key}"
         if name in model.pairs:
             old = model.value(name)
-            model.set(name, old + [fill if fill else f"[PAD{len(old) + i}]" for i in range(64)])
+            model.set(name, old + [fill or f"[PAD{len(old) + i}]" for i in range(64)])
     for name in ("token_embd.weight", "output.weight"):
         if name in model.tensors:
             model.edit(name, lambda w: np.concatenate([w, np.zeros((64, w.shape[1]))]))
@@ -516,8 +516,8 @@ def _planted(change: Callable[[Gguf], None]) -> Callable[[Path, Path], None]:
     return plant
 
 
-# From a good 16-bit GGUF to one with the fault. Raises NotThereError where the model has nothing that
-# could be wrong in this way: no experts, no biases.
+# From a good 16-bit GGUF to one with the fault. NotThereError is raised where the model has nothing
+# that could be wrong in this way: no experts, no biases.
 FAULTS: Final[dict[str, Callable[[Path, Path], None]]] = {
     name: _planted(change)
     for name, change in {
