@@ -357,9 +357,10 @@ def _metrics_row(test: WinnerTest) -> dict[str, float]:
         values |= _of_spread("ttft", run.ttft_ms, end)
         values |= _of_spread("tpot", run.tpot_ms, end)
         values |= _of_spread("e2e", run.e2e_ms, end)
-        values[f"output_tok_s_{end}"] = run.output_tok_s
         values[f"requests_s_{end}"] = run.requests_s
-        values[f"effective_slots_{end}"] = run.effective_slots
+        if test.embeddings is None:  # which come in one piece
+            values[f"output_tok_s_{end}"] = run.output_tok_s
+            values[f"effective_slots_{end}"] = run.effective_slots
         if run.requests_count:
             values[f"error_rate_{end}"] = 1 - run.ok_count / run.requests_count
             for host, good in run.good_count.items():

@@ -248,8 +248,9 @@ class _Reader:
         built, measured = self.built[type_], self.measured[type_]
         if isinstance(built, str) or isinstance(measured, str):
             return None
+        counts = "prefill" if isinstance(measured.quality, EmbeddingQuality) else "decode"
         if measured.gguf_sha256 != built.gguf.sha256 or not any(
-            test.test == "decode" for test in measured.speed
+            test.test == counts for test in measured.speed
         ):
             return None
         return Readings(built.key, type_, built, measured)

@@ -73,6 +73,8 @@ def smokes(
 def _block(tested: LoadTestRecord, test: WinnerTest, hosts: tuple[str, ...]) -> LoadBlock:
     trusted = not test.invalid
     runs = test.runs if trusted else ()
+    if test.embeddings is not None:
+        tested = _without_tokens(tested)
     return LoadBlock(
         type=test.type,
         hosts=hosts,
@@ -86,6 +88,15 @@ def _block(tested: LoadTestRecord, test: WinnerTest, hosts: tuple[str, ...]) -> 
         facts=tuple((label, _tidy(text)) for label, text in _facts(tested, test)),
         notes=tuple(dict.fromkeys(_tidy(note) for note in _notes(test))),
     )
+
+
+def _without_tokens(tested: LoadTestRecord) -> LoadTestRecord:
+    """Leave out the levels that no embedding was judged by: it comes in one piece."""
+    slos = {
+        host: {name: limit for name, limit in slo.items() if name not in {"ttft_ms", "tpot_ms"}}
+        for host, slo in tested.slos.items()
+    }
+    return tested.model_copy(update={"slos": slos})
 
 
 def _title(tested: LoadTestRecord, test: WinnerTest) -> str:
@@ -243,6 +254,8 @@ def _checks(test: WinnerTest) -> Iterator[Finding]:
         yield Finding(outcome="FAIL", text=_tidy(text))
     if test.golden is not None:
         yield _golden(test)
+    if test.embeddings is not None and test.embeddings.outcome == "PASS":
+        yield Finding(outcome="PASS", text=_tidy(test.embeddings.sentence))
     if test.degenerate is not None:
         one = test.degenerate
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in one.kinds.items() if count)
@@ -329,7 +342,8 @@ def _served_facts(served: Served, test: WinnerTest) -> Iterator[tuple[str, str]]
     load_ms = wording.number(served.cold_load_ms)
     yield "cold load", f"{load_ms} ms to the first byte, the file in the page cache"
     slots = max((run.effective_slots for run in test.runs), default=None)
-    seen = f", {slots:,} seen at work" if slots is not None and not test.invalid else ""
+    known = slots is not None and not test.invalid and test.embeddings is None
+    seen = f", {slots:,} seen at work" if known else ""
     yield "slots", f"{served.parallel:,} declared{seen}"
     size = f"; {wording.mib(served.size_bytes / _MIB)}" if served.size_bytes else ""
     on_gpu = (
