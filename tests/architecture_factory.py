@@ -481,6 +481,7 @@ def _write_model(
     import torch  # noqa: PLC0415 - seconds, for the tests that build a model
     import transformers  # noqa: PLC0415
 
+    transformers.logging.disable_progress_bar()
     config = getattr(transformers, family.config)(
         vocab_size=tokens_count, dtype="bfloat16", **{**family.values(), **values}
     )
