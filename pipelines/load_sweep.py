@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from pipelines import console, gguf_header, gpu, measuring, prompts, records, toolchain, wording
-from pipelines.errors import MachineError
+from pipelines.errors import MachineError, ParamsError
 from pipelines.load_examine import Examiner
 from pipelines.load_records import SweepPoint, SweepRecord
 from pipelines.load_session import NotAnsweredError
@@ -48,6 +48,9 @@ def run(wanted: LoadTestSlice, at: Layout) -> list[SweepRecord]:
 
     Returns:
         The records; none where there is nothing to sweep, which is said.
+
+    Raises:
+        ParamsError: The model is an encoder, which generates nothing.
     """
     tools = toolchain.load(at)
     why = nothing_to_sweep(tools.backend, gpu.cards())
@@ -63,6 +66,12 @@ def run(wanted: LoadTestSlice, at: Layout) -> list[SweepRecord]:
         modelfile=render_modelfile(wanted, at),
         threads=wanted.threads or hardware["cpu"]["cores_count"],
     )
+    if examiner.is_encoder:
+        raise ParamsError(
+            f"{wanted.model} is an encoder: a sweep compares how fast answers are made, and it "
+            "makes none.",
+            hint=f"fleet load-test {wanted.model} measures its embeddings.",
+        )
     engine = engines.find(wanted.serving, tools, log=examiner.log)
     found = []
     with measuring.one_at_a_time(toolchain.default_cache_root(), f"{wanted.model}, a sweep"):

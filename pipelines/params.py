@@ -223,7 +223,7 @@ class Gates(Closed):
     min_cosine_mean: Share | None = Field(
         None,
         description="Mean cosine between the embeddings of f16 and quant; for encoders, which have "
-        "no perplexity.",
+        "no perplexity. 0.99 holds for them where none is declared.",
     )
     min_decode_tok_s: Positive | None = Field(
         None, description="Tokens generated in a second, at the deepest declared depth."
@@ -414,7 +414,9 @@ class Quality(Closed):
 
     context_tokens: Tokens = Field(512, description="Window; half of it is scored.")
     chunks: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        100, description="Windows to score; fewer if the corpus is shorter is an error."
+        100,
+        description="Windows to score; fewer if the corpus is shorter is an error. Of an encoder: "
+        "texts to embed, 64 at least.",
     )
 
 

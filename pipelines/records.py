@@ -471,7 +471,9 @@ def read(path: Path, kind: type[R]) -> R:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         # A place is spelt by the keys of the file, which a stranger may have written.
-        where = console.clean(" ".join(".".join(map(str, first["loc"])).split()))
+        # Which of two kinds of quality it was taken for is no key.
+        keys = (str(part) for part in first["loc"] if part not in {"logits", "embeddings"})
+        where = console.clean(" ".join(".".join(keys).split()))
         place = f"{where[:100]}: " if where else ""
         raise RecordError(
             f"{path} is not a {kind.__name__} of this version: {place}{first['msg']}.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from array import array
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -378,3 +380,79 @@ def test_the_wait_of_a_request_is_what_the_server_did_not_work_on_it() -> None:
 
     assert (answer.queue_ms, answer.eval_ms) == (30.0, 30.0)
     assert rounded.queue_ms == 0.0
+
+
+# --- embeddings -------------------------------------------------------------------------------
+
+
+def embedding(body: object, api: Api, **changes: Any) -> Answer:
+    """Understand what came back where an embedding was asked for."""
+    asked = dataclasses.replace(target(api=api), task="embed")
+    return dialects.read(exchange(json.dumps(body).encode(), **changes), asked, prompt("x"))
+
+
+def embedded(vector: object, api: Api, tokens: object = 5) -> dict[str, Any]:
+    """An answer with one vector, in a dialect."""
+    if api == "ollama":
+        return {"embeddings": [vector], "prompt_eval_count": tokens}
+    return {"data": [{"embedding": vector}], "usage": {"prompt_tokens": tokens}}
+
+
+APIS: tuple[Api, ...] = ("ollama", "openai")
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_an_embedding_comes_in_one_piece(api: Api) -> None:
+    """It has an end and no first content; nobody generated a token."""
+    answer = embedding(embedded([0.6, 0.8], api), api)
+
+    assert answer.ok
+    assert (answer.first_ns, answer.last_ns, answer.prompt_tokens) == (None, 1000, 5)
+    assert (answer.output_tokens, answer.chunks_count, answer.text) == (None, 0, "")
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    ("vector", "error"),
+    [
+        ([], "empty_output"),
+        ([0.0, 0.0], "empty_output"),
+        (None, "empty_output"),
+        ([math.nan], "empty_output"),
+        (["0.1"], "empty_output"),
+    ],
+)
+def test_what_is_no_vector_is_no_success(api: Api, vector: object, error: str) -> None:
+    """A 200 alone means nothing."""
+    assert embedding(embedded(vector, api), api).error == error
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_an_answer_without_one_embedding_is_malformed(api: Api) -> None:
+    """None, two, and an answer to a conversation."""
+    for body in ({}, {"embeddings": [[1.0], [1.0]]}, {"data": []}, {"choices": []}, ["x"]):
+        assert embedding(body, api).error == "malformed"
+    assert embedding({"error": "out of slots"}, api).error == "error_in_stream"
+    assert embedding(embedded([1.0], api), api, failure="truncated_stream").error == (
+        "truncated_stream"
+    )
+    assert embedding({"error": "too long"}, api, status=400).error == "http_4xx"
+
+
+def test_a_text_that_fills_the_context_of_an_encoder_was_not_cut() -> None:
+    """Nothing follows it, so that it may be as long as the context; fewer tokens than due are."""
+    whole = embedding(embedded([1.0], "ollama", tokens=CONTEXT), "ollama")
+    asked = dataclasses.replace(target(api="ollama"), task="embed")
+    body = json.dumps(embedded([1.0], "ollama", tokens=5)).encode()
+
+    assert whole.ok
+    assert dialects.read(exchange(body), asked, prompt("x", tokens=8)).error == "cut_context"
+
+
+def test_an_embedding_is_asked_for_uncut() -> None:
+    """Ollama would silently cut a text that is too long."""
+    asked = dataclasses.replace(target(api="ollama"), task="embed")
+
+    assert dialects.body(asked, prompt("hi"))["truncate"] is False
+    assert dialects.path("ollama", "embed") == "/api/embed"
+    assert dialects.path("openai", "embed") == "/v1/embeddings"
