@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from pipelines import golden, verdict_served, wording
 from pipelines.records import BenchmarkRecord, ChoiceRecord, EmbeddingQuality
-from pipelines.verdict_chain import Chain, served_of
+from pipelines.verdict_chain import Chain, finite, served_of
 from pipelines.verdict_rules import Rules
 from pipelines.verdict_words import (
     SENTENCE_CHARACTERS,
@@ -114,11 +114,14 @@ class ModelVerdict:
 
 def judge(evidence: Evidence) -> ModelVerdict:
     """Judge a model by everything that is known of it."""
+    given = Chain(evidence)
+    # What holds a number that is none speaks of nothing any more.
+    evidence = finite(evidence)
     chain, rules = Chain(evidence), Rules(evidence)
     of_choice = tuple(chain.choice())
     of_model = (
-        *chain.records(),
-        *chain.numbers(),
+        *given.records(),
+        *given.numbers(),
         *chain.links(),
         *of_choice,
         *rules.verify(),
@@ -193,7 +196,7 @@ def _host(
     )
     if alone.verdict != "HOLD":
         return found
-    let_pass, step = rules.waivable("hold", "Settle it (`fleet report` says what is open)")
+    let_pass, step = rules.waivable("hold", "")
     reasons = tuple(
         replace(
             each, let_pass=let_pass, next_step=_joined(each.next_step, "" if let_pass else step)

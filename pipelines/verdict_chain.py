@@ -9,6 +9,8 @@ A choice is read against the numbers that it was made of, and its winners agains
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
@@ -58,7 +60,7 @@ class Chain:
 
     def numbers(self) -> Iterator[Reason]:
         """Yield each record with a number that is none."""
-        for file, record in self._all():
+        for file, _, record in _all(self.evidence):
             place = _not_finite(record)
             if place:
                 yield self._invalid(
@@ -66,21 +68,6 @@ class Chain:
                     f"{file} holds a number that is none ({place})",
                     ("not finite", "a finite number", file),
                 )
-
-    def _all(self) -> Iterator[tuple[str, Any]]:
-        known = self.evidence
-        yield "fetch.json", known.fetched
-        yield "convert.json", known.converted
-        yield "verify.json", known.verified
-        yield "calibrate.json", known.calibrated
-        yield "evaluate.json", known.evaluated
-        yield "choice.json", known.choice
-        yield "load-test.json", known.tested
-        yield "compare.json", known.compared
-        for type_, built in known.quantized.items():
-            yield f"quantize/{type_}.json", built
-        for type_, measured in known.measured.items():
-            yield f"benchmark/{type_}.json", measured
 
     # --- the same bytes everywhere ---
 
@@ -356,6 +343,36 @@ class Chain:
             if found != wanted:
                 clause = f"{record} was made by other {what} than params.yaml declares now"
                 yield self._invalid("chain", clause, (_listed(found), _listed(wanted), record))
+
+
+def finite(evidence: Evidence) -> Evidence:
+    """Return what is known without the records that hold a number which is none."""
+    for file, field, record in _all(evidence):
+        place = _not_finite(record)
+        if place:
+            why = f"{file} holds a number that is none ({place})"
+            quants = getattr(evidence, field)
+            type_ = file.rpartition("/")[2].removesuffix(".json")
+            is_of_quants = isinstance(quants, Mapping)
+            change: Any = {field: {**quants, type_: why} if is_of_quants else why}
+            evidence = replace(evidence, **change)
+    return evidence
+
+
+def _all(known: Evidence) -> Iterator[tuple[str, str, Any]]:
+    """Yield (file, field of `Evidence`, record) of all that may hold numbers."""
+    yield "fetch.json", "fetched", known.fetched
+    yield "convert.json", "converted", known.converted
+    yield "verify.json", "verified", known.verified
+    yield "calibrate.json", "calibrated", known.calibrated
+    yield "evaluate.json", "evaluated", known.evaluated
+    yield "choice.json", "choice", known.choice
+    yield "load-test.json", "tested", known.tested
+    yield "compare.json", "compared", known.compared
+    for type_, built in known.quantized.items():
+        yield f"quantize/{type_}.json", "quantized", built
+    for type_, measured in known.measured.items():
+        yield f"benchmark/{type_}.json", "measured", measured
 
 
 def served_of(tested: LoadTestRecord, type_: str) -> Served | None:

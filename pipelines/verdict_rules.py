@@ -378,8 +378,9 @@ class Rules:
         counting = self.waiver(gate)
         mine = [one for one in self.declared.waivers if one.gate == gate]
         over = f"The waiver of {mine[0].who} ended on {mine[0].until}. " if mine else ""
+        either = f"{remedy}, or" if remedy else "Or"
         step = (
-            f"{over}{remedy}, or let it pass with a waiver of gate `{gate}` in "
+            f"{over}{either} let it pass with a waiver of gate `{gate}` in "
             f"models.{self.model}.waivers"
         )
         return (f"{counting.who} until {counting.until}" if counting else ""), step

@@ -76,7 +76,7 @@ def _reason(  # noqa: PLR0913, PLR0917 - the fields of a reason
     )
     steps: dict[Verdict, str] = {
         "PROMOTE": "",
-        "HOLD": "",
+        "HOLD": "Settle what is open (`fleet report` says what)",
         "REJECT": "Choose another quant, other levels or another host",
         "INVALID": repeat,
     }
