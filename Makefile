@@ -1,7 +1,7 @@
 # `make` alone prints what there is. Each target sets up what it needs and is quick when that is done.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-base toolchain repro test check bench prove lock clean
+.PHONY: help setup setup-base toolchain repro test check bench bench-compare prove lock clean
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -9,7 +9,7 @@ RUN := . .venv/bin/activate &&
 ARGS ?=
 
 help:  ## Print this
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 need-python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed. Install it, or say where it is: make PYTHON=/path/to/python3" >&2; exit 7; }
@@ -39,6 +39,9 @@ check: setup  ## Lint, types, workflow audit, schema and docs in sync (about 15 
 
 bench: toolchain  ## Measure what the fleet costs over bare llama.cpp -> results/overhead.json
 	@$(RUN) python -m bench.overhead $(ARGS)
+
+bench-compare: toolchain  ## Measure how often `fleet compare` is wrong here -> results/compare-proof.json (20 minutes)
+	@$(RUN) python -m bench.compare $(ARGS)
 
 prove: setup  ## Prove what a registry promises: histories, kills, reads -> results/release-proofs.json (2 hours)
 	@$(RUN) GGUF_FLEET_HISTORIES=1000 python -m pytest tests/test_registry_histories.py

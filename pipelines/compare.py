@@ -111,7 +111,13 @@ def main(  # noqa: PLR0913 - the options of the verb
     budget_s = 60.0 * (declared.compare.max_minutes if budget_minutes is None else budget_minutes)
     task = Task(declared, at, model, old, new, budget_s)
     if task.is_same:
-        return _finish(task, task.nothing_to_compare(), as_json=as_json)
+        # No record: nothing was measured, and one of an earlier comparison stays as it is.
+        same = task.nothing_to_compare()
+        if as_json:
+            registries.print_json(json.loads(same.model_dump_json()))
+        else:
+            console.out(same.sentence)
+        return 0
     with measuring.one_at_a_time(toolchain.default_cache_root(), f"compare {model}"):
         record = task.run(plan_only=plan_only, fresh=fresh)
     return 0 if record is None else _finish(task, record, as_json=as_json)

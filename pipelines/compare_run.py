@@ -292,7 +292,10 @@ def disturbance(first: ProcessRun, second: ProcessRun, effect: float) -> str:
         if run.validity.reasons:
             return run.validity.reasons[0]
     for rule, what in (("waiting_share", "waited for a core"), ("steal_share", "lost to the host")):
-        shares = [run.condition(rule) or 0.0 for run in (first, second)]
+        seen = [run.condition(rule) for run in (first, second)]
+        if None in seen and any(each is not None for each in seen):
+            return f"Of one of the two nobody saw how long it {what}."
+        shares = [each or 0.0 for each in seen]
         difference = abs(shares[0] - shares[1])
         if difference > effect:
             return (
@@ -462,12 +465,20 @@ class Session:
             **({"embeddings": True} if plan.is_encoder else {}),
         )
         with certificate.Watch("llama-bench") as watched:
+
+            def look(line: str) -> None:
+                # A test has ended and the process is still there: what it waited is all counted,
+                # however short it was.
+                if line.startswith("{"):
+                    watched.sample()
+
             done = proc.run(
                 argv,
                 log=self.log,
                 cwd=self.root,
                 env=llamacpp.environment(runner.tools, timed=True),
                 inherit_env=False,
+                on_line=look,
             )
         results = llama_bench.parse_bench(done.stdout, self._expectation(runner), self.log)
         gpu_info = results[0].gpu_info
