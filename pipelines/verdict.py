@@ -47,6 +47,7 @@ __all__ = ["VERDICTS", "HostFinal", "ModelVerdict", "Reason", "Verdict", "final"
 NOTHING_CHOSEN: Final = "nothing is chosen"
 # In one headline.
 _MOST_CLAUSES: Final = 3
+_HEADLINE_CHARACTERS: Final = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +235,11 @@ def _composed(
         sentence, details = "; ".join(filter(None, (chosen, clause))), []
     elif verdict == found:
         # What stops it first, then why it was chosen.
-        but = f"{one.winner} is chosen, but {clause}" if one.winner else clause
+        but = f"{tidy(one.winner)} is chosen, but {clause}" if one.winner else clause
         sentence, details = f"{WORDS[verdict]}: {but}", [without_verb(chosen, one.verdict)]
     details += [each.sentence for each in severest(beside) if each not in first]
     reasons = severest([*by_choice, *beside])
+    sentence = tidy(sentence, _HEADLINE_CHARACTERS)
     return HostFinal(
         host=one.host,
         verdict=verdict,
@@ -245,7 +247,9 @@ def _composed(
         own_verdict=verdict,
         own_sentence=sentence,
         reasons=tuple(reasons),
-        details=tuple(wording.sentence(capital(text)) for text in details),
+        details=tuple(
+            wording.sentence(capital(tidy(text, _HEADLINE_CHARACTERS))) for text in details
+        ),
         next_step=_next_step(verdict, [each for each in reasons if each.counts], choice.model),
         test=served.test if served else None,
     )
