@@ -8,6 +8,7 @@ the declaration, and each stage asks again for its own part.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -240,6 +241,8 @@ def _logits_bytes(name: str, declared: Declaration, at: Layout, size: Size) -> i
     quants = [quant for quant in declared.quants.values() if quant.model == name]
     if size.vocabulary_tokens is None or all(_measured_here(quant, at) for quant in quants):
         return 0
+    if _is_encoder(at.f16(name)):
+        return 0  # which has embeddings instead
     quality = declared.benchmark.quality
     needed_bytes = llama_perplexity.base_size_bytes(
         llama_perplexity.BaseHeader(
@@ -250,6 +253,15 @@ def _logits_bytes(name: str, declared: Declaration, at: Layout, size: Size) -> i
     )
     there = at.scratch(name).glob("logits-*.kld")
     return 0 if any(path.stat().st_size == needed_bytes for path in there) else needed_bytes
+
+
+def _is_encoder(f16: Path) -> bool:
+    """Tell whether a model that was converted here makes embeddings; before, nobody knows."""
+    from pipelines import architectures, gguf_header  # noqa: PLC0415 - as above
+
+    with contextlib.suppress(gguf_header.GgufError):
+        return architectures.is_encoder(gguf_header.read(f16))
+    return False
 
 
 def _measured_here(quant: Quant, at: Layout) -> bool:

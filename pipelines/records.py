@@ -433,9 +433,9 @@ class TrackReceipt(Record):
     """
     What the tracking server has been told; `pending` means that it could not be reached.
 
-    `choice_sha256`, `load_test_sha256` and `publish_sha256` are the digests of the records that it
-    speaks of. The report depends on receipts alone (DVC cannot list a file for each model), so they
-    have to change whenever a choice, a load test or a release does. `missing` are the keys that
+    `*_sha256` are the digests of the records that it speaks of. The report depends on receipts alone
+    (DVC cannot list a file for each model), so they have to change whenever a choice, a load test, a
+    release, a proof, evals or a comparison does. `missing` are the keys that
     there was nothing to tell of.
     """
 
@@ -446,6 +446,9 @@ class TrackReceipt(Record):
     choice_sha256: str | None = None
     load_test_sha256: str | None = None
     publish_sha256: str | None = None
+    verify_sha256: str | None = None
+    evaluate_sha256: str | None = None
+    compare_sha256: str | None = None
     runs: tuple[TrackedRun, ...]
     missing: tuple[str, ...] = ()
 
@@ -471,14 +474,22 @@ def read(path: Path, kind: type[R]) -> R:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         # A place is spelt by the keys of the file, which a stranger may have written.
-        # Which of two kinds of quality it was taken for is no key.
-        keys = (str(part) for part in first["loc"] if part not in {"logits", "embeddings"})
-        where = console.clean(" ".join(".".join(keys).split()))
+        where = console.clean(" ".join(".".join(_keys(first["loc"])).split()))
         place = f"{where[:100]}: " if where else ""
         raise RecordError(
             f"{path} is not a {kind.__name__} of this version: {place}{first['msg']}.",
             hint="Remove it and run `fleet repro`.",
         ) from error
+
+
+def _keys(loc: tuple[int | str, ...]) -> list[str]:
+    """Spell a place; which of the two kinds of quality it was taken for is no key of the file."""
+    before = ("", *loc)
+    return [
+        str(part)
+        for part, above in zip(loc, before, strict=False)
+        if above != "quality" or part not in {"logits", "embeddings"}
+    ]
 
 
 def read_or_reason(path: Path, kind: type[R]) -> R | str:

@@ -1,12 +1,15 @@
-"""Which architectures llama.cpp converts, told before anything is converted."""
+"""Which architectures llama.cpp converts, told before that; and what a GGUF is good for."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from encoder_factory import tiny_bert_gguf
+from gguf_factory import tiny_llama_gguf
 
-from pipelines import architectures
+from pipelines import architectures, gguf_header
 from pipelines.errors import ToolError, UpstreamError
 
 if TYPE_CHECKING:
@@ -85,3 +88,54 @@ def test_a_config_without_an_architecture_is_refused(config: dict[str, Any]) -> 
     """There is nothing to convert by."""
     with pytest.raises(UpstreamError, match="names no architecture"):
         architectures.require_supported(config, KNOWN, COMMIT)
+
+
+# --- what a GGUF is good for ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pooling", "word"), [(1, "mean"), (2, "cls"), (3, "last")])
+def test_an_encoder_is_told_by_its_header(tmp_path: Path, pooling: int, word: str) -> None:
+    """It names a pooling, and its attention sees what comes later."""
+    header = gguf_header.read(tiny_bert_gguf(tmp_path / "bert.gguf", pooling=pooling))
+
+    assert architectures.is_encoder(header)
+    assert not architectures.is_causal(header)
+    assert architectures.pooling(header) == word
+
+
+def test_a_model_that_goes_on_with_texts_is_no_encoder(tmp_path: Path) -> None:
+    """It names no pooling, and a token's attention ends at itself."""
+    header = gguf_header.read(tiny_llama_gguf(tmp_path / "llama.gguf"))
+
+    assert not architectures.is_encoder(header)
+    assert architectures.is_causal(header)
+
+
+def test_a_decoder_that_was_made_to_embed_is_an_encoder_with_an_importance_matrix(
+    tmp_path: Path,
+) -> None:
+    """Ollama refuses to chat with it, and llama-imatrix can run it."""
+    header = gguf_header.read(tiny_llama_gguf(tmp_path / "llama.gguf"))
+    embeds = dataclasses.replace(header, metadata={**header.metadata, "llama.pooling_type": 3})
+
+    assert architectures.is_encoder(embeds)
+    assert architectures.is_causal(embeds)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "why"),
+    [
+        (None, "does not say how the vectors of its tokens become one"),
+        (0, "does not say how the vectors of its tokens become one"),
+        (4, "ranks pairs of texts"),
+    ],
+)
+def test_an_encoder_that_makes_no_embeddings_is_refused_in_words(
+    tmp_path: Path, pooling: int | None, why: str
+) -> None:
+    """No server would give one vector for a text."""
+    header = gguf_header.read(tiny_bert_gguf(tmp_path / "bert.gguf", pooling=pooling))
+
+    assert architectures.is_encoder(header)
+    with pytest.raises(UpstreamError, match=why):
+        architectures.pooling(header)

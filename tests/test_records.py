@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from record_factory import fetch_record
+from record_factory import benchmark_record, encoder_record, fetch_record
 
 from pipelines import records
 
@@ -99,3 +99,29 @@ def test_a_fetch_record_of_before_there_were_gates_reads_and_stays_as_it_is(tmp_
     assert path.read_bytes() == old
     records.write(path, fetch_record(gated="manual"))
     assert records.read(path, records.FetchRecord).gated == "manual"
+
+
+def test_a_wrong_field_of_either_kind_of_quality_is_named_by_the_keys_of_the_file(
+    tmp_path: Path,
+) -> None:
+    """Which kind it was taken for is no key; one of an unknown kind is refused."""
+    path = tmp_path / "Q8_0.json"
+    for made in (benchmark_record(), encoder_record()):
+        written = json.loads(made.model_dump_json())
+        written["quality"]["corpus_sha256"] = 5
+        path.write_text(json.dumps(written))
+        with pytest.raises(records.RecordError, match=r": quality\.corpus_sha256: "):
+            records.read(path, records.BenchmarkRecord)
+    written["quality"]["kind"] = "guesses"
+    path.write_text(json.dumps(written))
+    with pytest.raises(records.RecordError, match="is not a BenchmarkRecord"):
+        records.read(path, records.BenchmarkRecord)
+
+
+def test_a_divergence_is_written_without_a_kind() -> None:
+    """Records of before there were encoders stay as they are, and are read."""
+    written = json.loads(benchmark_record().model_dump_json())
+
+    assert "kind" not in written["quality"]
+    encoder = json.loads(encoder_record().model_dump_json())
+    assert encoder["quality"]["kind"] == "embeddings"
