@@ -430,7 +430,10 @@ def test_what_is_no_vector_is_no_success(api: Api, vector: object, error: str) -
 @pytest.mark.parametrize("api", APIS)
 def test_an_answer_without_one_embedding_is_malformed(api: Api) -> None:
     """None, two, and an answer to a conversation."""
-    for body in ({}, {"embeddings": [[1.0], [1.0]]}, {"data": []}, {"choices": []}, ["x"]):
+    bodies: tuple[object, ...] = (
+        {}, {"embeddings": [[1.0], [1.0]]}, {"data": []}, {"choices": []}, ["x"],
+    )  # fmt: skip
+    for body in bodies:
         assert embedding(body, api).error == "malformed"
     assert embedding({"error": "out of slots"}, api).error == "error_in_stream"
     assert embedding(embedded([1.0], api), api, failure="truncated_stream").error == (

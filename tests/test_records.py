@@ -112,8 +112,9 @@ def test_a_wrong_field_of_either_kind_of_quality_is_named_by_the_keys_of_the_fil
         path.write_text(json.dumps(written))
         with pytest.raises(records.RecordError, match=r": quality\.corpus_sha256: "):
             records.read(path, records.BenchmarkRecord)
-    written["quality"]["kind"] = "guesses"
-    path.write_text(json.dumps(written))
+    unknown = json.loads(encoder_record().model_dump_json())
+    unknown["quality"]["kind"] = "guesses"
+    path.write_text(json.dumps(unknown))
     with pytest.raises(records.RecordError, match="is not a BenchmarkRecord"):
         records.read(path, records.BenchmarkRecord)
 
