@@ -672,10 +672,13 @@ def _is_beyond_word_piece(text: str, facts: _Facts) -> bool:
     ) or any(len(word) > _LONGEST_WORD for word in re.split(r"\W+|_", text))
 
 
-def _is_wide_blank(text: str, facts: _Facts) -> bool:
-    return facts.written.pre == "deepseek-llm" and any(
-        each in text for each in "\u3000\u2028\u2029"
-    )
+# Measured on the fixtures of the pinned llama.cpp: blanks that its rules for these pre-tokenizers
+# group otherwise than the tokenizer.json of the family does.
+_RARE_BLANKS: Final = {"deepseek-llm": "\u3000\u2028\u2029", "falcon": "\v"}
+
+
+def _is_rare_blank(text: str, facts: _Facts) -> bool:
+    return any(blank in text for blank in _RARE_BLANKS.get(facts.written.pre or "", ""))
 
 
 KNOWN: Final = (
@@ -691,10 +694,7 @@ KNOWN: Final = (
         "longest word",
         _is_beyond_word_piece,
     ),
-    Known(
-        "llama.cpp's rules of deepseek-llm split wide blanks and line separators otherwise",
-        _is_wide_blank,
-    ),
+    Known("llama.cpp's rules for this pre-tokenizer group rare blanks otherwise", _is_rare_blank),
 )
 
 
