@@ -105,7 +105,14 @@ def tiny_bert_gguf(  # noqa: PLR0913 - each argument is one dimension of the mod
 def converted_encoder(root: Path, *, model: str = "tiny", **dimensions: Any) -> Layout:
     """Make a folder in which `convert` of one encoder has run: the 16-bit GGUF and its record."""
     at = Layout(root)
-    path = tiny_bert_gguf(at.f16(model), **dimensions)
+    tiny_bert_gguf(at.f16(model), **dimensions)
+    record_conversion(at, model)
+    return at
+
+
+def record_conversion(at: Layout, model: str = "tiny") -> None:
+    """Leave the record of a 16-bit GGUF that is there, as the stage `convert` does."""
+    path = at.f16(model)
     header = gguf_header.read(path)
     digests = hashing.digest(path)
     record = records.ConvertRecord(
@@ -122,7 +129,6 @@ def converted_encoder(root: Path, *, model: str = "tiny", **dimensions: Any) -> 
         ),
     )
     records.write(at.model_record("convert", model), record)
-    return at
 
 
 def add_quant(at: Layout, type_: str, tools: Toolchain, *, model: str = "tiny") -> None:

@@ -14,21 +14,27 @@ import serving_factory
 from serving_factory import left_in
 
 from pipelines import (
+    benchmark,
+    choose,
     declaration,
     hashing,
     load_embeddings,
     load_test,
     params,
     records,
+    render,
+    report,
     verdict_served,
 )
 from pipelines.errors import ParamsError
+from pipelines.layout import Layout
 from pipelines.llama_embeddings import Embedded, VectorError
 from pipelines.load_records import LoadTestRecord, metrics_rows
 from pipelines.serving import modelfile, server
 
 if TYPE_CHECKING:
-    from pipelines.layout import Layout
+    from collections.abc import Callable
+
     from pipelines.load_records import WinnerTest
     from pipelines.params import LoadTestSlice
     from pipelines.records import ChoiceRecord
@@ -195,6 +201,52 @@ def test_a_modelfile_of_conversations_is_refused_for_an_encoder(at: Layout, engi
         host.load(chatty),
     ):
         pass
+
+
+@pytest.mark.toolchain
+@pytest.mark.timeout(300)
+def test_a_bert_of_upstream_goes_through_the_chain(
+    family: Callable[[str], tuple[Path, Path]], tools: Toolchain, engine: Engine, tmp_path: Path
+) -> None:
+    """Converted by the real converter, with its real vocabulary: measured, chosen, served, told."""
+    assert engine.ollama is not None
+    at = Layout(tmp_path / "fork")
+    at.f16("tiny").parent.mkdir(parents=True)
+    shutil.copy(family("bert")[1], at.f16("tiny"))
+    for name in ("corpora", "modelfiles"):
+        shutil.copytree(ROOT / name, at.root / name)
+    shutil.copy(ROOT / "params.yaml", at.params)
+    (at.root / "corpora/nouns.txt").write_text(encoder_factory.text_of(4000))
+    encoder_factory.record_conversion(at)
+    encoder_factory.add_quant(at, "Q8_0", tools)
+    records.write(at.model_record("fetch", "tiny"), make.fetch_record("tiny", license="mit"))
+    records.write(at.model_record("calibrate", "tiny"), make.calibrate_record("tiny"))
+    context_tokens = 256
+    measuring_ = encoder_factory.benchmark_slice(at, "Q8_0").model_copy(
+        update={"context_tokens": context_tokens}
+    )
+    measured = benchmark.benchmark(measuring_, at, tools, lock=at.root / "lock")
+    assert isinstance(measured.quality, records.EmbeddingQuality)
+    assert measured.quality.cosine_mean > 0.99
+    # Whether the machine was quiet is not what is tested.
+    quiet = measured.validity.model_copy(update={"verdict": "VALID", "reasons": ()})
+    measured = measured.model_copy(update={"validity": quiet})
+    records.write(at.quant_record("benchmark", "tiny", "Q8_0"), measured)
+    slice_ = make.choose_slice(["Q8_0"], "tiny", gates={})
+    slice_ = slice_.model_copy(update={"context_tokens": context_tokens})
+    chosen = choose.run(slice_, at)
+    assert (chosen.hosts[0].winner, chosen.hosts[0].verdict) == ("Q8_0", "PROMOTE")
+
+    few = {"quants": {"tiny-Q8_0": "Q8_0"}, "context_tokens": context_tokens}
+    record = load_test.load_test(wanted(at, **few), chosen, at, tools, lock=at.root / "lock")
+
+    assert left_in(at) == []
+    require_whole(record.winners[0])
+    records.write(at.model_record("choose", "tiny"), chosen)
+    records.write(at.model_record("load-test", "tiny"), record)
+    judged = make.judge_slice(["Q8_0"], "tiny", gates={})
+    built = report.build(params.ReportSlice(models={"tiny": judged}), at)
+    assert "cosine" in render.terminal(built, width=160)
 
 
 # --- faults that no engine shows on demand ----------------------------------------------------
