@@ -55,6 +55,7 @@ MAX_VOID_SHARE: Final = 2.0
 # How long a pair waits for others to be done, and how long is looked for that.
 QUIET_WITHIN_S: Final = 5.0
 _LOOK_S: Final = 0.2
+_NEVER_QUIET: Final = 2
 # Share of a core that may be busy when all cores that are wanted count as free: this program, too.
 _IDLE_ENOUGH: Final = 0.3
 
@@ -310,11 +311,14 @@ def disturbance(first: ProcessRun, second: ProcessRun, effect: float) -> str:
     return ""
 
 
-def wait_for_quiet(threads: int, within_s: float = QUIET_WITHIN_S) -> None:
+def wait_for_quiet(threads: int, within_s: float = QUIET_WITHIN_S) -> bool:
     """
     Give others a while to be done before a pair begins; go on after that in any case.
 
     Quiet means that as many cores are free as llama-bench has threads.
+
+    Returns:
+        Whether it became quiet.
     """
     from pipelines import counters  # noqa: PLC0415 - beside the loop that needs it
 
@@ -325,7 +329,8 @@ def wait_for_quiet(threads: int, within_s: float = QUIET_WITHIN_S) -> None:
         time.sleep(_LOOK_S)
         busy = (counters.cpu_times().busy_s - before.busy_s) / (time.monotonic() - began)
         if cores - busy >= min(threads, cores) - _IDLE_ENOUGH:
-            return
+            return True
+    return False
 
 
 # --- all pairs --------------------------------------------------------------------------------
@@ -359,6 +364,7 @@ class Session:
     quiet_within_s: float = QUIET_WITHIN_S
     void: list[VoidPair] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
+    _never_quiet: int = 0
 
     def __post_init__(self) -> None:
         """Note what an earlier run took."""
@@ -407,7 +413,7 @@ class Session:
                 if done[place] is None:
                     if place == 0:
                         self._require_time(phase, index)
-                        wait_for_quiet(self.plan.execution.threads, self.quiet_within_s)
+                        self._wait()
                     side: Letter = "A" if phase == "control" else letter
                     done[place] = self._process(phase, index, attempt, letter, side)
             first, second = done
@@ -425,6 +431,12 @@ class Session:
             console.info(f"{phase} {index + 1} is void and measured again: {reason}")
             self._require_patience(reason)
             attempt += 1
+
+    def _wait(self) -> None:
+        """Wait for a quiet moment; where none came twice in a row, none is waited for again."""
+        if self._never_quiet < _NEVER_QUIET:
+            quiet = wait_for_quiet(self.plan.execution.threads, self.quiet_within_s)
+            self._never_quiet = 0 if quiet else self._never_quiet + 1
 
     def _require_patience(self, reason: str) -> None:
         wanted = self.plan.pairs + self.plan.control_pairs
