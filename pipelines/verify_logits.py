@@ -18,6 +18,7 @@ Measured over 512 tokens of the evaluation corpus, in nats, on tiny models with 
 
     model        GGUF      rounding  limit     smallest planted fault that is computed
     tiny-llama   7.2e-08   < 1e-06   1.0e-05   2.3e-04  norm epsilon x 100
+    llama        6.2e-06   6.2e-06   6.2e-05
     mixtral      8.7e-06   8.8e-06   8.8e-05   3.9e-02  one layer x 1.1
     gemma4       3.6e-05   3.4e-05   3.4e-04
     bert         1.0e-07   (1 - cosine; limit 1.0e-06)
