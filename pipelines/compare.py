@@ -167,7 +167,8 @@ class Task:
         old = self.champion.side
         said = (
             f"Nothing to compare: {compare_words.side(self.challenger.side)} is the same file, run "
-            f"by the same llama.cpp, as that of {console.clean(old.source)}."
+            f"by the same llama.cpp, as that of {console.clean(old.source)}. `--base HEAD~1` and "
+            "`--champion stable` name other champions."
         )
         return self._record(hardware, validity, sentence=said, outcome="equal")
 

@@ -18,10 +18,21 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from pipelines import compare, compare_quality, compare_run, compare_words, llamacpp, records
+from pipelines import (
+    benchmark,
+    compare,
+    compare_quality,
+    compare_run,
+    compare_words,
+    declaration,
+    llamacpp,
+    params,
+    records,
+)
 from pipelines.compare_records import CompareRecord
 from pipelines.compare_run import Journal, Pair, ProcessRun, Session
 from pipelines.errors import ParamsError
+from pipelines.layout import Layout
 
 if TYPE_CHECKING:
     from pipelines.toolchain import Toolchain
@@ -167,6 +178,37 @@ def test_divergence_is_compared_block_by_block_from_the_same_f16(
     assert quality.challenger_kld_mean_nats < quality.champion_kld_mean_nats
     assert quality.log_ratio_low <= quality.log_ratio <= quality.log_ratio_high
     assert quality.outcome in {"equal", "better"}
+
+
+@pytest.mark.toolchain
+@pytest.mark.timeout(900)
+def test_an_f16_from_elsewhere_gets_logits_of_its_own(
+    compared: tuple[Path, subprocess.CompletedProcess[str]], tools: Toolchain
+) -> None:
+    """A champion of another f16 is read against that one; the same bytes give the same numbers."""
+    at = Layout(compared[0])
+    declared = declaration.load(at.params)
+    wanted = params.benchmark_slice(declared, f"{MODEL}-Q4_K_M")
+    f16 = records.read(at.model_record("convert", MODEL), records.ConvertRecord).gguf
+    elsewhere = at.scratch(MODEL) / "other-f16.gguf"
+    shutil.copyfile(at.f16(MODEL), elsewhere)
+    gguf = at.gguf(MODEL, f"{MODEL}-Q4_K_M")
+    run_as = benchmark.execution(declared.benchmark, tools.backend, cores=1)
+
+    found = [
+        compare_quality.measure(
+            at, wanted, run_as,
+            compare_quality.Subject(
+                gguf=gguf, model_size_bytes=compare.tensor_bytes(gguf), tools=tools, f16=path,
+                f16_digest=f16,
+            ),
+        )
+        for path in (at.f16(MODEL), elsewhere)
+    ]  # fmt: skip
+
+    assert found[0] == found[1]
+    assert len(found[0].blocks_nats) == 16
+    assert sum(found[0].blocks_nats) / 16 == pytest.approx(found[0].mean_nats, abs=1e-5)
 
 
 @pytest.mark.toolchain
