@@ -433,10 +433,10 @@ class TrackReceipt(Record):
     """
     What the tracking server has been told; `pending` means that it could not be reached.
 
-    `*_sha256` are the digests of the records that it speaks of. The report depends on receipts alone
-    (DVC cannot list a file for each model), so they have to change whenever a choice, a load test, a
-    release, a proof, evals or a comparison does. `missing` are the keys that
-    there was nothing to tell of.
+    `*_sha256` are the digests of the records that it speaks of. The report depends on receipts
+    alone (DVC cannot list a file for each model), so they have to change whenever a choice, a load
+    test, a release, a proof, evals or a comparison does. `missing` are the keys that there was
+    nothing to tell of.
     """
 
     stage: Literal["track"] = "track"

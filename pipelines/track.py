@@ -27,8 +27,10 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict
 
-from pipelines import atomic, console, proc, records, wording
+from pipelines import atomic, console, harm, proc, records, wording
+from pipelines.compare_records import CompareRecord
 from pipelines.errors import DigestError, FleetError, MachineError, StoreError, ToolError
+from pipelines.evaluate_records import EvaluateRecord
 from pipelines.load_records import LoadTestRecord, metrics_rows
 from pipelines.records import (
     BenchmarkRecord,
@@ -40,6 +42,8 @@ from pipelines.records import (
     TrackedRun,
     TrackReceipt,
 )
+from pipelines.verdict_rules import outcome_of
+from pipelines.verify_records import VerifyRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -211,12 +215,38 @@ def _spec(model: str, key: str, type_: str, at: Layout) -> RunSpec:
             **_tags(fetched, quantized, measured),
             **_verdict(key, choice),
             **_load_tags(quantized, tested),
+            **_proof_tags(model, quantized, at),
             "fleet.choice_sha256": hashlib.sha256(paths["choice"].read_bytes()).hexdigest(),
             # Last: a run without it is told the whole load test again.
             LOAD_TEST_TAG: _sha256(load_test) or _NO_LOAD_TEST,
         },
         artifacts={f"records/{name}.json": str(path) for name, path in paths.items()},
     )
+
+
+def _proof_tags(model: str, quantized: QuantizeRecord, at: Layout) -> dict[str, str]:
+    """
+    Say what came of the proof of the conversion, of the task evals and of the comparison.
+
+    `none` of a record that is not there, cannot be read or speaks of another file: the same tags
+    for all, so that old ones go.
+    """
+    verified = records.read_or_reason(at.model_record("verify", model), VerifyRecord)
+    evaluated = records.read_or_reason(at.model_record("evaluate", model), EvaluateRecord)
+    compared = records.read_or_reason(at.comparison(model), CompareRecord)
+    tags = dict.fromkeys(("fleet.verify", "fleet.harmed_on", "fleet.compare"), "none")
+    if isinstance(verified, VerifyRecord) and verified.f16_sha256 == quantized.f16_sha256:
+        tags["fleet.verify"] = verified.outcome
+    if isinstance(evaluated, EvaluateRecord):
+        harmed = harm.found(evaluated, quantized.type, quantized.gguf.sha256)
+        tags["fleet.harmed_on"] = ", ".join(one.name for one, _ in harmed) or "none"
+    if isinstance(compared, CompareRecord):
+        is_it = compared.challenger.gguf_sha256 == quantized.gguf.sha256
+        outcome = outcome_of(compared) if compared.validity.verdict == "VALID" else "INVALID"
+        tags["fleet.compare"] = outcome or "none" if is_it else "none"
+    return {
+        name: wording.shortened(console.clean(text), _TAG_CHARACTERS) for name, text in tags.items()
+    }
 
 
 def run_key_of(model: str, key: str, gguf_sha256: str, benchmark: bytes) -> str:
@@ -436,6 +466,9 @@ def _receipt(
         choice_sha256=_sha256(at.model_record("choose", slice_.model)),
         load_test_sha256=_sha256(at.model_record("load-test", slice_.model)),
         publish_sha256=_sha256(at.model_record("publish", slice_.model)),
+        verify_sha256=_sha256(at.model_record("verify", slice_.model)),
+        evaluate_sha256=_sha256(at.model_record("evaluate", slice_.model)),
+        compare_sha256=_sha256(at.comparison(slice_.model)),
         runs=told,
         missing=missing,
     )
