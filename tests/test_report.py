@@ -20,8 +20,11 @@ from record_factory import (
     benchmark_record,
     calibration,
     choose_slice,
+    compare_record,
     degenerate,
     engine_id,
+    eval_result,
+    evaluate_record,
     fetch_record,
     golden,
     judge_slice,
@@ -34,13 +37,17 @@ from record_factory import (
     quantize_record,
     served,
     sha256,
+    side,
     smoke,
+    speed_comparison,
     validity,
+    verify_record,
     winner_test,
     write_model,
 )
 
-from pipelines import choose, records, render, report
+from pipelines import choose, compare_words, records, render, report
+from pipelines.compare_records import PairSample
 from pipelines.errors import GateError
 from pipelines.layout import Layout
 from pipelines.load_records import GoldenPrompt
@@ -896,3 +903,78 @@ def test_the_policy_of_the_page_lets_its_own_script_run(tmp_path: Path) -> None:
 
     assert dom.count("<button") == 10
     assert "<title>Fleet report" in dom
+
+
+# --- proof, evals, comparison -----------------------------------------------------------------
+
+
+def evidence_report(tmp_path: Path, **evidence: Any) -> Report:
+    """Build the report of one model with special records of these kinds."""
+    at = Layout(tmp_path)
+    evals = {name.name: name.set_sha256 for name in evidence.get("sets", ())}
+    quants = write_fleet(at).model_copy(update={"evals": evals})
+    if "verified" in evidence:
+        records.write(at.model_record("verify", MODEL), evidence["verified"])
+    if evals:
+        record = evaluate_record(sets=evidence["sets"])
+        records.write(at.model_record("evaluate", MODEL), record)
+    if "compared" in evidence:
+        records.write(at.comparison(MODEL), evidence["compared"])
+    return report.build(ReportSlice(models={MODEL: quants}), at)
+
+
+def test_the_proof_of_the_conversion_is_one_line_if_it_holds(tmp_path: Path) -> None:
+    """Which layers hold; what was left out has a line of its own, and promotes all the same."""
+    built = evidence_report(tmp_path, verified=verify_record(outcomes={"logits": "SKIP"}))
+
+    assert report.worst_verdict(built) == "PROMOTE"
+    for text in forms(built):
+        assert "7 of 8 layers hold (tensors, hyperparameters, values, vocabulary, tokens" in text
+        assert re.search("(?i)skip:? logits: it could not be looked at", text)
+
+
+def test_a_failed_proof_is_the_headline_with_what_to_do(tmp_path: Path) -> None:
+    """The layer, what differs, and the next step, before any table."""
+    built = evidence_report(tmp_path, verified=verify_record(outcomes={"tokens": "FAIL"}))
+
+    assert report.worst_verdict(built) == "REJECT"
+    for text in forms(built):
+        head = text[: text.index("bits/weight")]
+        assert "the conversion is not the model: layer tokens fails: 3 of 2,400 differ" in head
+        assert f"results/{MODEL}/verify.json, pin another revision or another toolchain" in head
+        assert "'a b': 1, 2 upstream; 3 here" in text
+
+
+def test_task_evals_are_a_table_of_pairs(tmp_path: Path) -> None:
+    """Lost, won and p for each quant; a score by itself is not what is judged."""
+    built = evidence_report(tmp_path, sets=(eval_result(types=FLEET),))
+
+    assert report.worst_verdict(built) == "PROMOTE"
+    assert (
+        "| recall | Q4&#95;K&#95;M | 7 of 10 | 7 | 1 | 1 | 0.750 | pass |".replace("&#95;", "_")
+        in forms(built)[1]
+    )
+    for text in forms(built):
+        assert "Each quant is paired with f16, item by item" in text
+
+
+def test_the_comparison_is_what_fleet_compare_prints(tmp_path: Path) -> None:
+    """Its sentence and its table; one of another file is not shown, only that it does not count."""
+    pairs = tuple(
+        PairSample(index=i, order="AB", champion_tok_s=600, challenger_tok_s=540, log_ratio=-0.105)
+        for i in range(8)
+    )
+    worse = compare_record("worse", speed=(speed_comparison("worse", pairs=pairs),))
+    stale = compare_record("worse", challenger=side(gguf_sha256=sha256("older")))
+
+    built = evidence_report(tmp_path / "a", compared=worse)
+    assert report.worst_verdict(built) == "REJECT"
+    for text in forms(built):
+        for cell in compare_words.rows(worse)[0].cells[:2]:
+            assert cell in text
+        assert "Champion and challenger" in text
+    old = evidence_report(tmp_path / "b", compared=stale)
+    assert report.worst_verdict(old) == "PROMOTE"
+    for text in forms(old):
+        assert "Champion and challenger" not in text
+        assert "The comparison does not count on host local: it is of another file" in text
