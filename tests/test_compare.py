@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -12,27 +13,33 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import release_factory
 
 from pipelines import (
     benchmark,
     compare,
     compare_quality,
     compare_run,
+    compare_sides,
     compare_words,
     declaration,
     llamacpp,
     params,
+    publishing,
     records,
+    release_records,
 )
 from pipelines.compare_records import CompareRecord
 from pipelines.compare_run import Journal, Pair, ProcessRun, Session
-from pipelines.errors import ParamsError
+from pipelines.errors import FleetError, MachineError, ParamsError
 from pipelines.layout import Layout
+from pipelines.stores import open_store
 
 if TYPE_CHECKING:
     from pipelines.toolchain import Toolchain
@@ -319,6 +326,46 @@ def test_a_side_that_is_not_there_is_named(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.toolchain
+@pytest.mark.parametrize("llama_cpp", ["installed", "other"])
+def test_the_champion_of_a_release_comes_from_the_registry_by_its_digest(
+    tmp_path: Path, tools: Toolchain, llama_cpp: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stable quant, byte for byte; and only with the llama.cpp that it was made with."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    at = Layout(tmp_path)
+    declared = declaration.load(at.params)
+    made = release_factory.composed(tmp_path / "elsewhere")
+    if llama_cpp == "installed":
+        of_tools = made.release.tools.model_copy(update={"llama_cpp_commit": tools.commit})
+        release = made.release.model_copy(update={"tools": of_tools})
+        data = release_records.release_bytes(release)
+        made = replace(made, release=release, data=data, id=release_records.release_id(data))
+    store = open_store("local", declared, tmp_path)
+    publishing.publish(
+        made, store, release_factory.ledger(tmp_path), stable="latest", by=release_factory.by()
+    )
+    if llama_cpp == "other":
+        with pytest.raises(MachineError, match="which is not installed here"):
+            compare_sides.of_release(declared, at, MODEL, "stable")
+        return
+
+    champion = compare_sides.of_release(declared, at, MODEL, "stable")
+    path = compare_sides.bring(declared, at, MODEL, champion, champion.gguf)
+
+    assert champion.side.type == made.release.stable_quant
+    assert made.id[:12] in champion.side.source
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == champion.side.gguf_sha256
+    (blob,) = (tmp_path / "registry").rglob(champion.side.gguf_sha256)
+    path.unlink()
+    blob.chmod(0o600)
+    blob.write_bytes(b"x" * blob.stat().st_size)
+    with pytest.raises(FleetError):
+        compare_sides.bring(declared, at, MODEL, champion, champion.gguf)
+    assert not path.exists()
+
+
 # --- journals ---------------------------------------------------------------------------------
 
 
@@ -503,16 +550,12 @@ def test_a_spent_budget_ends_the_run_and_says_so(tmp_path: Path) -> None:
 
 def test_a_declaration_that_leaves_no_repetition_is_refused() -> None:
     """Dropping all of them is a slip in params.yaml."""
-    from dataclasses import replace  # noqa: PLC0415 - only here
-
     with pytest.raises(ParamsError, match="leaves none of 4"):
         compare_run.refuse_wrong_plan(replace(plan(), dropped_repetitions=4))
 
 
 def test_the_tests_that_decide_are_the_first_prefill_and_the_deepest_decode() -> None:
     """What users feel decides; the rest is reported."""
-    from dataclasses import replace  # noqa: PLC0415 - only here
-
     deep = replace(plan(), depths=(0, 256, 4096))
     gated = [(deep.tests[n].test, deep.tests[n].depth_tokens) for n in deep.gated]
     encoder = replace(plan(), generate_tokens=0)
