@@ -486,7 +486,8 @@ def _write_model(
         vocab_size=tokens_count, dtype="bfloat16", **{**family.values(), **values}
     )
     auto = transformers.AutoModel if family.encoder else transformers.AutoModelForCausalLM
-    model = auto.from_config(config)
+    # Dropout would let the scale of the logits depend on chance.
+    model = auto.from_config(config).eval()
     random = torch.Generator().manual_seed(seed)
     embeddings = model.get_input_embeddings().weight
     output = model.get_output_embeddings()
