@@ -14,6 +14,12 @@ import sys
 from pathlib import Path
 from typing import Final
 
+# Modules of the packages that the extra `convert` of pyproject.toml brings, itself or through one.
+_PACKAGES: Final = frozenset({
+    "gguf", "google", "huggingface_hub", "jinja2", "numpy", "safetensors", "sentencepiece",
+    "tokenizers", "torch", "transformers",
+})  # fmt: skip
+
 # argv: who is told of, `-m` and a module or the path of a script, then its own arguments.
 _LAUNCHER: Final = """
 import runpy, sys
@@ -82,3 +88,18 @@ def environment(scratch: Path, *, ours: bool = False) -> dict[str, str]:
         seen["PYTHONPATH"] = str(Path(__file__).absolute().parent.parent)
         seen["PYTHONDONTWRITEBYTECODE"] = "1"
     return seen
+
+
+def is_package(error: ModuleNotFoundError) -> bool:
+    """Tell whether what is missing comes with the extra `convert`, and is no module of ours."""
+    return (error.name or "").partition(".")[0] in _PACKAGES
+
+
+def is_ours(error: ImportError) -> bool:
+    """
+    Tell whether a module of this template is what could not be imported.
+
+    For programs in which a library imports: it may say in words alone, without a name, which of the
+    packages that it can do with is missing.
+    """
+    return (error.name or "").partition(".")[0] == __name__.partition(".")[0]

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from pipelines import atomic
+from pipelines import apart, atomic
 from pipelines.upstream_logits import ANSWER, OUTPUTS
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
     answer = json.loads((directory / ANSWER).read_text())
     try:
         result = _compared(job, answer, directory)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if not apart.is_package(error):
+            raise
         result = {"failure": {"kind": "import", "text": str(error)}}
     except _RefusedError as error:
         result = {"failure": {"kind": "refused", "text": str(error)}}

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from pydantic import ValidationError
 
-from pipelines import atomic, console, proc
+from pipelines import apart, atomic, console, proc
 from pipelines.errors import FleetError, MachineError, ToolError, UpstreamError
 from pipelines.prompts import CONTROL_TOKENS
 from pipelines.records import Part
@@ -299,6 +299,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         result = _answer(source, asked)
     except ImportError as error:
+        if apart.is_ours(error):
+            raise
         result = {"failure": {"kind": "import", "text": str(error)}}
     except Exception as error:  # noqa: BLE001 - a tokenizer of a stranger can fail in any way
         result = {"failure": {"kind": "tokenizer", "text": f"{type(error).__name__}: {error}"}}

@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import atomic
+from pipelines import apart, atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,6 +58,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         result = _answer(job, directory)
     except ImportError as error:
+        if apart.is_ours(error):
+            raise
         result = {"failure": {"kind": "import", "text": str(error)}}
     except MemoryError as error:
         result = {"failure": {"kind": "memory", "text": str(error)}}

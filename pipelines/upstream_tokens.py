@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import atomic, verify_corpus
+from pipelines import apart, atomic, verify_corpus
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         result = _answer(source)
     except ImportError as error:
+        if apart.is_ours(error):
+            raise
         result = {"failure": {"kind": "import", "text": str(error)}}
     except Exception as error:  # noqa: BLE001 - a tokenizer of a stranger can fail in any way
         result = {"failure": {"kind": "tokenizer", "text": f"{type(error).__name__}: {error}"}}

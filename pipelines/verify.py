@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, get_args
 
-from pipelines import atomic, console, fetch, gguf_header, measuring, records, toolchain
+from pipelines import apart, atomic, console, fetch, gguf_header, measuring, records, toolchain
 from pipelines.errors import FleetError, MachineError, ToolError
 from pipelines.verify_records import Layer, VerifyRecord
 from pipelines.verify_subject import Subject
@@ -172,10 +172,16 @@ def _scratch(at: Layout, model: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _packages() -> Iterator[None]:
-    """Turn a missing Python package into the sentence that says how to install it."""
+    """
+    Turn a missing Python package into the sentence that says how to install it.
+
+    A module of ours that cannot be imported is a fault of ours, which no installation mends.
+    """
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if not apart.is_package(error):
+            raise
         raise MachineError(
             f"the proof of a conversion needs Python packages that are missing: {error}.",
             hint="Install the extra `convert`: make setup.",
@@ -191,11 +197,13 @@ def _whole(words: str) -> Iterator[None]:
     """
     try:
         yield
-    except (FleetError, ImportError):
+    except FleetError:
         raise
     except MemoryError as error:
         raise MachineError(f"verify ran out of memory while it looked at {words}.") from error
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and apart.is_package(error):
+            raise
         raise ToolError(
             f"verify broke off while it looked at {words}: {type(error).__name__}: "
             f"{console.clean(str(error))[:300]}.",

@@ -153,7 +153,21 @@ def test_a_layer_that_could_not_be_asked_is_never_counted_as_passed(
 CRASHES: dict[str, tuple[Exception, type[FleetError], str]] = {
     "an unforeseen value": (KeyError("rope"), ToolError, "broke off while it looked at"),
     "a tool": (ToolError("llama-tokenize failed"), ToolError, "llama-tokenize failed"),
-    "a package": (ImportError("No module named 'numpy'"), MachineError, "No module named 'numpy'"),
+    "a package": (
+        ModuleNotFoundError("No module named 'numpy'", name="numpy"),
+        MachineError,
+        "No module named 'numpy'",
+    ),
+    "a module of ours": (
+        ModuleNotFoundError("No module named 'pipelines.x'", name="pipelines.x"),
+        ToolError,
+        "No module named 'pipelines.x'",
+    ),
+    "a name in a module of ours": (
+        ImportError("cannot import name 'x' from 'pipelines.apart'", name="pipelines.apart"),
+        ToolError,
+        "cannot import name 'x'",
+    ),
     "memory": (MemoryError(), MachineError, "ran out of memory"),
     "a forged command": (ValueError("##[set-output name=x]y"), ToolError, "broke off"),
 }
