@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from pipelines.source_tensors import as_float32
+from pipelines.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS: Final = 1 << 20
 _F16_EXPONENT: Final = 0x7C00
 _F16_MAGNITUDE: Final = 0x7FFF
+_F16_LARGEST: Final = 65504.0
 # Fewer than this share of all values: damage. A rule that is not known changes nearly all.
 _DAMAGE_SHARE: Final = 0.01
 # Of what is computed of config.json in float32, once here and once in the converter.
@@ -56,6 +58,7 @@ class Compared:
         reordered: Tensors of which only the multiset of values could be compared, and is equal.
         unexplained: Tensors whose numbers are made by a rule that is not known here.
         untraced: Tensors that nothing was given to compare with.
+        unread: Tensors in a type that no 16-bit GGUF has; their values were not looked at.
     """
 
     values_count: int = 0
@@ -64,6 +67,7 @@ class Compared:
     reordered: list[str] = field(default_factory=list)
     unexplained: list[str] = field(default_factory=list)
     untraced: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -74,7 +78,7 @@ class _Seen:
     row_length: int
     not_finite_count: int = 0
     not_finite_row: int = -1
-    not_finite_upstream: float = 0.0
+    not_finite_upstream: float | None = None
     zero_rows_count: int = 0
     zero_row: int = -1
     differing_count: int = 0
@@ -101,7 +105,9 @@ def compare(
     for tensor in header.tensors:
         if tensor.type in _DTYPES:
             _one(header, tensor, origins, computed, result)
-        result.values_count += tensor.n_elements
+            result.values_count += tensor.n_elements
+        else:
+            result.unread.append(tensor.name)
         done_bytes += tensor.size_bytes
         progress(done_bytes)
     return result
@@ -268,20 +274,19 @@ def _computed(seen: _Seen, values: NDArray[Any], wanted: NDArray[np.float32]) ->
 def _unusable(seen: _Seen) -> str:
     """Say what makes a tensor useless by itself: values that are not finite, rows of zeros."""
     if seen.not_finite_count:
-        upstream = seen.not_finite_upstream
-        why = (
-            f"; upstream's {upstream:.6g} is too large for 16 bits"
-            if math.isfinite(upstream) and upstream
-            else ""
-        )
+        upstream, why = seen.not_finite_upstream, ""
+        if upstream is not None:
+            why = f"; upstream's is {upstream:.6g}"
+            if math.isfinite(upstream) and abs(upstream) > _F16_LARGEST:
+                why += ", too large for 16 bits"
         return (
-            f"{seen.name}: {seen.not_finite_count:,} values are NaN or infinite, the first in row "
-            f"{seen.not_finite_row:,}{why}"
+            f"{seen.name} holds NaN or infinity in {counted(seen.not_finite_count, 'value')}, the "
+            f"first in row {seen.not_finite_row:,}{why}"
         )
     if seen.zero_rows_count:
         return (
-            f"{seen.name}: {seen.zero_rows_count:,} rows hold zeros only, which upstream's do not, "
-            f"the first is row {seen.zero_row:,}"
+            f"{seen.name} holds {counted(seen.zero_rows_count, 'row')} of zeros only, where "
+            f"upstream's has numbers, the first is row {seen.zero_row:,}"
         )
     return ""
 
@@ -289,9 +294,10 @@ def _unusable(seen: _Seen) -> str:
 def _differs(seen: _Seen, upstream: str) -> str:
     assert seen.first is not None
     at, got, wanted = seen.first
+    count = counted(seen.differing_count, "value")
     return (
-        f"{seen.name} differs from {upstream} in {seen.differing_count:,} values, the first in row "
-        f"{at // seen.row_length:,}, column {at % seen.row_length:,}: {got:.6g} instead of "
+        f"{seen.name} differs from {upstream} in {count}, the first in "
+        f"row {at // seen.row_length:,}, column {at % seen.row_length:,}: {got:.6g} instead of "
         f"{wanted:.6g}"
     )
 

@@ -268,7 +268,8 @@ def _hyperparameters(held: Held) -> Check:
 
 
 def _values(header: Header, compared: Compared) -> Check:
-    every = f"all {compared.values_count:,} values of {counted(len(header.tensors), 'tensor')}"
+    read_count = len(header.tensors) - len(compared.unread)
+    every = f"all {compared.values_count:,} values of {counted(read_count, 'tensor')}"
     if compared.differing:
         wrong = counted(len(compared.differing), "tensor")
         sentence = (
@@ -276,7 +277,7 @@ def _values(header: Header, compared: Compared) -> Check:
             f"{compared.differing[0]}."
         )
         return _check("values", "FAIL", compared.values_count, compared.differing, sentence)
-    left_out = [*compared.unexplained, *compared.untraced]
+    left_out = [*compared.unexplained, *compared.untraced, *compared.unread]
     if left_out:
         sentence = (
             f"{every} are finite, but {counted(len(left_out), 'tensor')} could not be compared "

@@ -164,14 +164,14 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], Path], str, str]] = {
                           "the same values lie in another order"),
     "transposed": (changed(UP, lambda v: np.ascontiguousarray(v.T)), "tensors", "[256, 768]"),
     "halves of heads": (changed(Q, unpermuted), "values", "another order"),
-    "one bit": (changed(UP, one_bit), "values", "in 1 values, the first in row 767, column 255"),
+    "one bit": (changed(UP, one_bit), "values", "in 1 value, the first in row 767, column 255"),
     "scale of a layer": (changed(UP, lambda v: v * np.float16(0.5)), "values", "0.5 times"),
     "scale of a norm": (changed(NORM, lambda v: v * np.float32(1.01)), "values", "1.01 times"),
     "tied embedding lost": (untied, "values", "output.weight differs from model.embed_tokens"),
     "vocabulary padded": (padded, "tensors", "[1088, 256]"),
     "norm in 16 bits": (changed(NORM, lambda v: v.astype(np.float16)), "tensors", "in F16"),
     "matrix in 32 bits": (changed(UP, lambda v: v.astype(np.float32)), "tensors", "in F32"),
-    "NaN": (changed(UP, with_value(np.nan)), "values", "1 values are NaN or infinite"),
+    "NaN": (changed(UP, with_value(np.nan)), "values", "NaN or infinity in 1 value"),
     "Inf": (changed(UP, with_value(np.inf)), "values", "the first in row 3"),
     "row of zeros": (changed(UP, zero_row), "values", "the first is row 7"),
 }  # fmt: skip
@@ -427,7 +427,9 @@ def test_rows_that_are_zero_upstream_may_be_zero(tmp_path: Path, tools: Toolchai
 
     assert right["values"].outcome == "PASS"
     assert lost["values"].outcome == "FAIL"
-    assert "zeros only, which upstream's do not, the first is row 15" in lost["values"].sentence
+    assert (
+        "zeros only, where upstream's has numbers, the first is row 15" in lost["values"].sentence
+    )
 
 
 # --- classes that are not known ---------------------------------------------------------------
