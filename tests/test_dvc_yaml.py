@@ -120,7 +120,7 @@ def test_a_release_follows_what_it_holds_and_the_registry(
     for model in declaration.load(checkout / "params.yaml").models:
         stage = stages[f"publish@{model}"]
         deps = {d.def_path for d in stage.deps if type(d).__name__ != "ParamsDependency"}
-        records = ("fetch", "convert", "calibrate", "choose", "load-test")
+        records = ("fetch", "convert", "verify", "calibrate", "evaluate", "choose", "load-test")
         assert deps == {
             str(at.source(model)),
             str(at.imatrix_dir(model)),
@@ -129,6 +129,7 @@ def test_a_release_follows_what_it_holds_and_the_registry(
             *(str(at.quant_record(n, model, "x").parent) for n in ("quantize", "benchmark")),
             "modelfiles",
             str(at.observed(model)),
+            str(at.compared(model)),
         }
         # Not release.json, which a refusal leaves alone, nor the ledger, which only grows.
         assert {out.def_path for out in stage.outs} == {str(at.model_record("publish", model))}

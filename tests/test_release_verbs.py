@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from publish_factory import change, change_load_test, finished, publish_slice
-from record_factory import MODEL
+from record_factory import MODEL, sha256
 from release_checkout import REASON, Checkout
 
 from pipelines.ledger import Ledger
@@ -35,7 +35,9 @@ def params_of(*models: str, **extra: Any) -> str:
     """Write the declaration of what `publish_factory.finished` makes."""
     value = {
         "toolchain": {"llama_cpp_python": "0.3.36", "sha256": "0" * 64},
-        "corpora": {"evaluation": {"path": "corpora/evaluation.txt", "sha256": "1" * 64}},
+        "corpora": {
+            "evaluation": {"path": "corpora/evaluation.txt", "sha256": sha256("evaluation")}
+        },
         "models": {
             model: {
                 "source": f"path:examples/{model}",
