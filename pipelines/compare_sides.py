@@ -15,7 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -45,6 +45,7 @@ OURS: Final = "this checkout"
 _GIT_EXIT_ABSENT: Final = 128
 _ANY_CODE: Final = range(256)
 _SHOWN_REV: Final = 60
+_QUANT_TYPES: Final[tuple[str, ...]] = get_args(params.QuantType)
 _R = TypeVar("_R", bound=records.Record)
 
 
@@ -117,6 +118,7 @@ def challenger(declared: Declaration, at: Layout, model: str, quant: str | None)
         )
     quantized = records.read(at.quant_record("quantize", model, quant), records.QuantizeRecord)
     converted = records.read(at.model_record("convert", model), records.ConvertRecord)
+    _require_one_story(OURS, model, quant, quantized, converted)
     evals = records.read_or_reason(at.model_record("evaluate", model), EvaluateRecord)
     tools = toolchain.ensure(toolchain.spec_of(declared))
     return Contender(
@@ -127,6 +129,29 @@ def challenger(declared: Declaration, at: Layout, model: str, quant: str | None)
         evals=None if isinstance(evals, str) else evals,
         commit=None,
     )
+
+
+def _require_one_story(
+    source: str,
+    model: str,
+    type_: str,
+    quantized: records.QuantizeRecord,
+    converted: records.ConvertRecord,
+) -> None:
+    """
+    See that the records of a side speak of one model, one quant and one f16.
+
+    Raises:
+        ParamsError: They do not, or the quant is none: they were edited, or are of two runs.
+    """
+    told = (quantized.model, quantized.key, quantized.type, converted.model)
+    fits = told == (model, f"{model}-{type_}", type_, model) and type_ in _QUANT_TYPES
+    if not fits or quantized.f16_sha256 != converted.gguf.sha256:
+        raise ParamsError(
+            f"the records of {source} for {wording.quoted(f'{model}-{type_}')} do not speak of one "
+            "quant of one f16: nothing was compared.",
+            hint="Run `fleet repro` there, and commit what it writes.",
+        )
 
 
 def chosen(choice: records.ChoiceRecord) -> str | None:
@@ -187,6 +212,7 @@ def of_commit(at: Layout, model: str, rev: str | None, like: Side) -> Contender:
             f"{source} holds no record of {model}-{type_}: there is nothing to compare with.",
             hint="Name another one: --base REV, or --champion stable.",
         )
+    _require_one_story(source, model, type_, quantized, converted)
     tools = toolchain.ensure(_spec(git.toolchain(commit)))
     return Contender(
         side=_side(source, quantized, tools),

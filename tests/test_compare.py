@@ -327,6 +327,32 @@ def test_a_side_that_is_not_there_is_named(
 
 
 @pytest.mark.toolchain
+@pytest.mark.parametrize(
+    ("pattern", "by"),
+    [
+        (r'"f16_sha256": "[0-9a-f]{64}"', f'"f16_sha256": "{"0" * 64}"'),
+        (r'"key": "[^"]*"', '"key": "../../../etc/passwd"'),
+        (r'"model": "[^"]*"', '"model": "another"'),
+        (r'"type": "Q4_K_M"', '"type": "--output=x"'),
+    ],
+)
+def test_records_that_do_not_belong_together_are_not_compared(
+    compared: tuple[Path, subprocess.CompletedProcess[str]], pattern: str, by: str
+) -> None:
+    """A record that was edited, or is of another run, stops the comparison before it begins."""
+    path = compared[0] / "results" / MODEL / "quantize/Q4_K_M.json"
+    before = path.read_text()
+    edit(path, pattern, by)
+    try:
+        done = run(compared[0], "compare", MODEL, "--base", "HEAD~1", "--quant", "Q4_K_M", code=2)
+    finally:
+        path.write_text(before)
+
+    assert "do not speak of one quant of one f16" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.toolchain
 @pytest.mark.parametrize("llama_cpp", ["installed", "other"])
 def test_the_champion_of_a_release_comes_from_the_registry_by_its_digest(
     tmp_path: Path, tools: Toolchain, llama_cpp: str, monkeypatch: pytest.MonkeyPatch
