@@ -144,6 +144,12 @@ def compose(
         f"verify {subject.model}: {'FAIL' if failed else 'PASS'}, {passed} of "
         f"{counted(len(checks), 'layer')} passed."
     )
+    if failed:
+        console.info(
+            "This GGUF is not the model that upstream published: nothing that is made of it gets "
+            "PROMOTE. What differs is in full in "
+            f"{subject.at.model_record('verify', subject.model)}."
+        )
     return VerifyRecord(
         model=subject.model,
         revision=subject.convert.revision,

@@ -273,7 +273,13 @@ def judge(
         corpus_sha256: Of the text.
     """
     if "failure" in compared:
-        return _failed(0, f"16-bit GGUF: {_words(compared['failure'])}.", ()), None, None
+        return (
+            _failed(
+                0, f"The 16-bit GGUF gave no outputs to compare: {_words(compared['failure'])}.", ()
+            ),
+            None,
+            None,
+        )
     if upstream["pooling"] is not None:
         outcome, embeddings = _judge_embeddings(compared, upstream, corpus_sha256)
         return outcome, None, embeddings
@@ -303,17 +309,18 @@ def _judge_logits(
     least_same = 1 - FLOOR_FLIPS - ROUNDINGS * statistics.fmean(flips)
     differing = compared["same_top"].count(False)
     sentence = (
-        f"{wording.counted(len(divergence), 'token')}: divergence from upstream "
-        f"{found:.2g} nats without the {_TRIMMED_SHARE:.0%} that differ most (limit {limit:.2g}), "
-        f"{mean:.2g} with them (limit {mean_limit:.2g}); the most probable token is the same at "
-        f"{agreement.same_top:.2%} (at least {max(least_same, 0):.2%}); loss on the text "
-        f"{agreement.nll_upstream_nats:.4g} nats upstream, {agreement.nll_gguf_nats:.4g} here."
+        f"On {wording.counted(len(divergence), 'token')} of held-out text the probabilities differ "
+        f"from upstream's by {found:.2g} nats (mean divergence without the {_TRIMMED_SHARE:.0%} of "
+        f"tokens that differ most; limit {limit:.2g}), by {mean:.2g} with those (limit "
+        f"{mean_limit:.2g}); the most probable token is the same at {agreement.same_top:.2%} (at "
+        f"least {max(least_same, 0):.2%}); the loss is {agreement.nll_upstream_nats:.4g} nats "
+        f"upstream, {agreement.nll_gguf_nats:.4g} here."
     )
     if found <= limit and mean <= mean_limit and agreement.same_top >= least_same:
         return _passed(len(divergence), differing, sentence), agreement
     worst = sorted(range(len(divergence)), key=lambda at: -divergence[at])[:5]
     ids = [id_ for window in upstream["windows"] for id_ in window]
-    findings = tuple(f"after token {ids[at]}, at {at}: {divergence[at]:.3g} nats" for at in worst)
+    findings = tuple(f"after token {at} (id {ids[at]}): {divergence[at]:.3g} nats" for at in worst)
     return _failed(len(divergence), sentence, findings, max(1, differing)), agreement
 
 
@@ -335,10 +342,11 @@ def _judge_embeddings(
     rounding = [figures[0] for figures in upstream["rounding"]]
     limit = max(FLOOR_COSINE, ROUNDINGS * statistics.fmean(rounding))
     found = statistics.fmean(distances)
+    count = wording.counted(len(cosines), "text")
     sentence = (
-        f"{wording.counted(len(cosines), 'text')}, {upstream['pooling']} pooling as upstream: one "
-        f"less the cosine is {found:.2g} on average (limit {limit:.2g}), {max(distances):.2g} at "
-        "most."
+        f"The embeddings of {count} ({upstream['pooling']} pooling, as "
+        f"upstream) were compared with upstream's: 1 less the cosine is {found:.2g} on average "
+        f"(limit {limit:.2g}), {max(distances):.2g} at most."
     )
     if found <= limit:
         return _passed(len(cosines), 0, sentence), agreement

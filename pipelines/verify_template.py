@@ -196,18 +196,19 @@ def _rendered(
 
     text = "\0".join(wanted.values())
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    same = f"{counted(len(wanted), 'chat template')} ({len(text):,} characters, sha256 {digest})"
+    what = "The chat template is" if len(wanted) == 1 else f"{len(wanted)} chat templates are"
+    same = f"{what} upstream's ({len(text):,} characters, sha256 {digest})"
     try:
         with _server(subject) as client:
             reference = pending.result()
-            return _compared(f"{same}, upstream's", reference, golden, client), reference
+            return _compared(same, reference, golden, client), reference
     except UpstreamError as error:
-        said = f"{same} upstream's; not rendered, since {clause(error.message)}"
+        said = f"{same}; not rendered, since {clause(error.message)}"
         return skipped("template", sentence(said)), None
     except (LoadFailed, ServerGone) as error:
         if "template" not in error.message:
             raise
-        said = f"{same} upstream's, but llama.cpp cannot use it: {error.message.splitlines()[-1]}"
+        said = f"{same}, but llama.cpp cannot use it: {error.message.splitlines()[-1]}"
         return Check(
             layer="template",
             outcome="FAIL",
@@ -263,13 +264,14 @@ def _compared(same: str, reference: Reference, golden: Prompts, client: Client) 
     for conversation in golden.conversations:
         rendered = by_id[conversation.id]
         if rendered.skipped or rendered.plain.refused is not None:
-            unjudged.append(f"{conversation.id} (upstream has none)")
+            why = rendered.skipped or "the upstream template refuses it"
+            unjudged.append(f"{conversation.id} ({why})")
             continue
         found = _conversation(conversation, rendered, reference.bos_text, client)
         if found is None:
             passed += 1
         elif conversation.has("tools") or conversation.has("thinking"):
-            unjudged.append(f"{conversation.id} (llama.cpp hands it over otherwise)")
+            unjudged.append(f"{conversation.id} (llama.cpp hands it to the template otherwise)")
         else:
             failed.append(f"{conversation.id}: {found}")
     made = f"prompts {golden.version}, {reference.sentence}"
@@ -285,7 +287,7 @@ def _compared(same: str, reference: Reference, golden: Prompts, client: Client) 
             ),
             findings=tuple(failed[:MAX_FINDINGS]),
         )
-    said = f"{same}, and {counted(passed, 'conversation')} rendered as upstream does ({made})"
+    said = f"{same}, and llama.cpp renders {counted(passed, 'conversation')} as upstream ({made})"
     if unjudged:
         said += f"; not judged: {listed(unjudged)}"
     if not passed:

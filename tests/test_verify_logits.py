@@ -190,7 +190,7 @@ def test_another_corpus_than_declared_is_an_error(
 
 
 def test_a_crash_proves_nothing(tmp_path: Path, embedded: Path, tools: Toolchain) -> None:
-    """A process that dies is an error of the tool, with its log; missing packages are named."""
+    """A process that dies is an error of the tool, with its log; what the tool lacks is named."""
     one = before(tmp_path, EMBEDDED, embedded, tools)
     source = shutil.copytree(EMBEDDED, tmp_path / "source")
     (source / "tokenizer_config.json").write_text("{")
@@ -204,7 +204,7 @@ def test_a_crash_proves_nothing(tmp_path: Path, embedded: Path, tools: Toolchain
         json.dumps({"windows": [[1]], "width": 1, "pooling": None})
     )
     (job.parent / "upstream.f32").write_bytes(bytes(4))
-    with pytest.raises(MachineError, match="llama_cpp"):
+    with pytest.raises(ToolError, match="No module named 'llama_cpp'"):
         verify_logits.ask_llama(dataclasses.replace(one, tools=nothing), job)
 
 
