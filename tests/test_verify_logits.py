@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from verify_factory import EMBEDDED, converted
 
 from pipelines import verify_logits
-from pipelines.errors import DigestError, MachineError, ToolError
+from pipelines.errors import DigestError, ToolError
 from pipelines.params import Corpus
 
 if TYPE_CHECKING:

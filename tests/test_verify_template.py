@@ -79,7 +79,9 @@ def test_both_engines_make_the_same_prompts_of_the_golden_conversations(
     template, generation = verify_template.checks(plant())
     assert (template.layer, template.outcome) == ("template", "PASS")
     assert template.examined_count == 15
-    assert "not judged: tools (the upstream template has no tools) and thinking" in template.sentence
+    assert (
+        "not judged: tools (the upstream template has no tools) and thinking" in template.sentence
+    )
     assert (generation.layer, generation.outcome) == ("generation", "PASS")
     assert '2 "</s>" and 6 "<|end|>"' in generation.sentence
 
