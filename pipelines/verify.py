@@ -147,7 +147,7 @@ def compose(
     if failed:
         console.info(
             "This GGUF is not the model that upstream published: nothing that is made of it gets "
-            "PROMOTE. What differs is in full in "
+            "PROMOTE. The first differences of each layer are in "
             f"{subject.at.model_record('verify', subject.model)}."
         )
     return VerifyRecord(
