@@ -1128,7 +1128,7 @@ def test_slices_are_written_where_dvc_tracks_them(at: Layout) -> None:
 
 
 def test_an_edit_changes_only_the_slices_that_read_it(at: Layout) -> None:
-    """A new gate touches the choice alone; the other files keep their bytes and time stamps."""
+    """A new gate touches choice and verdict alone; other files keep their bytes and times."""
     declaration.write_slices(declaration.load(at.params), at)
     before = written(at)
     stamps = {path: path.stat().st_mtime_ns for path in at.root.glob("work/params/*/*.json")}
@@ -1140,7 +1140,9 @@ def test_an_edit_changes_only_the_slices_that_read_it(at: Layout) -> None:
     declaration.write_slices(declaration.load(at.params), at)
 
     changed = {name for name, data in written(at).items() if data != before[name]}
-    assert changed == {"choose/tiny-llama.json", "choose/qwen3-8b.json"}
+    judged = {f"{stage}/{key}.json" for stage in ("choose", "publish")
+              for key in ("tiny-llama", "qwen3-8b")}  # fmt: skip
+    assert changed == judged | {"report/fleet.json"}
     rewritten = {path.relative_to(at.root / "work/params").as_posix() for path in stamps
                  if path.stat().st_mtime_ns != 1}  # fmt: skip
     assert rewritten == changed

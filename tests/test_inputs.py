@@ -64,7 +64,11 @@ def test_a_source_that_is_missing_is_said_before_anything_is_built(
 
 
 @pytest.mark.parametrize(
-    "stage", ["convert", "calibrate", "quantize", "benchmark", "load-test", "publish"]
+    "stage",
+    [
+        "convert", "verify", "calibrate", "quantize", "benchmark", "evaluate", "load-test",
+        "publish",
+    ],
 )
 def test_inputs_are_those_of_the_graph(stage: str) -> None:
     """What is asked for by hand is what DVC waits for, less what only makes a stage run again."""
@@ -80,7 +84,9 @@ def test_inputs_are_those_of_the_graph(stage: str) -> None:
     wanted = {str(path) for path in inputs.paths(stage, SLICE, Layout())}
 
     if stage == "publish":  # in git; and what the probe writes, which only makes it run again
-        deps -= {"modelfiles", str(Layout().observed("M"))}
+        deps -= {"modelfiles", str(Layout().observed("M")), str(Layout().compared("M"))}
+    if stage == "verify":  # in git
+        deps -= {str(Layout().prompts)}
     if stage == "load-test":  # of these two are in git, and the third only makes it run again
         deps -= {"modelfiles", str(Layout().prompts), str(Layout().machine)}
     assert wanted == deps - {str(Layout().toolchain)}
