@@ -588,7 +588,7 @@ class Evaluate(Closed):
     )
     generate_tokens: Tokens = Field(64, description="Tokens that an answer may have.")
     timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
-        120, description="Silence after which an item has failed."
+        120, description="Silence of the server after which the stage ends with an error."
     )
 
 
@@ -788,7 +788,6 @@ class EvaluateSlice(Closed):
     quants: dict[str, QuantType]
     recipe: int
     context_tokens: int
-    modelfile: str
     threads: int | None
     evals: dict[str, Eval]
     evaluate: Evaluate
@@ -908,7 +907,6 @@ def evaluate_slice(declared: Declaration, model: str) -> EvaluateSlice:
         quants=quants_of(declared, model),
         recipe=declared.toolchain.recipe,
         context_tokens=spec.context_tokens,
-        modelfile=spec.modelfile,
         threads=declared.benchmark.threads,
         evals={name: declared.evals[name] for name in spec.evals},
         evaluate=declared.evaluate,

@@ -66,7 +66,13 @@ def test_a_source_that_is_missing_is_said_before_anything_is_built(
 @pytest.mark.parametrize(
     "stage",
     [
-        "convert", "verify", "calibrate", "quantize", "benchmark", "evaluate", "load-test",
+        "convert",
+        "verify",
+        "calibrate",
+        "quantize",
+        "benchmark",
+        "evaluate",
+        "load-test",
         "publish",
     ],
 )

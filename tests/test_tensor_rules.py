@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from gguf_factory import converted_model, quant
@@ -41,7 +41,7 @@ def _file(at: Layout, text: str, name: str = "recipes/mix.txt") -> RecipeFile:
     return RecipeFile(path=name, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
-def _decided(at: Layout, tools: Toolchain, **options: object) -> dict[str, str]:
+def _decided(at: Layout, tools: Toolchain, **options: Any) -> dict[str, str]:
     """Quantize for real and return {tensor: type} of the file."""
     wanted = quant("Q4_K_M", **options)
     quantize(wanted, at, tools)

@@ -12,7 +12,6 @@ from record_factory import choose_slice
 
 from pipelines import what_if
 from pipelines.errors import ParamsError
-from pipelines.params import Host
 
 if TYPE_CHECKING:
     import subprocess
@@ -81,7 +80,7 @@ def test_as_json_it_is_a_choice(
 )
 def test_what_is_no_limit_is_refused_in_words(asked: str, words: str) -> None:
     """A slip of the finger is named, with what may be asked."""
-    slice_ = choose_slice(hosts={"local": Host(vram_mib=8192)})
+    slice_ = choose_slice(hosts={"local": {"vram_mib": 8192}})
 
     with pytest.raises(ParamsError) as error:
         what_if.apply(slice_, [asked])
