@@ -746,8 +746,8 @@ def tokens(upstream: Upstream, written: Vocabulary, tokenized: Tokenized) -> Che
             findings=tuple(findings[:MAX_FINDINGS]),
         )
     said = (
-        f"{counted(len(cases), 'string')} ({corpus}) give the tokens of {upstream.words}, "
-        f"{listed([_MODE_WORDS[mode] for mode in MODES])} ({_additions(upstream)})"
+        f"{counted(len(cases), 'string')} ({corpus}) give the tokens of {upstream.words}, read "
+        f"three ways: {listed([_MODE_WORDS[mode] for mode in MODES])} ({_additions(upstream)})"
     )
     if excused:
         known = "; ".join(f"{count:,} since {reason}" for reason, count in excused.items())
