@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -26,10 +27,12 @@ from pipelines import (
     declaration,
     gguf_header,
     hashing,
+    prompts,
     records,
     upstream_chat,
     verify,
     verify_logits,
+    verify_template,
     verify_tokens,
 )
 from pipelines.layout import Layout
@@ -37,7 +40,8 @@ from pipelines.params import Verify, VerifySlice
 from pipelines.upstream_logits import ANSWER, OUTPUTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
 
     from pipelines.toolchain import Toolchain
     from pipelines.upstream_chat import Reference
@@ -66,6 +70,9 @@ TOKENS: Final = {"gemma4": 160}
 _TOKENS: Final = 128
 
 MODELS: Final = (EMBEDDED_NAME, *NAMES)
+# The real ones, whatever is patched while a model is proven.
+_ASK_TOKENS, _START_CHAT = verify_tokens.ask_upstream, upstream_chat.start
+_ASK_OUTPUTS: Final = verify_logits.ask_upstream
 # Model and fault, in the order of the table.
 PLANTED: Final = tuple((ELSEWHERE.get(fault, EMBEDDED_NAME), fault) for fault in FAULTS)
 
@@ -104,16 +111,49 @@ class Bench:
     def __post_init__(self) -> None:
         """Remember nothing yet."""
         self._answers: dict[tuple[str, Path], Any] = {}
-        self._good: tuple[Path, Path] | None = None
+        self._good: dict[str, tuple[Path, Path]] = {}
+        self._ahead = ThreadPoolExecutor(max_workers=1)
+        self._started: dict[str, Future[None]] = {}
+
+    def begin(self, models: Iterable[str]) -> None:
+        """
+        Make models and ask their upstream, one after the other, while others are being proven.
+
+        A proof keeps one core busy. Whoever needs a model that is on its way waits for it.
+        """
+        for model in models:
+            self._started[model] = self._ahead.submit(self._prepare, model)
+
+    def close(self) -> None:
+        """End what was begun; what has not started yet does not start."""
+        self._ahead.shutdown(cancel_futures=True)
 
     def good(self, model: str) -> tuple[Path, Path]:
         """Return source and right conversion of a model."""
-        if model != EMBEDDED_NAME:
-            return self.family(model)
-        if self._good is None:
-            f16 = converted(EMBEDDED, self.root / "embedded", self.tools)
-            self._good = EMBEDDED, f16
-        return self._good
+        if model in self._started:
+            self._started.pop(model).result()
+        return self._made(model)
+
+    def _made(self, model: str) -> tuple[Path, Path]:
+        if model not in self._good:
+            if model == EMBEDDED_NAME:
+                f16 = converted(EMBEDDED, self.root / "embedded", self.tools)
+                self._good[model] = EMBEDDED, f16
+            else:
+                self._good[model] = self.family(model)
+        return self._good[model]
+
+    def _prepare(self, model: str) -> None:
+        """Make a model, and ask those of its upstream that need no GGUF."""
+        source, _ = self._made(model)
+        place = self.root / f"ahead-{model}"
+        place.mkdir()
+        log = place / "log"
+        if verify_template.upstream_templates(source):
+            golden = prompts.load(ROOT / "corpora/prompts.yaml")
+            with _START_CHAT(source, golden, log) as pending:
+                self._answers["chat", source] = pending.result()
+        self._answers["tokens", source] = _ASK_TOKENS(source, place, log)
 
     def prove(self, model: str, fault: str | None = None) -> VerifyRecord:
         """
@@ -173,23 +213,21 @@ class Bench:
     def _upstream_asked_once(self, source: Path) -> Iterator[None]:
         """Keep what the three processes say that run upstream's own code."""
         kept = self._answers
-        real_tokens, real_chat = verify_tokens.ask_upstream, upstream_chat.start
-        real_outputs = verify_logits.ask_upstream
 
         def tokens(source_: Path, scratch: Path, log: Path) -> Any:
             if ("tokens", source) not in kept:
-                kept["tokens", source] = real_tokens(source_, scratch, log)
+                kept["tokens", source] = _ASK_TOKENS(source_, scratch, log)
             return kept["tokens", source]
 
         def chat(source_: Path, golden: Any, log: Path, **more: Any) -> Any:
             if ("chat", source) not in kept:
-                with real_chat(source_, golden, log, **more) as pending:
+                with _START_CHAT(source_, golden, log, **more) as pending:
                     kept["chat", source] = pending.result()
             return _Done(kept["chat", source])
 
         def outputs(subject: Any, job: Path) -> dict[str, Any]:
             if ("outputs", source) not in kept:
-                answer = real_outputs(subject, job)
+                answer = _ASK_OUTPUTS(subject, job)
                 folder = self.root / f"outputs-{subject.model}"
                 folder.mkdir()
                 for path in (job.with_name(ANSWER), job.with_name(OUTPUTS)):

@@ -7,6 +7,7 @@ written there. `python -m bench.verify` writes them, and does the families that 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import planted
@@ -15,8 +16,7 @@ from gguf_faults import FAULTS
 from planted import EMBEDDED_NAME, MODELS, PLANTED, Bench, caught_by, rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from pipelines.toolchain import Toolchain
 
@@ -28,23 +28,21 @@ HERE = (EMBEDDED_NAME, "mixtral", "gpt2", "bert")
 
 @pytest.fixture(scope="session")
 def bench(
+    request: pytest.FixtureRequest,
     tools: Toolchain,
     family: Callable[[str], tuple[Path, Path]],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Bench:
+) -> Iterator[Bench]:
     """A place to plant faults in; upstream is asked once about each model."""
-    return Bench(root=tmp_path_factory.mktemp("planted"), tools=tools, family=family)
-
-
-@pytest.mark.parametrize("model", HERE)
-def test_a_right_conversion_passes_as_the_page_says(model: str, bench: Bench) -> None:
-    """The control: without it, a stage that fails everything would catch every fault."""
-    record = bench.prove(model)
-
-    row = planted.architecture_row(model, planted.tokenizer_of(model), record)
-    assert record.outcome == "PASS", caught_by(record)
-    # The figures behind the layers differ from one CPU to the next.
-    assert row.split(" | ")[:5] == rows("architectures")[model].split(" | ")[:5]
+    bench = Bench(root=tmp_path_factory.mktemp("planted"), tools=tools, family=family)
+    names = [item.name for item in request.session.items if item.path == Path(__file__)]
+    # The first one is proven at once; meanwhile the others are made.
+    needed = [model for model in HERE if any(f"{model}]" in name for name in names)]
+    bench.begin(needed[1:])
+    try:
+        yield bench
+    finally:
+        bench.close()
 
 
 @pytest.mark.parametrize(
@@ -62,9 +60,20 @@ def test_a_planted_fault_never_gets_through(model: str, fault: str, bench: Bench
     assert record.outcome == "FAIL"
     assert planted.fault_row(model, fault, record) == rows("faults")[fault]
     for check in record.checks:
-        assert check.sentence[0].isupper()
+        assert not check.sentence[0].islower()
         assert check.sentence.endswith(".")
         assert check.differing_count > 0 or check.outcome != "FAIL"
+
+
+@pytest.mark.parametrize("model", HERE)
+def test_a_right_conversion_passes_as_the_page_says(model: str, bench: Bench) -> None:
+    """The control: without it, a stage that fails everything would catch every fault."""
+    record = bench.prove(model)
+
+    row = planted.architecture_row(model, planted.tokenizer_of(model), record)
+    assert record.outcome == "PASS", caught_by(record)
+    # The figures behind the layers differ from one CPU to the next.
+    assert row.split(" | ")[:5] == rows("architectures")[model].split(" | ")[:5]
 
 
 def test_every_kind_of_fault_and_every_family_stands_on_the_page() -> None:
