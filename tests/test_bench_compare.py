@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from bench import compare
+from bench import compare, compare_docs
 
 
 def one(kind: str, outcome: str, loss: float = 0.0) -> dict[str, Any]:
@@ -40,3 +41,35 @@ def test_both_kinds_see_the_same_hours() -> None:
     assert len(order) == len(set(order)) == 70
     for part in (order[:35], order[35:]):
         assert 8 <= sum(kind == "slower" for kind, _ in part) <= 12
+
+
+def test_the_page_holds_the_figures_of_the_record_and_of_the_simulation() -> None:
+    """docs/compare.md cannot drift from results/compare-proof.json, nor from the statistics."""
+    page = compare_docs.PAGE.read_text(encoding="utf-8")
+    figures = json.loads(compare.RECORD.read_text(encoding="utf-8"))
+
+    assert compare_docs.placed(page, "proof", compare_docs.proven(figures)) == page, (
+        "Run `python -m bench.compare_docs`."
+    )
+    for losses, noise in (compare_docs.ROWS[0], compare_docs.ROWS[4]):
+        assert compare_docs.row(losses, noise) in page
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    """Nothing is put where nobody can say where it ends."""
+    with pytest.raises(ValueError, match="the page needs one"):
+        compare_docs.placed("# A page", "proof", "text")
+
+
+def test_other_figures_make_another_page() -> None:
+    """What was counted is what is told; of none valid nothing is."""
+    figures = {
+        "stopped_share": 0.08, "niceness": 0, "machine": {"cores_count": 4},
+        **compare.summary([one("same", "worse"), one("slower", "INVALID", 0.1)]),
+    }  # fmt: skip
+    text = " ".join(compare_docs.proven({**figures, "niceness": 0}).split(" "))
+
+    assert "| the same file | 1 | 0 | 1 | 0 | 0 |" in text
+    assert "Worse than itself: 1 of 1 valid" in text
+    assert "The slowed one found: none was valid" in " ".join(text.split())
+    assert "had no priority" in text

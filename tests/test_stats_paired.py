@@ -11,53 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.compare_docs import DRIFT, EFFECTS, NOISE, PAIRS, compare, differences
 from pipelines import stats_paired
 from pipelines.stats_paired import Metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pipelines.compare_records import Outcome
-
-PAIRS = 8
-# Relative noise of one process, and slowdown of the machine from one process to the next.
-NOISE, DRIFT = 0.01, 0.005
-EFFECTS = {"decode": 0.03, "prefill": 0.05}
-
 finite = st.floats(-0.5, 0.5, allow_nan=False)
 
 
-# --- a machine, simulated ---------------------------------------------------------------------
-
-
-def differences(
-    draw: random.Random, pairs: int, *, loss: float = 0.0, begin: int = 0, noise: float = NOISE
-) -> list[float]:
-    """Draw the log-ratios of pairs in ABBA order on a machine that drifts from slot to slot."""
-    found = []
-    for index in range(begin, begin + pairs):
-        first, second = (
-            -DRIFT * slot + draw.gauss(0, noise) for slot in (2 * index, 2 * index + 1)
-        )
-        sign = 1 if stats_paired.order_of(index) == "AB" else -1
-        found.append(sign * (second - first) + math.log1p(-loss))
-    return found
-
-
-def compare(draw: random.Random, *, loss: float, noise: float = NOISE) -> Outcome:
-    """Do what `fleet compare` does: both metrics, Holm, and one doubling if undecided."""
-    drawn: dict[str, list[float]] = {name: [] for name in EFFECTS}
-    outcome: Outcome = "undecided"
-    for begin in (0, PAIRS):
-        for name in drawn:
-            drawn[name] += differences(draw, PAIRS, loss=loss, begin=begin, noise=noise)
-        judged = stats_paired.judge(
-            [Metric(differences=tuple(drawn[name]), effect=EFFECTS[name]) for name in EFFECTS]
-        )
-        outcome = stats_paired.worst_of([one.outcome for one in judged])
-        if outcome != "undecided":
-            break
-    return outcome
+# --- a machine, simulated (bench/compare_docs.py, which makes the table of docs) ----------------
 
 
 def share(trials: int, holds: Callable[[random.Random], bool]) -> float:
