@@ -299,10 +299,11 @@ def architecture_row(model: str, tokenizer: str, record: VerifyRecord) -> str:
 def _layer_cells(model: str, tokenizer: str, record: VerifyRecord) -> list[str]:
     passed = [check.layer for check in record.checks if check.outcome == "PASS"]
     skipped = [check.layer for check in record.checks if check.outcome == "SKIP"]
+    failed = "".join(f"; FAIL: `{each}`" for each in caught_by(record))
     return [
         model,
         record.architecture,
-        tokenizer,
+        tokenizer + failed,
         "all 8" if len(passed) == len(record.checks) else f"{len(passed)} of {len(record.checks)}",
         ", ".join(f"`{each}`" for each in skipped),
     ]
