@@ -225,6 +225,7 @@ def test_a_new_quant_is_one_line_and_so_is_its_end(fork: Path) -> None:
         "pipelines/dvc.yaml:machine",
         f"quantize@{MODEL}-Q5_K_S",
         f"benchmark@{MODEL}-Q5_K_S",
+        f"evaluate@{MODEL}",
         *CHOICE_AND_AFTER,
     }
     assert "Q5_K_S" in digests(fork)
@@ -232,7 +233,7 @@ def test_a_new_quant_is_one_line_and_so_is_its_end(fork: Path) -> None:
 
     edit(fork, lambda text: text.replace(line, ""))
 
-    assert dvc_repro(fork) == CHOICE_AND_AFTER
+    assert dvc_repro(fork) == {f"evaluate@{MODEL}", *CHOICE_AND_AFTER}
     assert "Q5_K_S" not in (fork / "results" / MODEL / "choice.json").read_text()
     assert "Q5_K_S" not in (fork / "results/report.md").read_text()
 
@@ -268,9 +269,11 @@ def test_a_new_recipe_makes_everything_after_fetch_again(fork: Path) -> None:
     stages = {name.partition("@")[0] for name in found}
     assert stages >= {
         "convert",
+        "verify",
         "calibrate",
         "quantize",
         "benchmark",
+        "evaluate",
         "choose",
         "load-test",
         "publish",
