@@ -126,8 +126,8 @@ def proven(figures: Mapping[str, Any]) -> str:
     for name, one in zip(names, (same, slower), strict=True):
         counts = one["outcomes"]
         equal = counts.get("equal", 0) + counts.get("better", 0)
-        cells = (name, one["comparisons_count"], counts.get("INVALID", 0))
-        cells += (*(counts.get(each, 0) for each in _OUTCOMES[:2]), equal)
+        known = [counts.get(each, 0) for each in ("INVALID", *_OUTCOMES[:2])]
+        cells: list[object] = [name, one["comparisons_count"], *known, equal]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     slowed = slower["measured_difference"] or {}
     speeds = " and ".join(f"{-100 * slowed[test]:.1f} % in {test}" for test in slowed)

@@ -11,7 +11,6 @@ other, and an error bar that takes them as independent is half of the true one.
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
     from pipelines.toolchain import Toolchain
 
 BLOCKS: Final = 20
-# Logits are stored in 16 bits: an f16 differs from itself by up to 0.0006 nats (Llama-3-8B, in
-# llama.cpp's tools/perplexity/README). Two models below this are as good as their f16.
-NEGLIGIBLE_NATS: Final = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +165,14 @@ def compare(
     interval = stats_paired.bootstrap_log_ratio(
         champion.blocks_nats, challenger.blocks_nats, paired=same_f16
     )
-    # More of it is worse: the limits change places.
-    outcome = stats_paired.outcome_of(
-        -interval.high, -interval.low, -math.log1p(effect), -math.log1p(-min(effect, 0.99))
-    )
-    negligible = max(champion.mean_nats, challenger.mean_nats) < NEGLIGIBLE_NATS
+    outcome = stats_paired.outcome_of_rise(interval.low, interval.high, effect)
+    least = stats_paired.NEGLIGIBLE_NATS
+    negligible = max(champion.mean_nats, challenger.mean_nats) < least
     if negligible:
         outcome = "equal"
     difference = compare_words.interval(interval.estimate, interval.low, interval.high)
     sentence = (
-        f"Divergence from f16 is below {NEGLIGIBLE_NATS:g} nats for both, which is that of f16 "
-        "from itself."
+        f"Divergence from f16 is below {least:g} nats for both, which is that of f16 from itself."
         if negligible
         else compare_words.quality_sentence(outcome, difference, effect, same_f16=same_f16)
     )

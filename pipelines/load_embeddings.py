@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from pipelines import embedding_quality, llama_embeddings, wording
 from pipelines.load_records import EmbeddingCheck
+from pipelines.load_verdict import MIN_COSINE
 from pipelines.serving import server
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 TEXTS_COUNT: Final = 8
 # Ollama refuses longer ones (`serving.ollama.ENCODER_BATCH_TOKENS`).
 MOST_TOKENS: Final = 2048
-MIN_COSINE: Final = 0.9999
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ than its own numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pipelines import golden, wording
 from pipelines.load_records import LoadVerdict
@@ -17,10 +17,21 @@ from pipelines.load_records import LoadVerdict
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pipelines.load_records import Degenerate, EngineId, LoadGate, Outcome, Smoke, WinnerTest
+    from pipelines.load_records import (
+        Degenerate,
+        EmbeddingCheck,
+        EngineId,
+        LoadGate,
+        Outcome,
+        Smoke,
+        WinnerTest,
+    )
     from pipelines.records import HostChoice
     from pipelines.verdict_words import Verdict
 
+# Of an embedding that an engine serves with that of the toolchain's llama.cpp, of the same file:
+# two builds differ in the last digits, far above this.
+MIN_COSINE: Final = 0.9999
 _OUTCOMES: tuple[Outcome, ...] = ("PASS", "INCONCLUSIVE", "FAIL")
 _WORSE: tuple[Verdict, ...] = ("INVALID", "REJECT", "HOLD")
 
@@ -126,6 +137,15 @@ def _failures(test: WinnerTest) -> Iterator[Finding]:
             value=f"{passed:,} of {all_:,} prompts are equal",
             limit=f"{all_:,}",
         )
+    vectors = test.embeddings
+    is_told = vectors is not None and vectors.sentence in test.failures
+    if vectors is not None and not is_told and not is_same_embedding(vectors):
+        yield Finding(
+            verdict="REJECT",
+            sentence=vectors.sentence,
+            value=f"cosine {wording.beyond(vectors.cosine_min, MIN_COSINE)}",
+            limit=wording.declared(MIN_COSINE),
+        )
     if test.degenerate is not None:
         yield from _degenerate(test.degenerate)
     for one in test.regressions:
@@ -136,6 +156,11 @@ def _failures(test: WinnerTest) -> Iterator[Finding]:
                 value=f"{one.pass_count:,} of {one.repeats_count:,}",
                 limit=wording.percent(one.min_pass_share, 3),
             )
+
+
+def is_same_embedding(one: EmbeddingCheck) -> bool:
+    """Tell whether an engine serves the embeddings of the file, by the outcome and its numbers."""
+    return one.outcome == "PASS" and one.texts_count > 0 and one.cosine_min >= MIN_COSINE
 
 
 def _verdict(outcome: Outcome) -> Verdict:

@@ -827,7 +827,8 @@ class JudgeSlice(Closed):
 
     `gates`, `hosts` and `slos` are those by which `choose` and the load test judge now;
     `corpus_sha256` is that of the text on which divergence is measured, `evals` the sha256 of each
-    declared set, by name.
+    declared set, by name; `compare_effects` are the differences that matter, of `decode`, `prefill`
+    and `quality`.
     """
 
     model: str
@@ -847,6 +848,7 @@ class JudgeSlice(Closed):
     evals: dict[str, str]
     alpha: float
     compare_required: bool
+    compare_effects: dict[str, float]
     stable: str
     license: str | None
     waivers: tuple[Waiver, ...]
@@ -1044,6 +1046,11 @@ def judge_slice(declared: Declaration, model: str) -> JudgeSlice:
         evals={name: spec.sha256 for name, spec in evaluated.evals.items()},
         alpha=evaluated.evaluate.alpha,
         compare_required=declared.compare.required,
+        compare_effects={
+            "decode": declared.compare.min_decode_effect,
+            "prefill": declared.compare.min_prefill_effect,
+            "quality": declared.compare.min_quality_effect,
+        },
         stable=spec.stable,
         license=spec.license,
         waivers=spec.waivers,

@@ -22,6 +22,7 @@ from pipelines.verify_records import VerifyRecord
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pipelines.compare_records import Outcome
     from pipelines.evaluate_records import EvalResult, QuantEval
     from pipelines.verdict import ModelVerdict
     from pipelines.verdict_evidence import Evidence
@@ -50,7 +51,9 @@ def sections(evidence: Evidence, judged: ModelVerdict) -> tuple[Section, ...]:
         found += _evals(evidence.evaluated)
     compared = evidence.compared
     if isinstance(compared, CompareRecord) and _speaks_of(compared, evidence):
-        found.append(_comparison(compared))
+        declared = evidence.declared
+        outcome = outcome_of(compared, declared.compare_effects, declared.alpha)
+        found.append(_comparison(compared, outcome))
     return tuple(found)
 
 
@@ -129,9 +132,8 @@ def _speaks_of(compared: CompareRecord, evidence: Evidence) -> bool:
     return compared.challenger.gguf_sha256 in {one.gguf.sha256 for one in built}
 
 
-def _comparison(compared: CompareRecord) -> Section:
+def _comparison(compared: CompareRecord, outcome: Outcome | None) -> Section:
     """Return what `fleet compare` prints: the outcome, the table, why it may be believed."""
-    outcome = outcome_of(compared)
     is_valid = compared.validity.verdict == "VALID" and outcome is not None
     said, *rest = compare_words.sentences(compared)
     rows = tuple(tuple(_tidy(cell) for cell in row.cells) for row in compare_words.rows(compared))

@@ -39,6 +39,9 @@ Order = Literal["AB", "BA"]
 # Resamples of the bootstrap: the ends of its interval are then exact to a tenth of its width.
 RESAMPLES: Final = 2000
 SEED: Final = 1
+# Logits are stored in 16 bits: an f16 differs from itself by up to 0.0006 nats (Llama-3-8B, in
+# llama.cpp's tools/perplexity/README). Two models below this are as good as their f16.
+NEGLIGIBLE_NATS: Final = 1e-3
 # Rounding of what was printed can make a mean divergence of nearly nothing zero or negative.
 _NOTHING: Final = 1e-6
 
@@ -127,7 +130,8 @@ def p_above(differences: Sequence[float], limit: float) -> float:
 
 def _tail(shifted: Sequence[float]) -> float:
     """P(W <= w), where w is the sum of the ranks of those that are above zero."""
-    ranked = sorted(shifted, key=abs)
+    # Of equal ones those above zero get the higher ranks: a tie never makes a claim easier.
+    ranked = sorted(shifted, key=lambda each: (abs(each), each >= 0))
     above = sum(rank for rank, each in enumerate(ranked, 1) if each >= 0)
     return _cumulative(len(shifted))[above]
 
@@ -233,6 +237,11 @@ def outcome_of(low: float, high: float, worst: float, best: float) -> Outcome:
     if low > best:
         return "better"
     return "equal" if low > worst else "undecided"
+
+
+def outcome_of_rise(low: float, high: float, effect: float) -> Outcome:
+    """Place an interval of log-ratios of which less is better: the limits change places."""
+    return outcome_of(-high, -low, -math.log1p(effect), -math.log1p(-min(effect, 0.99)))
 
 
 def _holm(p_values: dict[int, float], alpha: float = ALPHA) -> frozenset[int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from pipelines import golden, verdict_served, wording
+from pipelines import golden, load_verdict, verdict_served, wording
 from pipelines.records import BenchmarkRecord, ChoiceRecord, EmbeddingQuality
 from pipelines.verdict_chain import Chain, finite, served_of
 from pipelines.verdict_rules import Rules
@@ -387,6 +387,7 @@ def _is_sound(test: WinnerTest) -> bool:
         not test.failures
         and not test.invalid
         and (test.golden is None or golden.objection(test.golden) is None)
+        and (test.embeddings is None or load_verdict.is_same_embedding(test.embeddings))
         and (test.degenerate is None or test.degenerate.outcome != "FAIL")
         and all(one.outcome != "FAIL" for one in test.regressions)
     )

@@ -7,17 +7,18 @@ shown goes to `notes`. Nothing here reads a file or a clock.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final, get_args
 
-from pipelines import harm, wording
+from pipelines import harm, stats_paired, wording
 from pipelines.evaluate_records import EvaluateRecord
 from pipelines.records import ChoiceRecord, ConvertRecord, FetchRecord, QuantizeRecord
-from pipelines.release_records import Release, ReleaseWaiver
-from pipelines.verdict_words import Reason, differing, tidy
+from pipelines.release_records import Release, ReleaseWaiver, release_bytes, release_id, short
+from pipelines.verdict_words import Reason, capital, differing, tidy
 from pipelines.verify_records import Layer, VerifyRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pipelines.compare_records import CompareRecord, Outcome
     from pipelines.evaluate_records import EvalResult, QuantEval
@@ -77,6 +78,10 @@ class Rules:
         elif not passed:
             clause = "the proof of the conversion passed no layer: all were skipped"
             yield self._reason("verify", "INVALID", clause, ("0 layers", "1 layer or more", file))
+        elif "logits" in passed and found.logits is None and found.embeddings is None:
+            # Nobody knows over which text, so that it may be another one than is declared.
+            clause = "the proof of the conversion calls layer logits PASS without a number"
+            yield self._reason("verify", "INVALID", clause, ("no number", "agreement", file))
         self.notes += [
             f"The proof of the conversion left out {check.layer}: "
             f"{wording.clause(tidy(check.sentence))}"
@@ -209,7 +214,7 @@ class Rules:
             return
         stale = self._why_stale(found, built) if found else "nothing was compared"
         if found is None or stale:
-            is_new = bool(self._champions()) and built.gguf.sha256 not in self._champions()
+            is_new = self._is_challenger(built)
             if found is not None:
                 self.notes.append(f"The comparison does not count on host {host.host}: {stale}")
             elif is_new and not self.declared.compare_required:
@@ -220,8 +225,14 @@ class Rules:
             yield from self._required(host, built, stale)
             return
         yield from self._compared(host, found)
-        if not self._is_with_champion(found, built):
-            yield from self._required(host, built, "it was compared with another file")
+        if self._is_challenger(built) and not self._is_with_champion(found):
+            other = f"it was compared with {tidy(found.champion.source)}"
+            if not self.declared.compare_required:
+                self.notes.append(
+                    f"{capital(other)}, not with the release that is served now: "
+                    f"`fleet compare {self.model} --champion stable` does that"
+                )
+            yield from self._required(host, built, other)
 
     def _compared(self, host: HostChoice, found: CompareRecord) -> Iterator[Reason]:
         """Yield what a comparison means that speaks of the chosen file."""
@@ -232,8 +243,14 @@ class Rules:
             value = ("INVALID", "VALID", file)
             yield self._reason("compare", "INVALID", clause, value, step, host=host.host)
             return
-        outcome = outcome_of(found)
+        declared = self.declared
+        outcome = outcome_of(found, declared.compare_effects, declared.alpha)
         said = wording.clause(tidy(found.sentence))
+        if outcome != found.outcome:
+            said = (
+                f"its own numbers say so by the limits that are declared now, and its record says "
+                f"{found.outcome}: {said}"
+            )
         if outcome is None:
             clause = "the comparison measured nothing"
             value = ("no test", "a test", file)
@@ -271,9 +288,7 @@ class Rules:
 
     def _required(self, host: HostChoice, built: QuantizeRecord, why: str) -> Iterator[Reason]:
         """Yield a HOLD where a comparison with what is served now is asked for."""
-        if not self.declared.compare_required or not self._champions():
-            return
-        if built.gguf.sha256 in self._champions():
+        if not self.declared.compare_required or not self._is_challenger(built):
             return
         yield self._reason(
             "compare",
@@ -285,18 +300,39 @@ class Rules:
         )
 
     def _champions(self) -> frozenset[str]:
-        """Return the GGUFs of the release that is served now; none where there is no release."""
+        """Return the GGUFs of the newest release; none where it is not what is served now."""
         previous = self.evidence.previous
-        if not isinstance(previous, Release):
+        if not isinstance(previous, Release) or self._pinned() is not None:
             return frozenset()
         winners = {one.winner for one in previous.hosts.values()} | {previous.stable_quant}
         return frozenset(one.gguf_sha256 for one in previous.quants if one.type in winners)
 
-    def _is_with_champion(self, found: CompareRecord, built: QuantizeRecord) -> bool:
-        """Tell whether a comparison was with a file that is served now."""
+    def _pinned(self) -> str | None:
+        """Return the id to which `stable` is pinned, unless that is the newest release."""
+        previous, stable = self.evidence.previous, self.declared.stable
+        if stable == "latest":
+            return None
+        is_newest = isinstance(previous, Release) and release_id(release_bytes(previous)) == stable
+        return None if is_newest else stable
+
+    def _is_challenger(self, built: QuantizeRecord) -> bool:
+        """
+        Tell whether a file would take the place of another one.
+
+        Of a release to which `stable` is pinned results/ hold no digest, so that any file counts
+        as another one.
+        """
         champions = self._champions()
-        served = champions - {built.gguf.sha256}
-        return not served or found.champion.gguf_sha256 in champions
+        return self._pinned() is not None or (
+            bool(champions) and built.gguf.sha256 not in champions
+        )
+
+    def _is_with_champion(self, found: CompareRecord) -> bool:
+        """Tell whether a comparison was with what is served now."""
+        pinned = self._pinned()
+        if pinned is not None:
+            return found.champion.source == f"release {short(pinned)}"
+        return found.champion.gguf_sha256 in self._champions()
 
     # --- licence and access -------------------------------------------------------------------
 
@@ -432,16 +468,56 @@ class Rules:
                 yield self._reason(rule, "INVALID", clause, (f"{what} {had}", due, file))
 
 
-def outcome_of(found: CompareRecord) -> Outcome | None:
-    """Return the worst outcome of a comparison and of its parts; None if it has no part."""
-    parts: list[Outcome] = [one.outcome for one in found.speed if one.is_gated]
-    parts += [one.outcome for one in found.flips]
+def outcome_of(
+    found: CompareRecord, effects: Mapping[str, float] | None = None, alpha: float | None = None
+) -> Outcome | None:
+    """
+    Return the worst outcome of a comparison and of its parts; None if it has no part.
+
+    Nothing that calls itself good is taken for better than its own numbers.
+
+    Args:
+        found: The comparison.
+        effects: Differences that matter now, of `decode`, `prefill` and `quality`; those of the
+            record if None.
+        alpha: Level below which lost items are no chance; not asked for if None.
+    """
+    due = effects or {}
+    parts: list[Outcome] = []
+    for one in found.speed:
+        if one.is_gated:
+            effect = due.get(one.test, one.effect)
+            worst, best = math.log1p(-effect), math.log1p(effect)
+            by_numbers = stats_paired.outcome_of(one.log_ratio_low, one.log_ratio_high, worst, best)
+            parts.append(_worse_of(one.outcome, by_numbers))
+    for item in found.flips:
+        is_lost = alpha is not None and not item.p_value >= alpha
+        parts.append(_worse_of(item.outcome, "worse" if is_lost else "equal"))
     # Made from two conversions, the difference in divergence is information.
-    if found.quality is not None and found.quality.same_f16:
-        parts.append(found.quality.outcome)
+    quality = found.quality
+    if quality is not None and quality.same_f16:
+        effect = due.get("quality", quality.effect)
+        by_numbers = stats_paired.outcome_of_rise(
+            quality.log_ratio_low, quality.log_ratio_high, effect
+        )
+        most = max(quality.champion_kld_mean_nats, quality.challenger_kld_mean_nats)
+        is_negligible = most < stats_paired.NEGLIGIBLE_NATS
+        parts.append(_worse_of(quality.outcome, "equal" if is_negligible else by_numbers))
     if not parts:
         return None
     return max((found.outcome, *parts), key=OUTCOMES.index)
+
+
+def _worse_of(recorded: Outcome, by_numbers: Outcome) -> Outcome:
+    """
+    Return what is recorded, or what the numbers say where that is worse.
+
+    What is recorded as undecided stays so: an interval that lies below its limit alone may have
+    been held back by the correction for several tests.
+    """
+    if recorded in {"undecided", "worse"}:
+        return recorded
+    return max(recorded, by_numbers, key=OUTCOMES.index)
 
 
 def license_files(fetched: FetchRecord) -> dict[str, str]:

@@ -127,7 +127,9 @@ def _declared() -> JudgeSlice:
         serving=Serving(), objective="speed", gates=Gates(**_GATES),
         hosts={_HOST: Host(memory_mib=16_384)}, slos={_HOST: Slo(**_SLO)},
         corpus_sha256=_sha256("text"), logits="auto", evals={"tasks": _sha256("tasks")}, alpha=0.05,
-        compare_required=False, stable="latest", license=None, waivers=(),
+        compare_required=False,
+        compare_effects={"decode": 0.03, "prefill": 0.05, "quality": 0.1},
+        stable="latest", license=None, waivers=(),
     )  # fmt: skip
 
 
@@ -626,7 +628,18 @@ once more, from the benchmark itself. A number that is not finite is none, where
 file, context or machine does not count, and a note says so. It follows that removing a comparison
 that says `worse` of the chosen file lets the model be judged without it, as if nobody had compared;
 `compare.required: true` closes that: then the file has to be compared with what is served now
-before it is promoted. The comparison's digest is part of the release that it led to.
+before it is promoted. What is served now is the release of release.json, or the one to which
+`stable` is pinned. The comparison's digest is part of the release that it led to.
+
+A comparison is never taken for better than its own numbers, held against the differences that
+params.yaml says matter now: a wider limit at the time of measuring lets nothing pass.
+
+## What review has to see
+
+Two files of results/ are asked for only if they are there, since a new model has neither:
+compare.json, and release.json. Without release.json nobody knows which licence was accepted before
+and what is served, so that neither a changed licence nor a missing comparison is seen. Git shows
+both removals: a change that deletes one of them needs a reason.
 
 ## Hosts
 

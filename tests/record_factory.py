@@ -251,6 +251,7 @@ def judge_fields(types: Iterable[str], model: str = MODEL, **changes: Any) -> di
         "evals": {name: sha256(f"set {name}") for name in changes.pop("evals", ())},
         "alpha": 0.05,
         "compare_required": False,
+        "compare_effects": {"decode": 0.03, "prefill": 0.05, "quality": 0.10},
         "stable": "latest",
         "license": None,
         "waivers": (),

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import record_factory as make
 
-from pipelines import choose, records, render, report
+from pipelines import choose, records, render, report, verdict, verdict_evidence
 from pipelines.layout import Layout
 from pipelines.load_records import EmbeddingCheck, metrics_rows
 from pipelines.params import ReportSlice
+from pipelines.verify_records import EmbeddingAgreement
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pipelines.load_records import LoadRun, LoadTestRecord
     from pipelines.report_tree import Report
+    from pipelines.verdict import ModelVerdict
 
 MODEL = "tiny-bert"
 NUMBERS = {
@@ -79,6 +81,66 @@ def _built(tmp_path: Path) -> Report:
     records.write(at.model_record("load-test", MODEL), load_test_of("Q4_K_M"))
     judged = make.judge_slice(NUMBERS, MODEL, gates={})
     return report.build(ReportSlice(models={MODEL: judged}), at)
+
+
+# --- the verdict ------------------------------------------------------------------------------
+
+
+def judged(root: Path, *, check: EmbeddingCheck | None = CHECK, corpus: str = "evaluation",
+           agreement: bool = True) -> ModelVerdict:  # fmt: skip
+    """Judge an encoder by records as the stages leave them."""
+    at = Layout(root)
+    types = ("Q4_K_M",)
+    make.write_model(
+        at, MODEL,
+        quantized=[make.quantize_record("Q4_K_M", MODEL)],
+        measured=[make.encoder_record("Q4_K_M", MODEL)],
+    )  # fmt: skip
+    vectors = EmbeddingAgreement(
+        corpus_sha256=make.sha256(corpus), texts_count=12, cosine_mean=1.0, cosine_min=0.99999
+    )
+    proof = make.verify_record(MODEL, logits=None, embeddings=vectors if agreement else None)
+    records.write(at.model_record("verify", MODEL), proof)
+    chosen = choose.run(make.choose_slice(types, MODEL, gates={}), at)
+    records.write(at.model_record("choose", MODEL), chosen)
+    tested = load_test_of("Q4_K_M")
+    test = tested.winners[0].model_copy(update={"embeddings": check})
+    tested = tested.model_copy(update={"winners": (test,), "smokes": ()})
+    records.write(at.model_record("load-test", MODEL), tested)
+    declared = make.judge_slice(types, MODEL, gates={})
+    return verdict.judge(verdict_evidence.collect(declared, at, day="2026-11-21"))
+
+
+def test_an_encoder_with_honest_records_is_promoted(tmp_path: Path) -> None:
+    """Without a golden prompt, a decode speed or a divergence, none of which it has."""
+    found = judged(tmp_path)
+
+    assert (found.verdict, found.types) == ("PROMOTE", ("Q4_K_M",)), found.sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "words"),
+    [
+        ({"check": None}, "INVALID", "embeddings were not compared"),
+        ({"check": CHECK.model_copy(update={"outcome": "FAIL"})}, "REJECT", "8 texts"),
+        ({"check": CHECK.model_copy(update={"cosine_min": 0.5})}, "REJECT", "8 texts"),
+        ({"check": CHECK.model_copy(update={"cosine_min": 0.5, "limit": 0.1})}, "REJECT", "8"),
+        ({"corpus": "another text"}, "INVALID", "another held-out text"),
+        ({"agreement": False}, "INVALID", "calls layer logits PASS without a number"),
+    ],
+)
+def test_an_encoder_is_not_promoted_by_what_only_calls_itself_good(
+    tmp_path: Path, changes: dict[str, Any], expected: str, words: str
+) -> None:
+    """Embeddings are judged by their numbers, over the declared text, or not promoted."""
+    found = judged(tmp_path, **changes)
+
+    assert found.verdict == expected
+    assert words in found.sentence
+    assert found.released == ()
+
+
+# --- the report -------------------------------------------------------------------------------
 
 
 def test_every_form_shows_cosines_and_no_divergence(built: Report) -> None:

@@ -431,6 +431,75 @@ def test_a_worse_comparison_never_gives_a_better_verdict(
     assert rank(with_outcomes(*after)) >= rank(with_outcomes(whole, part))
 
 
+@cases(700)
+@given(
+    judged_states, st.sampled_from(("better", "equal")), st.floats(-0.2, 0.2), st.floats(0, 0.1),
+    st.floats(0, 0.2),
+)  # fmt: skip
+def test_a_comparison_is_never_taken_for_better_than_its_numbers(
+    combination: tuple[verdict_table.State, ...], said: str, low: float, width: float, loss: float
+) -> None:
+    """Whatever it calls itself: a slower challenger never gets a better verdict than a faster."""
+    known = known_of(combination)
+    good = GOOD.compared
+    assert isinstance(good, CompareRecord)
+
+    def with_interval(low: float) -> Evidence:
+        changed = put(put(good, ("outcome",), said), ("speed", 0, "outcome"), said)
+        changed = put(changed, ("speed", 0, "log_ratio_low"), low)
+        return replace(known, compared=put(changed, ("speed", 0, "log_ratio_high"), low + width))
+
+    assert rank(with_interval(low - loss)) >= rank(with_interval(low))
+    if low + width < math.log(0.97) and known.choice == GOOD.choice:
+        assert rank(with_interval(low)) >= VERDICTS.index("REJECT")
+
+
+def test_a_limit_that_was_wider_when_it_was_measured_lets_nothing_pass() -> None:
+    """A loss of 10 % that was compared with 30 % is worse as soon as 3 % matter."""
+    good = GOOD.compared
+    assert isinstance(good, CompareRecord)
+    (speed,) = good.speed
+    lax = {"effect": 0.30, "log_ratio_low": -0.12, "log_ratio_high": -0.09, "outcome": "equal"}
+    compared = good.model_copy(
+        update={"speed": (speed.model_copy(update=lax),), "outcome": "equal"}
+    )
+    found = verdict.judge(replace(GOOD, compared=compared))
+
+    assert found.verdict == "REJECT"
+    assert "by the limits that are declared now" in found.sentence
+
+
+def test_of_a_pinned_release_any_other_file_is_a_challenger() -> None:
+    """`stable` names an older release: compared has to be with that one, and nothing else."""
+    pin = "46b7d5b7b617" + "0" * 52
+    declared = GOOD.declared.model_copy(update={"stable": pin, "compare_required": True})
+    good = GOOD.compared
+    assert isinstance(good, CompareRecord)
+
+    def judged(source: str) -> ModelVerdict:
+        champion = good.champion.model_copy(update={"source": source})
+        compared = good.model_copy(update={"champion": champion})
+        return verdict.judge(replace(GOOD, declared=declared, compared=compared))
+
+    assert judged("release 46b7d5b7b617").verdict == "PROMOTE"
+    held = judged(good.champion.source)
+    assert held.verdict == "HOLD"
+    assert f"compared with {good.champion.source}" in held.sentence
+    assert verdict.judge(replace(GOOD, declared=declared, compared=None)).verdict == "HOLD"
+
+
+def test_a_comparison_with_something_else_than_what_is_served_is_said() -> None:
+    """Better than an old commit is not better than what is served: a note says so."""
+    good = GOOD.compared
+    assert isinstance(good, CompareRecord)
+    other = {"source": "HEAD~9", "gguf_sha256": "0" * 64}
+    compared = good.model_copy(update={"champion": good.champion.model_copy(update=other)})
+    found = verdict.judge(replace(GOOD, compared=compared))
+
+    assert found.verdict == "PROMOTE"
+    assert any("HEAD~9, not with the release that is served now" in each for each in found.notes)
+
+
 # --- what is said -----------------------------------------------------------------------------
 
 SENTENCE = re.compile(r"^\S.* \(MODEL/[A-Za-z0-9_./-]+\.json: \S.*; due: \S.*\)\.$")
