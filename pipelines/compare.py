@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 # order of the pairs takes out what is steady; 0.5 % from one process to the next, which is much,
 # makes 16 % of 32.
 MAX_DRIFT: Final = 0.20
-NOTED_DRIFT: Final = 0.03
 _MIN_PAIRS: Final = 4
 # Lower end of the true scatter over that of four pairs: sqrt(3 / 9.35), by the 97.5th percentile of
 # chi squared with three degrees of freedom.

@@ -94,7 +94,6 @@ class Run:
         spreads: (largest - smallest) / median of the samples, by the name of the test.
         attempts: How often the speed was measured until the CPU was free, or we gave up.
         hw_id: Hardware for which the numbers will be recorded; None if for none.
-        declared_vram_mib: Memory of the cards of the host that will serve; None if not declared.
     """
 
     backend: str
@@ -106,7 +105,6 @@ class Run:
     spreads: Mapping[str, float] = field(default_factory=dict)
     attempts: int = 1
     hw_id: str | None = None
-    declared_vram_mib: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

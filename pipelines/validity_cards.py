@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 MAX_CLOCK_FALL: Final = 0.10
 NOTED_HEATING_C: Final = 10.0
 
-# Memory that cards may keep for themselves (ECC, display) of what their host declares.
-_DECLARED_VRAM_SHARE: Final = 0.95
-
 
 def _backend(seen: Conditions) -> Iterator[Finding]:
     """Check that the GPU worked, and that it is the one that the driver shows."""
@@ -61,21 +58,6 @@ def _backend(seen: Conditions) -> Iterator[Finding]:
         )
     else:
         yield ok("gpus_unused_count", 0, 0)
-
-
-def _declared_vram(seen: Conditions) -> Iterator[Finding]:
-    if seen.declared_vram_mib is None or not seen.cards:
-        return
-    found = sum(card.vram_mib for card in seen.cards)
-    rule = ("vram_mib", found, seen.declared_vram_mib)
-    if found < _DECLARED_VRAM_SHARE * seen.declared_vram_mib:
-        yield note(
-            *rule,
-            f"The cards here have {wording.mib(found)}, the host declares "
-            f"{wording.mib(seen.declared_vram_mib)}: this is not the speed of its card.",
-        )
-    else:
-        yield ok(*rule)
 
 
 def _watched(seen: Conditions) -> Iterator[Finding]:
@@ -309,7 +291,6 @@ def _cards(rule: Callable[[Observation], Iterator[Finding]]) -> Callable[..., It
 
 RULES: Final = (
     _backend,
-    _declared_vram,
     _watched,
     _cards(_lost),
     _cards(_foreign),
