@@ -69,6 +69,8 @@ _ENCODERS: Final = frozenset({"bert", "nomic-bert", "jina-bert-v2", "modern-bert
 _GEMMA_27B_LAYERS: Final = {"gemma2": 46, "gemma3": 62}
 _KINDS: Final = frozenset({"default", "none", "linear", "yarn", "llama3", "su", "longrope",
                            "proportional"})  # fmt: skip
+# Scalings that come with a factor on attention, too, which each family computes in its own way.
+_KINDS_WITH_FACTOR: Final = frozenset({"yarn", "su", "longrope"})
 _POOLING: Final = {"pooling_mode_mean_tokens": 1, "pooling_mode_cls_token": 2,
                    "pooling_mode_lasttoken": 3}  # fmt: skip
 
@@ -81,15 +83,18 @@ class Held:
     Attributes:
         examined_count: Values that both sides state or imply.
         differing: One sentence for each that differs.
-        notes: What upstream states and llama.cpp has no word for.
+        notes: What upstream states and llama.cpp has no word for, and the reverse.
+        seen: Keys of the GGUF for which there was something to compare with.
     """
 
     examined_count: int = 0
     differing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
 
     def hold(self, key: str, found: Value | None, wanted: Number, source: str) -> None:
         """Compare one value with what it should be; `source` says where that stands."""
+        self.seen.add(key)
         if isinstance(found, Array):
             self.notes.append(f"{key}, which differs from layer to layer")
             return
@@ -192,7 +197,32 @@ def hold_against(
     _scale(held, sides)
     if source is not None and architecture in _ENCODERS:
         _encoder(held, sides, source)
+    _undeclared(held, sides)
     return held
+
+
+def _undeclared(held: Held, sides: _Sides) -> None:
+    """
+    Look at what the GGUF says although config.json has nothing that it could be compared with.
+
+    llama.cpp reads the first two of any architecture. What else is there is named, so that nobody
+    takes it for compared.
+    """
+    classes = sides.config.get("architectures") or [""]
+    causal = sides.found("attention.causal")
+    if causal is not None and str(classes[0]).endswith("ForCausalLM"):
+        held.hold(sides.name("attention.causal"), causal, wanted=True, source=str(classes[0]))
+    kind = str(rope_parameters(sides.config)["rope_type"]).lower()
+    factor = sides.found("rope.scaling.attn_factor")
+    if factor is not None and kind not in _KINDS_WITH_FACTOR:
+        held.hold(sides.name("rope.scaling.attn_factor"), factor, 1.0,
+                  f"rope_type {kind} of config.json")  # fmt: skip
+    own = f"{sides.architecture}."
+    held.notes += [
+        f"{key}, which config.json does not state in a way that is known here"
+        for key in sorted(sides.header.metadata.keys() - held.seen)
+        if key.startswith(own)
+    ]
 
 
 def _same(held: Held, sides: _Sides, key: str, names: tuple[str, ...]) -> None:
@@ -450,8 +480,15 @@ def _encoder(held: Held, sides: _Sides, source: Path) -> None:
     except (OSError, ValueError):
         held.notes.append("pooling, since upstream has no 1_Pooling/config.json")
         return
-    wanted = [number for key, number in _POOLING.items() if pooling.get(key) is True]
-    if len(wanted) == 1:
+    modes = _POOLING.items()
+    wanted = [number for key, number in modes if pooling.get(key) is True]
+    if not wanted:
+        # sentence-transformers 5 names the mode instead: "mean", "cls", "lasttoken".
+        mode = pooling.get("pooling_mode")
+        wanted = [number for key, number in modes if key.split("_")[2] == mode]
+    if len(wanted) != 1:
+        held.notes.append("pooling, of which 1_Pooling/config.json names no one mode that we know")
+    else:
         held.hold(sides.name("pooling_type"), sides.found("pooling_type"), wanted[0],
                   "1_Pooling/config.json")  # fmt: skip
 

@@ -45,6 +45,7 @@ _POOLINGS: Final = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
+_NAMED_POOLINGS: Final = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 
 class _UnableError(Exception):
@@ -312,7 +313,11 @@ def _declared_pooling(source: Path) -> str | None:
         declared = json.loads((source / path / "config.json").read_text())
     except (OSError, ValueError, KeyError, StopIteration, TypeError):
         return None
-    return next((name for key, name in _POOLINGS.items() if declared.get(key) is True), None)
+    if not isinstance(declared, dict):
+        return None
+    found = next((name for key, name in _POOLINGS.items() if declared.get(key) is True), None)
+    # sentence-transformers 5 names the mode instead of one switch for each.
+    return found or _NAMED_POOLINGS.get(str(declared.get("pooling_mode")))
 
 
 if __name__ == "__main__":

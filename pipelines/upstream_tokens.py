@@ -93,6 +93,7 @@ def _answer(source: Path) -> dict[str, Any]:
         },
         "special": {word: getattr(tokenizer, f"{word}_token_id", None) for word in _SPECIAL},
         "merges": _merges(tokenizer),
+        "scores": _scores(source, tokenizer),
         "normalizers": _kinds(tokenizer, "normalizer"),
         "pre_tokenizers": _kinds(tokenizer, "pre_tokenizer"),
         "cases": [list(case) for case in cases],
@@ -123,6 +124,26 @@ def _merges(tokenizer: Any) -> list[list[str]] | None:  # noqa: ANN401 - as abov
     if merges is None:
         return None
     return [pair.split(" ", 1) if isinstance(pair, str) else list(pair) for pair in merges]
+
+
+def _scores(source: Path, tokenizer: Any) -> dict[str, float] | None:  # noqa: ANN401 - as above
+    """
+    Return by which scores pieces are joined or chosen, None of a vocabulary that has none.
+
+    SentencePiece's own file has them. Without it a unigram model of tokenizer.json does.
+    """
+    own = source / "tokenizer.model"
+    if own.is_file():
+        import sentencepiece  # noqa: PLC0415 - a library of the extra `convert`
+
+        pieces = sentencepiece.SentencePieceProcessor()
+        pieces.Load(str(own))
+        return {pieces.IdToPiece(id_): pieces.GetScore(id_) for id_ in range(pieces.GetPieceSize())}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = {} if backend is None else json.loads(backend.to_str())["model"]
+    if model.get("type") != "Unigram":
+        return None
+    return {text: float(score) for text, score in model["vocab"]}
 
 
 def _kinds(tokenizer: Any, part: str) -> list[str]:  # noqa: ANN401 - as above

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pipelines import gguf_carrier, gguf_header, prompts, upstream_chat
 from pipelines.errors import FleetError, UpstreamError
 from pipelines.verify_records import Check
-from pipelines.verify_tokens import MAX_FINDINGS, ask_gguf, skipped
+from pipelines.verify_tokens import MAX_FINDINGS, USER_DEFINED, ask_gguf, skipped
 from pipelines.wording import clause, counted, listed, quoted, sentence
 
 if TYPE_CHECKING:
@@ -360,13 +360,15 @@ def generation(
         for key, value in header.metadata.items()
         if key.startswith("general.sampling.")
     }
-    if not ends and not sampling and not written:
-        return skipped("generation", "Upstream states neither how to end nor how to sample.")
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     texts = list(tokens.values()) if isinstance(tokens, gguf_header.Array) else []
+    early = tuple(_ends_too_early(ends, known, header, texts))
+    if not ends and not sampling and not written and not early:
+        return skipped("generation", "Upstream states neither how to end nor how to sample.")
     missed, unheard = _missing_ends(ends, known, texts, reference)
     findings = [
         *missed,
+        *early,
         *_wrong_roles(stated, config, roles, header, texts),
         *_wrong_sampling(sampling, written),
     ]
@@ -424,6 +426,23 @@ def _missing_ends(
         if 0 <= id_ < len(texts) and _ends_turns(str(texts[id_]), reference)
     ]
     return missed, [_token(texts, id_) for id_ in unheard]
+
+
+def _ends_too_early(
+    ends: list[int], known: Tokenized, header: Header, texts: list[Any]
+) -> Iterator[str]:
+    """
+    Yield ordinary tokens at which llama.cpp ends a generation: every answer would break off there.
+
+    It ends at more tokens than upstream names: all that are called like an end, those of a turn and
+    of a file. They are special ones, or marked as text of its own. An ordinary one among them got
+    there by a wrong id.
+    """
+    types = header.metadata.get("tokenizer.ggml.token_type")
+    kinds = list(types.values()) if isinstance(types, gguf_header.Array) else []
+    for id_ in sorted({*known.ends} - {*ends, known.special.get("eos", -1)} - known.controls):
+        if id_ < len(kinds) and kinds[id_] != USER_DEFINED:
+            yield f"llama.cpp ends a generation at {_token(texts, id_)}, which is an ordinary token"
 
 
 def _ends_turns(text: str, reference: Reference | None) -> bool:

@@ -15,11 +15,12 @@ differs and to which none applies is a FAIL. Those excused are counted in the se
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from pipelines import apart, console, gguf_header, proc, verify_corpus
 from pipelines.errors import MachineError, ToolError, UpstreamError
@@ -57,6 +58,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _TYPE_WORDS: Final = ("undefined", "normal", "unknown", "control", "user-defined", "unused", "byte")
 # Kinds of vocabularies whose texts the converter writes as they are, but for BERT's marks.
 _SPELLED: Final = frozenset({"gpt2", "llama", "t5", "gemma4", "bert"})
+# Kinds whose pieces have scores, and how equal these are: both sides keep float32.
+_SCORED: Final = frozenset({"llama", "t5"})
+_SCORE_TOLERANCE: Final = 1e-6
 _BYTES_KINDS: Final = frozenset({"llama", "gemma4"})
 _PADDING: Final = re.compile(r"\[PAD\d+\]")
 _BYTE_TEXT: Final = re.compile(r"<0x[0-9A-F]{2}>")
@@ -99,6 +103,7 @@ class Upstream:
         added: {id: {content, special, normalized, lstrip, rstrip}} of the added tokens.
         special: {role: id} of bos, eos, unk, sep, pad, cls and mask.
         merges: Of a byte-pair encoding.
+        scores: {text: score} of the pieces of SentencePiece, by which they are joined, or None.
         has_file: Whether there is a tokenizer.json, by which the converter goes.
         normalizers: Kinds that a fast tokenizer has.
         pre_tokenizers: Kinds that it has.
@@ -112,6 +117,7 @@ class Upstream:
     added: dict[int, dict[str, Any]]
     special: dict[str, int | None]
     merges: tuple[tuple[str, str], ...] | None
+    scores: dict[str, float] | None
     has_file: bool
     normalizers: frozenset[str]
     pre_tokenizers: frozenset[str]
@@ -157,6 +163,7 @@ class Vocabulary:
     tokens: tuple[str, ...]
     types: tuple[int, ...]
     merges: tuple[str, ...]
+    scores: tuple[float, ...]
     special: dict[str, int]
     rows: int | None
     space_prefix: bool
@@ -236,6 +243,7 @@ def ask_upstream(source: Path, scratch: Path, log: Path) -> Upstream:
         added={int(id_): fields for id_, fields in answer["added"].items()},
         special=answer["special"],
         merges=None if merges is None else tuple((left, right) for left, right in merges),
+        scores=answer["scores"],
         has_file=(source / "tokenizer.json").is_file(),
         normalizers=frozenset(answer["normalizers"]),
         pre_tokenizers=frozenset(answer["pre_tokenizers"]),
@@ -327,6 +335,7 @@ def vocabulary_of(header: Header) -> Vocabulary:
         tokens=tuple(texts),
         types=tuple(values("token_type") or [NORMAL] * len(texts)),
         merges=tuple(values("merges")),
+        scores=tuple(values("scores")),
         special={role: id_ for role, id_ in special.items() if isinstance(id_, int)},
         rows=embeddings.shape[1] if embeddings and len(embeddings.shape) > 1 else None,
         # llama-vocab.cpp: SentencePiece vocabularies have it unless they say otherwise.
@@ -352,6 +361,7 @@ def vocabulary(upstream: Upstream, written: Vocabulary, config: Any) -> Check:  
         *_types(upstream, written),
         *_roles(upstream, written, config),
         *_merges(upstream, written),
+        *_scores(upstream, written),
         *_pre_tokenizer(written),
     ]
     examined = len(written.tokens) + len(written.merges)
@@ -379,6 +389,8 @@ def vocabulary(upstream: Upstream, written: Vocabulary, config: Any) -> Check:  
         said += f"; {counted(len(upstream.added), 'added token')}"
     if written.merges:
         said += f"; {counted(len(written.merges), 'merge')}"
+    if upstream.scores is not None and written.kind in _SCORED:
+        said += f"; {counted(len(written.scores), 'score')}"
     if written.kind == "gpt2":
         said += f"; pre-tokenizer {written.pre}"
     if not written.is_spelled:
@@ -548,6 +560,24 @@ def _merges(upstream: Upstream, written: Vocabulary) -> Iterator[str]:
             return
 
 
+def _scores(upstream: Upstream, written: Vocabulary) -> Iterator[str]:
+    """
+    Yield pieces whose score is another: no string of a corpus needs each of them.
+
+    Added tokens are found in the text before any piece is; what score they have decides nothing.
+    """
+    if upstream.scores is None or written.kind not in _SCORED:
+        return
+    if len(written.scores) != len(written.tokens):
+        yield f"there are {len(written.tokens):,} tokens and scores of {len(written.scores):,}"
+    for id_, (text, got) in enumerate(zip(written.tokens, written.scores, strict=False)):
+        wanted = upstream.scores.get(text)
+        if wanted is None or id_ in upstream.added:
+            continue
+        if not math.isclose(got, wanted, rel_tol=_SCORE_TOLERANCE, abs_tol=_SCORE_TOLERANCE):
+            yield f"the score of token {id_} {quoted(text)} is {got:.8g}, upstream's {wanted:.8g}"
+
+
 def _pre_tokenizer(written: Vocabulary) -> Iterator[str]:
     """Yield a byte-pair encoding that says nothing of how text is split before its merges."""
     if written.kind == "gpt2" and written.pre in {None, "default"}:
@@ -624,10 +654,17 @@ class _Facts:
 
 
 class Known(NamedTuple):
-    """A difference between llama.cpp and transformers that no conversion decides."""
+    """
+    A difference between llama.cpp and transformers that no conversion decides.
+
+    `applies` tells the strings in which it can show. `keeps` says what has to be equal all the
+    same: "text" that both spell the same but for blanks, "added" that they find the same added
+    tokens, too, "nothing" that the text itself is changed before it is split.
+    """
 
     reason: str
     applies: Callable[[str, _Facts], bool]
+    keeps: Literal["nothing", "text", "added"]
 
 
 _FORMS: Final = ("NFC", "NFD", "NFKC", "NFKD")
@@ -672,8 +709,9 @@ def _is_beyond_word_piece(text: str, facts: _Facts) -> bool:
     ) or any(len(word) > _LONGEST_WORD for word in re.split(r"\W+|_", text))
 
 
-# Measured on the fixtures of the pinned llama.cpp: blanks that its rules for these pre-tokenizers
-# group otherwise than the tokenizer.json of the family does.
+# Blanks for which llama.cpp has a vertical tab stand in while it splits (unicode.cpp: std::wregex
+# knows no others), so that a class that names one of them, or the tab, means something else there.
+# These two pre-tokenizers have such classes, and these strings of the corpus show it.
 _RARE_BLANKS: Final = {"deepseek-llm": "\u3000\u2028\u2029", "falcon": "\v"}
 
 
@@ -682,20 +720,56 @@ def _is_rare_blank(text: str, facts: _Facts) -> bool:
 
 
 KNOWN: Final = (
-    Known("llama.cpp does not bring text into Unicode's normal form first", _is_normalized),
-    Known("llama.cpp tells some control tokens by their names", _is_by_name),
-    Known("llama.cpp keeps the blanks beside a token that swallows them", _is_beside_stripping),
+    Known(
+        "llama.cpp does not bring text into Unicode's normal form first", _is_normalized, "nothing"
+    ),
+    Known("llama.cpp tells some control tokens by their names", _is_by_name, "text"),
+    Known(
+        "llama.cpp keeps the blanks beside a token that swallows them",
+        _is_beside_stripping,
+        "added",
+    ),
     Known(
         "llama.cpp puts a blank in front of a text that begins with one or follows a token",
         _is_behind_prefix,
+        "added",
     ),
     Known(
         "llama.cpp's WordPiece drops more marks than accents, does not split Hangul, and has no "
         "longest word",
         _is_beyond_word_piece,
+        "nothing",
     ),
-    Known("llama.cpp's rules for this pre-tokenizer group rare blanks otherwise", _is_rare_blank),
+    Known(
+        "llama.cpp's rules for this pre-tokenizer group rare blanks otherwise",
+        _is_rare_blank,
+        "added",
+    ),
 )
+# How vocabularies write blanks, and those themselves.
+_BLANKS: Final = re.compile(r"[\s▁Ġ]+")
+
+
+def _is_kept(known: Known, index: int, facts: _Facts) -> bool:
+    """Tell whether a string is the same in all that a known difference leaves alone."""
+    if known.keeps == "nothing":
+        return True
+    texts, added = facts.written.tokens, facts.upstream.added
+    for position, mode in enumerate(MODES):
+        wanted, got = facts.upstream.ids[mode][index], facts.tokenized.ids[index][position]
+        if not isinstance(wanted, list) or got is None:
+            continue
+        one, other = (
+            _BLANKS.sub("", "".join(texts[id_] for id_ in ids if id_ < len(texts)))
+            for ids in (wanted, got)
+        )
+        if one != other:
+            return False
+        if known.keeps == "added" and (
+            [id_ for id_ in wanted if id_ in added] != [id_ for id_ in got if id_ in added]
+        ):
+            return False
+    return True
 
 
 # --- tokens -----------------------------------------------------------------------------------
@@ -727,7 +801,14 @@ def tokens(upstream: Upstream, written: Vocabulary, tokenized: Tokenized) -> Che
         if isinstance(upstream.ids["parsed"][index], str):
             refused += 1
             continue
-        reason = next((each.reason for each in KNOWN if each.applies(case.text, facts)), None)
+        reason = next(
+            (
+                each.reason
+                for each in KNOWN
+                if each.applies(case.text, facts) and _is_kept(each, index, facts)
+            ),
+            None,
+        )
         if reason is None:
             findings.append(found)
         else:

@@ -14,7 +14,7 @@ from verify_factory import EMBEDDED, converted, subject
 
 from pipelines import gguf_carrier, gguf_header, verify_template
 from pipelines.upstream_chat import Reference, Rendered, Rendering
-from pipelines.verify_tokens import Tokenized
+from pipelines.verify_tokens import Tokenized, ask_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 _KEY = "tokenizer.chat_template"
-_TEXT, _FLOAT = 8, 6
+_U32, _FLOAT, _TEXT = 4, 6, 8
 
 
 @pytest.fixture(scope="module")
@@ -277,3 +277,17 @@ def test_a_file_that_changed_after_its_header_was_read_is_an_error(
     path.write_bytes(data)
     with pytest.raises(gguf_header.GgufError):
         gguf_carrier.write(header, tmp_path / "carrier.gguf")
+
+
+@pytest.mark.parametrize("key", ["eot_token_id", "eom_token_id", "fim_pad_token_id"])
+def test_an_ordinary_token_at_which_every_answer_would_break_off_is_found(
+    key: str, tools: Toolchain, plant: Callable[..., Subject]
+) -> None:
+    """No output shows it: token ids, logits and prompts are all right."""
+    bad = plant(lambda model: model.set(f"tokenizer.ggml.{key}", 700, _U32))
+    known = ask_gguf(bad.f16, (), tools, bad.scratch, bad.log)
+
+    found = verify_template.generation(bad.source, bad.config, bad.header, known)
+
+    assert found.outcome == "FAIL"
+    assert "llama.cpp ends a generation at 700" in found.sentence

@@ -499,6 +499,34 @@ def held(root: Path, architecture: str, config: dict[str, Any], **values: Any) -
     return hyperparameters.hold_against(gguf_header.read(path), architecture, whole).differing
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"attention__causal": False}, "attention.causal is False, Qwen2ForCausalLM means True"),
+        ({"rope__scaling__attn_factor": 2.0}, "rope.scaling.attn_factor is 2, rope_type default"),
+    ],
+)
+def test_what_decides_the_computation_and_no_config_declares_is_found(
+    values: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """llama.cpp obeys these keys whatever the architecture."""
+    config = {"architectures": ["Qwen2ForCausalLM"]}
+    assert held(tmp_path, "qwen2", config) == []
+    assert words in " ".join(held(tmp_path, "qwen2", config, **values))
+
+
+def test_a_key_that_was_held_against_nothing_is_said_not_to_have_been_compared(
+    tmp_path: Path,
+) -> None:
+    """It must not pass for equal because nobody looked."""
+    path = write_gguf(tmp_path / "held.gguf", "qwen2", 2, {})
+    path = rewritten(path, tmp_path / "more.gguf", metadata={"qwen2.clamp": 2.0})
+    found = hyperparameters.hold_against(gguf_header.read(path), "qwen2", {"num_hidden_layers": 2})
+    assert [note for note in found.notes if note.startswith("qwen2.")] == [
+        "qwen2.clamp, which config.json does not state in a way that is known here"
+    ]
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
 
 

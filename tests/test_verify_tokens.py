@@ -190,6 +190,16 @@ def _cut(model: Gguf) -> None:
         model.set(name, model.value(name)[:-1])
 
 
+def _scores_exchanged(model: Gguf) -> None:
+    scores = model.value("tokenizer.ggml.scores")
+    scores[600], scores[900] = scores[900], scores[600]
+    model.set("tokenizer.ggml.scores", scores)
+
+
+def _scores_lost(model: Gguf) -> None:
+    del model.pairs["tokenizer.ggml.scores"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -202,9 +212,12 @@ def _cut(model: Gguf) -> None:
         (_lost, 'token 4 is "[PAD4]", upstream\'s is "<|user|>"'),
         (_padded, "there are 1,025 tokens, upstream has room for 1,024"),
         (_cut, "token 1023 "),
+        # No string of the corpus betrays this one.
+        (_scores_exchanged, 'the score of token 600 "ity" is -637, upstream\'s -337'),
+        (_scores_lost, "there are 1,024 tokens and scores of 0"),
     ],
     ids=["eos", "bos", "swapped", "control-to-normal", "control-to-user", "normal-to-control",
-         "lost", "padded", "cut"],
+         "lost", "padded", "cut", "scores-exchanged", "scores-lost"],
 )  # fmt: skip
 def test_a_vocabulary_that_is_not_upstreams_fails_and_the_token_is_named(
     change: Callable[[Gguf], None], words: str, embedded: Asked
@@ -347,6 +360,33 @@ def test_only_strings_that_a_known_difference_explains_are_excused(
     assert found.outcome == outcome
     if outcome == "PASS":
         assert "1 that differ whatever the conversion: 1 since llama.cpp does not" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("ids", "outcome"),
+    [([3, 40], "PASS"), ([3, 41], "FAIL"), ([40], "FAIL"), ([3, 40, 3], "FAIL")],
+    ids=["the-same-text", "another-letter", "without-the-token", "with-it-twice"],
+)
+def test_what_a_known_difference_does_not_explain_is_not_excused_with_it(
+    ids: list[int], outcome: str, embedded: Asked
+) -> None:
+    """A blank too many behind a token is known; another text, or another token, is not."""
+    written = dataclasses.replace(
+        verify_tokens.vocabulary_of(gguf_header.read(embedded.gguf)),
+        space_prefix=True,
+        tokens=(*["x"] * 39, "\u2581a", "a", "b"),
+    )
+    upstream = dataclasses.replace(
+        embedded.upstream,
+        added={3: {"content": "<|s|>", "special": True, "lstrip": False, "rstrip": False}},
+        pre_tokenizers=frozenset({"Metaspace"}),
+        cases=(Case("x-0", "x", "<|s|>a"),),
+        ids={mode: [[3, 39]] for mode in MODES},
+    )
+    tokenized = dataclasses.replace(
+        embedded.tokenized(embedded.gguf, upstream), ids=((ids, ids, ids),)
+    )
+    assert verify_tokens.tokens(upstream, written, tokenized).outcome == outcome
 
 
 # --- what cannot be asked ---------------------------------------------------------------------
