@@ -180,7 +180,11 @@ def _require_source(directory: Path, source: records.FetchRecord, tools: Toolcha
     Sizes only: fetch hashed them, and DVC runs this stage on nothing else. The architecture is
     asked again, since llama.cpp may be another one than at the time of the fetch.
     """
-    found = {path.name: path.stat().st_size for path in directory.glob("*")}
+    found = {
+        str(path.relative_to(directory)): path.stat().st_size
+        for path in directory.rglob("*")
+        if not path.is_dir()
+    }
     wanted = {file.name: file.size_bytes for file in source.files}
     if found != wanted:
         differing = sorted({name for name, _ in found.items() ^ wanted.items()})

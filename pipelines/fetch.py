@@ -59,9 +59,12 @@ SMALL_FILES: Final = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.tiktoken",
     "rwkv_vocab_*.txt", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json", "processor_config.json",
+    "preprocessor_config.json", "processor_config.json", "modules.json",
     "README.md", "LICENSE", "LICENSE.*", "LICENCE", "LICENCE.*", "NOTICE", "NOTICE.*",
 )  # fmt: skip
+# How an encoder makes one vector of many, where sentence-transformers writes it: without it the
+# converter makes a model of which no server makes embeddings. No other subdirectory counts.
+POOLING: Final = "1_Pooling/config.json"
 # One of these sets is what a tokenizer is made of.
 TOKENIZERS: Final = (
     ("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",),
@@ -99,7 +102,7 @@ class LocalDirectory:
 
     def files(self) -> tuple[RemoteFile, ...]:
         """
-        List the regular files at the top of the directory; subdirectories are not looked into.
+        List the regular files at the top of the directory, and what an encoder has below.
 
         Raises:
             UpstreamError: It is no directory, or a file that a build needs is a link out of it or
@@ -113,6 +116,8 @@ class LocalDirectory:
         found = []
         with disk.explained(self.path):
             names = sorted(path.name for path in self.path.iterdir())
+            if (self.path / POOLING).exists():
+                names.append(POOLING)
         for name in names:
             wanted = _is_wanted(name)
             if not wanted and not _matches(name, ("*.safetensors", *PICKLES)):
@@ -258,6 +263,7 @@ def fetch(  # noqa: PLR0913 - each is one independent fact, named at the call
         )
         _require_unquantized(config)
         _require_tokenizer([file.name for file in small])
+        _require_pooling(part)
         shards = _shards(listing, part)
         # The index may name weights that no pattern of ours matched.
         disk.require(part, sum(shard.size_bytes for shard in shards), label)
@@ -482,6 +488,7 @@ class _Bringer:
             self._progress.update(self._done_bytes + size_bytes, file.name)
 
         target = self._into / file.name
+        target.parent.mkdir(exist_ok=True)
         with disk.explained(target):
             return self._source.bring(file, target, show)
 
@@ -494,19 +501,23 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _is_wanted(name: str) -> bool:
-    return _matches(name, (*SMALL_FILES, WEIGHTS))
+    return name == POOLING or _matches(name, (*SMALL_FILES, WEIGHTS))
 
 
 def _small_files(listing: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """Return everything but weights, at the top of the source, that a build may read."""
-    files = [file for file in listing if _matches(file.name, SMALL_FILES) and "/" not in file.name]
+    """Return everything but weights that a build may read: at the top, and `POOLING`."""
+    files = [
+        file
+        for file in listing
+        if file.name == POOLING or (_matches(file.name, SMALL_FILES) and "/" not in file.name)
+    ]
     for file in files:
         if file.size_bytes > MAX_SMALL_FILE_BYTES:
             raise UpstreamError(
                 f"{file.name} has {file.size_bytes} bytes; no such file needs more than "
                 f"{MAX_SMALL_FILE_BYTES}."
             )
-    _require_safe_names([file.name for file in files])
+    _require_safe_names([file.name for file in files if file.name != POOLING])
     return sorted(files, key=lambda file: file.name)
 
 
@@ -583,6 +594,33 @@ def _require_tokenizer(names: Sequence[str]) -> None:
         f"the tokenizer is missing: there is none of {wanted}.",
         hint="Add the tokenizer's files, or declare the base model's repository.",
     )
+
+
+def _require_pooling(directory: Path) -> None:
+    """
+    Refuse an encoder whose pooling lies where it is not fetched from; the converter would crash.
+
+    Its path is a stranger's, and the converter opens whatever it names.
+    """
+    try:
+        modules = json.loads((directory / "modules.json").read_bytes())
+        pooling = next(
+            (str(each["path"]) for each in modules if str(each["type"]).endswith("Pooling")), None
+        )
+    except FileNotFoundError:
+        return
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UpstreamError(
+            f"modules.json does not list the parts of an encoder: {error}."
+        ) from error
+    if pooling is None:
+        return
+    if f"{pooling}/config.json" != POOLING or not (directory / POOLING).is_file():
+        raise UpstreamError(
+            f"modules.json has vectors pooled as {console.clean(pooling)[:80]}/config.json says, "
+            "which is not fetched.",
+            hint=f"An encoder of sentence-transformers has {POOLING}; add it to the source.",
+        )
 
 
 def _require_unquantized(config: Mapping[str, Any]) -> None:

@@ -102,6 +102,45 @@ def test_code_pickles_and_notes_are_never_taken(source: Path, tmp_path: Path) ->
     assert names(tmp_path / "source") == TAKEN
 
 
+def _encoder(source: Path, pooling: str = "1_Pooling") -> None:
+    """Say of a model how its vectors are pooled, as sentence-transformers does."""
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": pooling, "type": "sentence_transformers.models.Pooling"},
+    ]
+    (source / "modules.json").write_text(json.dumps(modules))
+    for name in ("1_Pooling", "2_Dense"):
+        (source / name).mkdir()
+        (source / name / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (source / "1_Pooling" / "code.py").write_text("raise SystemExit")
+
+
+def test_an_encoder_is_taken_with_the_pooling_that_lies_in_a_directory_of_its_own(
+    source: Path, tmp_path: Path
+) -> None:
+    """Without it there are vectors for tokens only; nothing else of a directory is taken."""
+    plain = fetch.content_digest(source)
+    _encoder(source)
+    fetched = bring(source, tmp_path / "into", fetch.content_digest(source))
+
+    assert fetch.content_digest(source) != plain
+    assert {"modules.json", "1_Pooling/config.json"} < fetched.digests.keys()
+    assert names(tmp_path / "into") == sorted(
+        [*TAKEN, "modules.json", "1_Pooling", "1_Pooling/config.json"]
+    )
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "2_Dense"])
+def test_an_encoder_whose_pooling_lies_elsewhere_is_refused(
+    path: str, source: Path, tmp_path: Path
+) -> None:
+    """The converter would open whatever a stranger's modules.json names."""
+    _encoder(source, path)
+    with pytest.raises(UpstreamError, match=r"modules\.json has vectors pooled as"):
+        bring(source, tmp_path / "into")
+    assert not (tmp_path / "into").exists()
+
+
 def test_a_sharded_model_is_taken_by_its_index(tmp_path: Path) -> None:
     """Exactly the shards that the index names, whatever else looks like one."""
     source = tiny(tmp_path / "model", shards=2)
