@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final, Self
 
-from pipelines import counters, gpu, machine, measuring, validity, watch, wording
+from pipelines import counters, gpu, machine, measuring, validity, watch
 from pipelines.validity import Conditions
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pipelines.counters import CpuTimes
     from pipelines.gpu import Observation
-    from pipelines.records import Condition, Validity
+    from pipelines.records import Validity
     from pipelines.validity import Run
     from pipelines.watch import Usage
 
@@ -152,45 +152,3 @@ def _own_cpu_s() -> float:
     """CPU time of this process and of the programs that it has seen end: the generator's."""
     times = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in times)
-
-
-def lines(found: Validity) -> tuple[str, ...]:
-    """
-    Write a certificate for people: the verdict, why, what to know, and what was looked at.
-
-    Pure, in plain text, one sentence a line. Reasons and notes may hold names of programs and of
-    cards, which are text from outside: whoever shows them cleans them.
-    """
-    counts = {
-        outcome: sum(each.outcome == outcome for each in found.conditions)
-        for outcome in ("ok", "note", "void", "unknown")
-    }
-    looked = wording.counted(len(found.conditions), "condition")
-    told = wording.listed([f"{count} {_OUTCOMES[name]}" for name, count in counts.items() if count])
-    first = "The measurement is valid" if found.verdict == "VALID" else "INVALID, measure again"
-    return (
-        f"{first}: {looked} looked at, {told}." if found.conditions else f"{first}.",
-        *map(wording.sentence, found.reasons),
-        *map(wording.sentence, found.notes),
-        *(condition_line(each) for each in found.conditions if each.value is not None),
-    )
-
-
-_OUTCOMES: Final = {
-    "ok": "as they should be",
-    "note": "noted",
-    "void": "not",
-    "unknown": "not told",
-}
-
-
-def condition_line(one: Condition) -> str:
-    """Write one condition: `waiting_share: 0.013, limit 0.5: ok`."""
-    limit = "" if one.limit is None else f", limit {wording.declared(one.limit)}"
-    if one.value is None:
-        value = "not told"
-    elif one.limit is None:
-        value = wording.number(one.value)
-    else:
-        value = wording.beyond(one.value, one.limit)
-    return f"{one.rule}: {value}{limit}: {one.outcome}"

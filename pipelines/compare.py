@@ -193,7 +193,7 @@ class Task:
             )
             for each, file in zip((self.champion, self.challenger), files, strict=True)
         ]
-        key = compare_run.journal_key(self._facts(hardware["hw_id"], plan))
+        key = compare_run.journal_key(self._facts(hardware, plan))
         path = self.at.scratch(self.model) / f"compare-{key}.jsonl"
         for other in self.at.scratch(self.model).glob("compare-*.jsonl"):
             if fresh or other != path:
@@ -238,10 +238,15 @@ class Task:
             f"{compare_words.side(self.champion.side)}"
         )
 
-    def _facts(self, hw_id: str, plan: Plan) -> dict[str, object]:
+    def _facts(self, hardware: dict[str, Any], plan: Plan) -> dict[str, object]:
+        """Return what decides what is measured: samples of anything else are not gone on with."""
+        both = (self.champion, self.challenger)
         return {
-            "sides": [each.side.model_dump() for each in (self.champion, self.challenger)],
-            "hw_id": hw_id,
+            "sides": [each.side.model_dump() for each in both],
+            "hw_id": hardware["hw_id"],
+            # Driver, kernel and governor, and the very programs, which may be built anew.
+            "env_ids": [measuring.machine_id(hardware, each.tools).env_id for each in both],
+            "programs": [each.tools.manifest_text() for each in both],
             "tests": [vars(test) for test in plan.tests],
             "run": [plan.repetitions, plan.execution.argv(), plan.is_encoder],
         }
@@ -289,7 +294,11 @@ class Task:
     ) -> tuple[QualityComparison | None, tuple[str, ...]]:
         """Compare the divergences; None, with the reason, where that cannot be done."""
         if plan.is_encoder:
-            return None, ("The embeddings of an encoder are not compared here.",)
+            said = (
+                "The embeddings of an encoder are not compared here: `choose` holds those of each "
+                "quant against its f16 (min_cosine_mean)."
+            )
+            return None, (said,)
         wanted = params.benchmark_slice(self.declared, self.challenger.side.key)
         corpora.require(wanted.corpus, self.at, "evaluation text")
         same = self.champion.side.f16_sha256 == self.challenger.side.f16_sha256

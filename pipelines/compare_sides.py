@@ -45,6 +45,7 @@ OURS: Final = "this checkout"
 _GIT_EXIT_ABSENT: Final = 128
 _ANY_CODE: Final = range(256)
 _SHOWN_REV: Final = 60
+_TREE: Final = "fleet-compare-"
 _QUANT_TYPES: Final[tuple[str, ...]] = get_args(params.QuantType)
 _R = TypeVar("_R", bound=records.Record)
 
@@ -504,10 +505,12 @@ def _make_again(at: Layout, model: str, of: Contender) -> Path | None:
         return at.gguf(model, key)
     console.step(f"{key} of {of.commit[:12]} is not here: it is brought or made again")
     git = _Git(at, model)
-    with tempfile.TemporaryDirectory(prefix="fleet-compare-", dir=_scratch(at, model)) as directory:
+    _sweep(git, _scratch(at, model))
+    with tempfile.TemporaryDirectory(prefix=_TREE, dir=_scratch(at, model)) as directory:
         tree = Path(directory) / "tree"
-        git.run("worktree", "add", "--detach", "--quiet", str(tree.resolve()), of.commit,
-                ok_codes=(0,))  # fmt: skip
+        # No hook of this checkout has to do with it: that of `dvc install` would check files out.
+        git.run("-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", "--quiet",
+                str(tree.resolve()), of.commit, ok_codes=(0,))  # fmt: skip
         try:
             cache = _cache(at).resolve()
             (tree / ".dvc/config.local").write_text(f"[cache]\n    dir = {cache}\n")
@@ -522,6 +525,14 @@ def _make_again(at: Layout, model: str, of: Contender) -> Path | None:
             git.run("worktree", "remove", "--force", str(tree.resolve()), ok_codes=_ANY_CODE)
             git.run("worktree", "prune", ok_codes=_ANY_CODE)
     return None
+
+
+def _sweep(git: _Git, scratch: Path) -> None:
+    """Remove the worktrees that a kill left behind: who holds the machine's lock owns them all."""
+    for left in scratch.glob(f"{_TREE}*"):
+        git.run("worktree", "remove", "--force", str((left / "tree").resolve()), ok_codes=_ANY_CODE)
+        shutil.rmtree(left, ignore_errors=True)
+    git.run("worktree", "prune", ok_codes=_ANY_CODE)
 
 
 def _scratch(at: Layout, model: str) -> Path:

@@ -159,12 +159,20 @@ def outcome_sentence(record: CompareRecord) -> str:
         return f"INVALID: {why}."
     parts = _parts(record, record.outcome)
     telling = f": {'; '.join(wording.clause(part) for part in parts)}" if parts else ""
+    if _is_of_speed_alone(record) and record.outcome in {"better", "equal"}:
+        how = f"as fast as {old}, or faster" if record.outcome == "equal" else f"faster than {old}"
+        return f"{new} is {how}; nothing but speed was compared."
     return {
         "worse": f"{new} is worse than {old}{telling}.",
         "better": f"{new} is better than {old}{telling}.",
         "equal": f"{new} is as good as {old}, or better.",
         "undecided": f"Undecided whether {new} is worse than {old}{telling}.",
     }[record.outcome]
+
+
+def _is_of_speed_alone(record: CompareRecord) -> bool:
+    quality = record.quality
+    return not record.flips and (quality is None or not quality.same_f16)
 
 
 def _parts(record: CompareRecord, outcome: Outcome) -> list[str]:
@@ -261,7 +269,8 @@ def _flip_row(one: FlipComparison) -> CompareRow:
         challenger=f"{one.won_count:,} only it",
         difference=f"p = {wording.number(one.p_value)}",
         effect="",
-        outcome=_outcome(one.outcome, gated=True),
+        # Of a few items no proof is all that can be said: never that it is as good.
+        outcome="worse" if one.outcome == "worse" else "no proof of harm",
         is_bad=one.outcome == "worse",
         is_gated=True,
     )

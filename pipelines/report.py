@@ -23,6 +23,7 @@ from pipelines import (
     records,
     report_evidence,
     report_load,
+    validity,
     verdict,
     verdict_evidence,
     wording,
@@ -53,7 +54,7 @@ from pipelines.report_tree import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from pipelines.layout import Layout
@@ -312,7 +313,14 @@ class _Reader:
         when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
         heads = "memory at the declared context, decode at the deepest measured one"
         brackets = "Brackets hold 95 % intervals, of fewer than 6 samples all of their range"
-        return (*lines, f"Measured {when}: {heads}. {brackets}.")
+        return (*lines, f"Measured {when}: {heads}. {brackets}.", *self._certificates())
+
+    def _certificates(self) -> Iterator[str]:
+        """Yield what a reader should know of the circumstances of a quant, in one line each."""
+        for type_, one in self.measured.items():
+            said = validity.line(one.validity) if isinstance(one, BenchmarkRecord) else ""
+            if said:
+                yield _tidy(f"{type_}: {said}")
 
     def _lineage(self) -> tuple[tuple[str, str], ...]:
         lines: list[tuple[str, str]] = []

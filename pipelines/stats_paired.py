@@ -11,7 +11,7 @@ that of Wilcoxon's signed-rank test. Both need only that d lies symmetrically ar
 which pairs of exchangeable processes give whatever the shape of the noise, and the interval is
 exact for any number of pairs. Against Student's t it costs 4 % of power where noise is normal and
 wins where a neighbour takes the machine now and then: with a tenth of the processes up to 25 %
-slower, a true loss of 5 % is called in 71 % of 16 pairs instead of 37 % (simulated in
+slower, a true loss of 5 % is called in 70 % of 16 pairs instead of 36 % (simulated in
 tests/test_stats_paired.py).
 
 Source: Hollander, Wolfe and Chicken, Nonparametric Statistical Methods, 3rd edition, 3.1-3.3;

@@ -192,6 +192,34 @@ def sides(first: Validity, second: Validity) -> tuple[Finding, ...]:
     return (void(*rule, sentence),)
 
 
+_COUNTED: Final = {
+    "ok": "as they should be",
+    "note": "noted",
+    "void": "not as they should be",
+    "unknown": "not told",
+}
+
+
+def line(found: Validity) -> str:
+    """
+    Write a certificate in one line: how much was looked at, then its reasons and notes.
+
+    Reasons and notes may hold names of programs and of cards, which are text from outside: whoever
+    shows them cleans them.
+
+    Returns:
+        The line; empty where there is neither a reason nor a note.
+    """
+    if not (found.reasons or found.notes):
+        return ""
+    counts = {name: sum(c.outcome == name for c in found.conditions) for name in _COUNTED}
+    told = wording.listed([f"{count} {_COUNTED[name]}" for name, count in counts.items() if count])
+    looked = f"{wording.counted(len(found.conditions), 'condition')} looked at, {told}"
+    first = f"{found.verdict}, {looked}" if found.conditions else found.verdict
+    said = (wording.sentence(" ".join(each.split())) for each in (*found.reasons, *found.notes))
+    return " ".join((f"{first}.", *dict.fromkeys(said)))
+
+
 # --- shares -----------------------------------------------------------------------------------
 
 

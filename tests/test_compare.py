@@ -17,8 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import encoder_factory
 import psutil
 import pytest
+import record_factory
 import release_factory
 
 from pipelines import (
@@ -644,6 +646,70 @@ def test_items_are_compared_one_by_one() -> None:
 
     assert (lost.outcome, lost.lost_count, lost.won_count) == ("worse", 10, 0)
     assert (even.outcome, even.lost_count, even.won_count) == ("equal", 5, 5)
+
+
+def test_a_worktree_that_a_kill_left_is_swept(tmp_path: Path) -> None:
+    """Neither its files nor git's note of it stay, and no other worktree is touched."""
+    root, scratch = tmp_path / "fork", tmp_path / "fork/work/scratch"
+    scratch.mkdir(parents=True)
+    git(tmp_path, "init", "-q", str(root))
+    git(root, "commit", "-q", "--allow-empty", "-m", "one")
+    for path in (scratch / "fleet-compare-x/tree", tmp_path / "mine"):
+        git(root, "worktree", "add", "-q", "--detach", str(path))
+    (scratch / "fleet-compare-y").mkdir()
+    at = Layout(root)
+    compare_sides._sweep(compare_sides._Git(at, MODEL), scratch)
+
+    assert list(scratch.iterdir()) == []
+    listed = git(root, "worktree", "list")
+    assert "fleet-compare" not in listed
+    assert str(tmp_path / "mine") in listed
+
+
+def test_items_without_harm_are_not_called_as_good() -> None:
+    """Of a few items no proof of harm is all that can be said."""
+    flips = compare.flips("set", "1110", "1101", 0.05)
+    record = record_factory.compare_record(flips=(flips,))
+    (row,) = [row for row in compare_words.rows(record) if row.what.startswith("set")]
+
+    assert row.outcome == "no proof of harm"
+
+
+@pytest.mark.parametrize(("outcome", "words"), [("equal", "as fast as"), ("better", "faster than")])
+def test_speed_alone_is_never_called_as_good(outcome: str, words: str) -> None:
+    """Where nothing else was compared the sentence says so itself, not a note below."""
+    record = record_factory.compare_record(outcome)
+    said = compare_words.outcome_sentence(record)
+
+    assert words in said
+    assert "nothing but speed was compared" in said
+
+
+@pytest.mark.toolchain
+def test_an_encoder_is_compared_by_its_prefill(tmp_path: Path, tools: Toolchain) -> None:
+    """It decodes nothing and has no divergence: real pairs of prefill decide, and that is told."""
+    gguf = encoder_factory.tiny_bert_gguf(tmp_path / "bert.gguf")
+    declared = declaration.load(ROOT / "params.yaml")
+    whole = compare.plan_of(declared, MODEL, gguf, backend=tools.backend, cores=2)
+    short = replace(
+        whole, pairs=4, control_pairs=3, repetitions=3, prompt_tokens=16,
+        execution=replace(whole.execution, threads=1),
+    )  # fmt: skip
+    side = compare_run.Runner(
+        tools=tools, model=gguf.name, model_size_bytes=compare.tensor_bytes(gguf)
+    )
+    begun = Session(
+        plan=short, sides={"A": side, "B": side}, root=tmp_path, log=tmp_path / "log",
+        journal=Journal(tmp_path / "journal.jsonl", "key"), budget_s=120.0, quiet_within_s=0.0,
+    )  # fmt: skip
+    begun.warm_up()
+    measured = compare.measure(begun, doubling_fits=False)
+
+    assert [(test.test, test.depth_tokens) for test in whole.tests] == [("prefill", 0)]
+    assert whole.gated == (0,)
+    assert [one.test for one in measured.speed] == ["prefill"]
+    assert measured.speed[0].control_pairs or measured.validity.reasons
+    assert "embeddings" in " ".join((tmp_path / "log").read_text().split())
 
 
 def test_a_pair_keeps_every_sample() -> None:

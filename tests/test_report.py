@@ -212,6 +212,17 @@ def test_numbers_that_are_not_to_be_trusted_are_not_shown(tmp_path: Path) -> Non
     assert all("Q5_K_M" not in drawing for drawing in render.charts(built.models[0], 1))
 
 
+def test_what_the_certificate_notes_is_told_beside_the_method(tmp_path: Path) -> None:
+    """One line for each quant that has a note, among how it was measured; none for the others."""
+    note = "Other programs used 0.4 cores\n# on average"
+    noted = validity().model_copy(update={"notes": (note,)})
+    built = small_report(tmp_path, changes={"Q4_K_M": {"validity": noted}})
+    lines = [line for line in built.models[0].method if "VALID" in line]
+
+    assert lines == ["Q4_K_M: VALID. Other programs used 0.4 cores # on average."]
+    assert "Other programs used 0.4 cores" in render.markdown(built)
+
+
 def test_a_choice_older_than_its_files_is_invalid(tmp_path: Path) -> None:
     """A choice that speaks of other bytes, or of other quants, is not passed on."""
     at = Layout(tmp_path)
