@@ -381,7 +381,7 @@ def _tensor_flaws(here: Loc, quant: dict[str, Any]) -> Iterator[Flaw]:
         pattern = rule.get("match") if isinstance(rule, dict) else None
         if isinstance(pattern, str) and not params.is_safe_regex(pattern):
             text = f"{quoted(pattern)} is no regular expression that llama-quantize and Python read"
-            more = "alike: lower case, no `=`, no `(?` but `(?:` and `(?!`"
+            more = "alike: lower case, no `=`, no `(?` but `(?:` and `(?!`, four repeats at most"
             yield Flaw((*here, "tensor_types", i, "match"), f"{text} {more}")
     type_ = quant.get("type")
     for option in ("tensor_types", "recipe_file"):

@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -1088,7 +1088,8 @@ def is_safe_regex(pattern: str) -> bool:
     Tell whether llama-quantize reads a pattern as Python does.
 
     llama-quantize lower-cases it (which turns `\D` into `\d`) and gives it to std::regex
-    (ECMAScript); the prediction of a quant's tensor types searches with Python's `re`.
+    (ECMAScript); the prediction of a quant's tensor types searches with Python's `re`. Both go
+    back and try again, so a pattern that can match in more ways than there is time for is refused.
     """
     if pattern != pattern.lower() or _NOT_IN_BOTH.search(pattern):
         return False
@@ -1097,6 +1098,37 @@ def is_safe_regex(pattern: str) -> bool:
             # FutureWarning: a set operation of a later Python, which std::regex does not have.
             warnings.simplefilter("error")
             re.compile(pattern)
+            parsed = re._parser.parse(pattern)  # type: ignore[attr-defined]  # noqa: SLF001
     except (re.error, OverflowError, RecursionError, Warning):
         return False
-    return True
+    return _repeats(parsed) <= _MAX_REPEATS
+
+
+# Names of tensors have some 60 characters. With four repeats a search has 500,000 ways at most.
+_MAX_REPEATS = 4
+
+
+def _repeats(parsed: Any, *, inside: bool = False) -> float:  # noqa: ANN401 - a tree of re's own
+    """
+    Count the repeats of a parsed pattern; endless if one repeats what can match in many ways.
+
+    `(a+)+` and `(a|b)*` have twice as many ways for each further character.
+    """
+    count = 0.0
+    for operation, argument in parsed:
+        name = str(operation)
+        if name in {"MAX_REPEAT", "MIN_REPEAT"}:
+            _, most, inner = argument
+            repeated = most > 1
+            if repeated and inside:
+                return math.inf
+            count += 1 + _repeats(inner, inside=inside or repeated)
+        elif name == "BRANCH":
+            if inside:
+                return math.inf
+            count += max(_repeats(each) for each in argument[1])
+        elif name == "SUBPATTERN":
+            count += _repeats(argument[-1], inside=inside)
+        elif name in {"ASSERT", "ASSERT_NOT"}:
+            count += _repeats(argument[1], inside=inside)
+    return count

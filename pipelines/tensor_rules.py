@@ -198,8 +198,9 @@ def _rule(text: str, where: str) -> TensorRule:
     ):
         raise ParamsError(
             f"{where}: {wording.quoted(clean(pattern))} is no regular expression that "
-            "llama-quantize and Python read alike.",
-            hint="Lower case, no spaces, no `=`, no `(?` but `(?:` and `(?!`.",
+            "llama-quantize and Python read alike, and in reasonable time.",
+            hint="Lower case, no spaces or `=`, no `(?` but `(?:` and `(?!`, four repeats at most, "
+            "none within another.",
         )
     return TensorRule.model_validate({"match": pattern, "type": type_})
 

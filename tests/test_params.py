@@ -122,6 +122,26 @@ def test_a_pattern_of_one_language_is_refused(pattern: str) -> None:
     assert not is_safe_regex(pattern)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", r"(?:[a-z_.\d]+)*!", "(?:ab|a|b)*!", "a?" * 30 + "a" * 30, ".*" * 5 + "!",
+     "((a{1,9}){1,9}){1,9}!", "(?!(?:.+)+!)"],
+)  # fmt: skip
+def test_a_pattern_that_no_search_comes_to_the_end_of_is_refused(pattern: str) -> None:
+    """It would hold up Python and llama-quantize on the first name that almost matches."""
+    assert not is_safe_regex(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"^blk\.([0-9]|1[0-9])\.ffn_(?:up|gate|down)_exps\.weight$", r"blk\.\d+\..*_q.*\.weight",
+     r"\.ffn_(?:gate|up|down)(?:_shexp)?\.weight$"],
+)  # fmt: skip
+def test_patterns_as_recipes_have_them_are_accepted(pattern: str) -> None:
+    """Alternatives and single repeats are what rules are made of."""
+    assert is_safe_regex(pattern)
+
+
 @pytest.mark.toolchain
 def test_the_types_are_those_of_llama_quantize(tools: Toolchain) -> None:
     """Every recipe that the pinned llama-quantize lists, but COPY and the aliases."""
