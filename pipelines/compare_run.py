@@ -147,7 +147,6 @@ class ProcessRun(Part):
         ended_at: Seconds since 1970.
         samples_tok_s: Of each test, every repetition.
         gpu_info: GPUs as llama-bench names them.
-        clock_mhz: Median clock of the cards; None without one.
         validity: What the certificate says of these seconds alone.
     """
 
@@ -159,7 +158,6 @@ class ProcessRun(Part):
     wall_s: Finite
     samples_tok_s: tuple[tuple[Finite, ...], ...]
     gpu_info: str
-    clock_mhz: Finite | None
     validity: Validity
 
     def condition(self, rule: str) -> float | None:
@@ -303,11 +301,9 @@ def disturbance(first: ProcessRun, second: ProcessRun, effect: float) -> str:
                 f"One of the two {what} in {wording.beyond(difference * 100, effect * 100)} % more "
                 f"of its time than the other (limit {wording.declared(effect * 100)} %)."
             )
-    clocks = [run.clock_mhz for run in (first, second)]
-    if None not in clocks and min(clocks) > 0:  # type: ignore[type-var, operator]
-        fall = 1 - min(clocks) / max(clocks)  # type: ignore[type-var, operator]
-        if fall > validity.MAX_CLOCK_DIFFERENCE:
-            return f"The clocks of the cards differed by {wording.percent(fall)} between the two."
+    for found in validity.sides(first.validity, second.validity):
+        if found.outcome == "void":
+            return found.sentence
     return ""
 
 
@@ -503,7 +499,6 @@ class Session:
             wall_s=round(done.wall_s, 4),
             samples_tok_s=tuple(result.samples_tok_s for result in results),
             gpu_info=gpu_info,
-            clock_mhz=watched.cards.clock_mhz if watched.cards else None,
             validity=watched.judge(
                 validity.Run(
                     backend=runner.tools.backend,

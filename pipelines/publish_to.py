@@ -21,11 +21,13 @@ from pipelines import (
     console,
     hashing,
     params,
+    records,
     release,
     release_gates,
     verdict_evidence,
     wording,
 )
+from pipelines.compare_records import CompareRecord
 from pipelines.errors import GateError, ParamsError, RetryLaterError, StoreError
 from pipelines.ledger import Ledger
 from pipelines.moves import By
@@ -202,12 +204,22 @@ def _held(
 
 
 def _is_outdated(there: Release, at: Layout) -> bool:
-    """Tell whether a record in git is another one than that of which the release was made."""
+    """
+    Tell whether a record in git is another one than that of which the release was made.
+
+    A comparison of one of its files that was made since is new evidence, too.
+    """
     below = at.release(there.model).parent
-    return any(
+    is_other = any(
         not (below / name).is_file() or hashing.digest(below / name).sha256 != sha256
         for name, sha256 in there.evidence.items()
     )
+    path = at.comparison(there.model)
+    if is_other or path.name in there.evidence or not path.exists():
+        return is_other
+    compared = records.read_or_reason(path, CompareRecord)
+    files = {quant.gguf_sha256 for quant in there.quants}
+    return not isinstance(compared, str) and compared.challenger.gguf_sha256 in files
 
 
 @dataclass(frozen=True)

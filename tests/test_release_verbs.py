@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from publish_factory import change, change_load_test, finished, publish_slice
-from record_factory import MODEL, sha256
+from record_factory import MODEL, compare_record, sha256, side
 from release_checkout import REASON, Checkout
 
+from pipelines import records
 from pipelines.ledger import Ledger
 from pipelines.records import FetchRecord
 from pipelines.release_records import release_id
@@ -253,6 +254,24 @@ def test_records_that_changed_since_are_not_published_under_the_old_release(
     assert alias.release != old
     release = json.loads(checkout.store("mirror").read_release(MODEL, alias.release))
     assert release["previous"] == old
+
+
+def test_a_comparison_that_was_made_since_is_part_of_what_is_published(checkout: Checkout) -> None:
+    """The release that names it as evidence is another one than that of before."""
+    old = stage(checkout)
+    local = json.loads(checkout.at.release(MODEL).read_bytes())
+    (quant,) = [one for one in local["quants"] if one["type"] == local["stable_quant"]]
+    compared = compare_record(
+        model=MODEL, challenger=side(model=MODEL, gguf_sha256=quant["gguf_sha256"])
+    )
+    records.write(checkout.at.comparison(MODEL), compared)
+
+    assert checkout.fleet("publish", MODEL, "--to", "mirror").code == 0
+
+    alias = checkout.alias("mirror", MODEL)
+    assert alias.release != old
+    release = json.loads(checkout.store("mirror").read_release(MODEL, alias.release))
+    assert "compare.json" in release["evidence"]
 
 
 def test_a_refusal_names_every_reason_and_sends_nothing(checkout: Checkout) -> None:
