@@ -19,7 +19,7 @@ from pydantic import Field, StringConstraints, ValidationError
 from pipelines.console import clean
 from pipelines.errors import DigestError, ParamsError, Problem
 from pipelines.params import Closed
-from pipelines.prompts import Message, Tool
+from pipelines.prompts import Message, Tool, schema_flaw
 from pipelines.wording import did_you_mean, quoted, shortened
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ def _contradictions(item: Item) -> Iterator[str]:
     if isinstance(item, ExactMatch):
         yield from _exact_flaws(item)
     elif isinstance(item, JsonSchema):
-        if why := _schema_flaw(item.schema_):
+        if why := schema_flaw(item.schema_):
             yield f"schema: is no JSON Schema: {why}"
     else:
         names = [tool.function.name for tool in item.tools]
@@ -337,19 +337,6 @@ def _exact_flaws(item: ExactMatch) -> Iterator[str]:
     for i, answer in enumerate(item.answers):
         if normal(answer, item.normalisation) is None:
             yield f"answers.{i}: {quoted(answer)} is nothing to compare as {item.normalisation}"
-
-
-def _schema_flaw(schema: dict[str, Any]) -> str:
-    from jsonschema import (  # type: ignore[import-untyped]  # noqa: PLC0415 - only for such a set
-        Draft202012Validator,
-        SchemaError,
-    )
-
-    try:
-        Draft202012Validator.check_schema(schema)
-    except (SchemaError, RecursionError) as error:
-        return clean(str(getattr(error, "message", "nested too deeply")))
-    return ""
 
 
 # --- answers ----------------------------------------------------------------------------------

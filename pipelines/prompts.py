@@ -410,7 +410,7 @@ def _expect_flaws(loc: Loc, expect: Mapping[str, Any]) -> Iterator[_Flaw]:
     if isinstance(pattern, str) and (why := _regex_flaw(pattern)):
         yield _Flaw((*loc, "regex"), f"{quoted(pattern)} is no regular expression: {why}")
     schema = expect.get("json_schema")
-    if isinstance(schema, dict | bool) and (why := _schema_flaw(schema)):
+    if isinstance(schema, dict | bool) and (why := schema_flaw(schema)):
         yield _Flaw((*loc, "json_schema"), f"is no JSON Schema: {why}")
 
 
@@ -422,7 +422,7 @@ def _regex_flaw(pattern: str) -> str:
     return ""
 
 
-def _schema_flaw(schema: dict[str, Any] | bool) -> str:  # noqa: FBT001 - a schema may be `true`
+def schema_flaw(schema: dict[str, Any] | bool) -> str:  # noqa: FBT001 - a schema may be `true`
     """Say what is wrong with a JSON Schema; a reference beyond itself is, as nothing is fetched."""
     try:
         # 60 ms, only where it is used; the package has no types.
@@ -437,6 +437,8 @@ def _schema_flaw(schema: dict[str, Any] | bool) -> str:  # noqa: FBT001 - a sche
     except SchemaError as error:
         where = ".".join(map(str, error.absolute_path))
         return console.clean(f"{where}: {error.message}" if where else error.message)[:300]
+    except RecursionError:
+        return "nested too deeply"
     outside = [each for each in _references(schema) if not each.startswith("#")]
     return f"{quoted(outside[0])} lies outside of it, and nothing is fetched" if outside else ""
 

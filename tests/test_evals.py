@@ -124,7 +124,16 @@ def test_chance_is_the_mean_over_the_items_or_else_what_is_declared(tmp_path: Pa
             {"messages": [*ASKED, {"role": "assistant", "content": "5"}]},
             "messages: the last one is of the assistant; it must be the user's",
         ),
-        ("json-schema", {"schema": {"type": "objekt"}}, "schema: is no JSON Schema: 'objekt'"),
+        (
+            "json-schema",
+            {"schema": {"type": "objekt"}},
+            "schema: is no JSON Schema: type: 'objekt'",
+        ),
+        (
+            "json-schema",
+            {"schema": {"$ref": "http://127.0.0.1/x"}},
+            'schema: is no JSON Schema: "http://127.0.0.1/x" lies outside of it, and nothing is',
+        ),
         ("json-schema", {"schema": ...}, "schema: is missing"),
         ("tool-call", {"tools": [WEATHER, WEATHER]}, "tools: two have one name"),
         (
