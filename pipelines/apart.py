@@ -80,6 +80,9 @@ def environment(scratch: Path, *, ours: bool = False) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         # Files pass through the CPU one by one; a GPU that benchmarks must not be touched.
         "CUDA_VISIBLE_DEVICES": "",
+        # Where a check of llama.cpp fails, it would start a debugger on itself; how it ended is
+        # known without, and the native start of one is what the hook does not see.
+        "GGML_NO_BACKTRACE": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONUTF8": "1",
         "LC_ALL": "C.UTF-8",

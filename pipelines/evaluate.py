@@ -9,7 +9,8 @@ depends on both, on the build of llama.cpp and on a few settings. It is kept und
 of these in scratch, so that a kill, another quant or another set repeats nothing; a file there that
 is damaged is no result, and is made again. On a CPU equal inputs give equal records.
 
-Nothing is timed here, so it may run beside other work.
+Nothing is timed here, so other work beside it does no harm. It would do harm to what is timed, and
+waits until nothing is.
 """
 
 from __future__ import annotations
@@ -62,10 +63,12 @@ _ALL_LAYERS: Final = 9999
 
 
 def run(slice_: EvaluateSlice, at: Layout) -> EvaluateRecord:
-    """Do the tasks with the fleet's own toolchain."""
+    """Do the tasks with the fleet's own toolchain, while nobody measures on this machine."""
     from pipelines import toolchain  # noqa: PLC0415 - not for tests of the rest
 
-    return evaluate(slice_, at, toolchain.load(at))
+    tools = toolchain.load(at)
+    with measuring.one_at_a_time(toolchain.default_cache_root(), f"evaluate {slice_.model}"):
+        return evaluate(slice_, at, tools)
 
 
 def evaluate(wanted: EvaluateSlice, at: Layout, tools: Toolchain) -> EvaluateRecord:

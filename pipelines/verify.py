@@ -41,8 +41,11 @@ LAYERS: tuple[Layer, ...] = get_args(Layer)
 
 
 def run(slice_: VerifySlice, at: Layout) -> VerifyRecord:
-    """Prove a conversion with the fleet's own toolchain."""
-    return verify(slice_, at, toolchain.load(at))
+    """Prove a conversion with the fleet's own toolchain, while nobody measures on this machine."""
+    tools = toolchain.load(at)
+    # Nothing is timed here. But it takes all cores, and would spoil what is timed beside it.
+    with measuring.one_at_a_time(toolchain.default_cache_root(), f"verify {slice_.model}"):
+        return verify(slice_, at, tools)
 
 
 def verify(wanted: VerifySlice, at: Layout, tools: Toolchain) -> VerifyRecord:
