@@ -119,7 +119,6 @@ def wanted(sets: dict[str, Eval], types: tuple[str, ...] = TYPES, **changes: Any
         "quants": {f"{MODEL}-{type_}": type_ for type_ in types},
         "recipe": 1,
         "context_tokens": 512,
-        "modelfile": "modelfiles/chat.Modelfile.j2",
         "threads": None,
         "evals": {name: each.model_dump() for name, each in sets.items()},
         "evaluate": Evaluate(generate_tokens=16).model_dump(),
