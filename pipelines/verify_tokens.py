@@ -746,24 +746,39 @@ KNOWN: Final = (
         "added",
     ),
 )
-# How vocabularies write blanks, and those themselves.
-_BLANKS: Final = re.compile(r"[\s▁Ġ]+")
+_PRINTABLE: Final = (*range(33, 127), *range(161, 173), *range(174, 256))
+# How byte-pair encodings write bytes: those that can be seen as they are, the others behind 256.
+_LETTERS: Final = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + number): byte for number, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
+}
+
+
+def _spelled(written: Vocabulary, ids: Sequence[int]) -> str:
+    """Put the text of tokens together again, without any blanks."""
+    data = bytearray()
+    for id_ in ids:
+        text = written.tokens[id_] if 0 <= id_ < len(written.tokens) else "?"
+        if _BYTE_TEXT.fullmatch(text):
+            data.append(int(text[3:5], 16))
+        elif written.kind == "gpt2":
+            for letter in text:
+                byte = _LETTERS.get(letter)
+                data += letter.encode() if byte is None else bytes([byte])
+        else:
+            data += text.replace("▁", " ").encode()
+    return "".join(data.decode(errors="replace").split())
 
 
 def _is_kept(known: Known, index: int, facts: _Facts) -> bool:
     """Tell whether a string is the same in all that a known difference leaves alone."""
     if known.keeps == "nothing":
         return True
-    texts, added = facts.written.tokens, facts.upstream.added
+    added = facts.upstream.added
     for position, mode in enumerate(MODES):
         wanted, got = facts.upstream.ids[mode][index], facts.tokenized.ids[index][position]
         if not isinstance(wanted, list) or got is None:
             continue
-        one, other = (
-            _BLANKS.sub("", "".join(texts[id_] for id_ in ids if id_ < len(texts)))
-            for ids in (wanted, got)
-        )
-        if one != other:
+        if _spelled(facts.written, wanted) != _spelled(facts.written, got):
             return False
         if known.keeps == "added" and (
             [id_ for id_ in wanted if id_ in added] != [id_ for id_ in got if id_ in added]

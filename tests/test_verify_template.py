@@ -13,6 +13,7 @@ from gguf_faults import Gguf
 from verify_factory import EMBEDDED, converted, subject
 
 from pipelines import gguf_carrier, gguf_header, verify_template
+from pipelines.serving.server import LoadFailed
 from pipelines.upstream_chat import Reference, Rendered, Rendering
 from pipelines.verify_tokens import Tokenized, ask_gguf
 
@@ -154,6 +155,15 @@ def test_named_templates_are_read_in_both_ways_of_writing_them(tmp_path: Path) -
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates/rag.jinja").write_text("d")
     assert verify_template.upstream_templates(tmp_path) == {"default": "c", "rag": "d"}
+
+
+def test_a_server_that_is_not_ready_in_time_proves_nothing(
+    plant: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow machine is no fault of a conversion: an error, and neither PASS nor FAIL."""
+    monkeypatch.setattr(verify_template, "_READY_WITHIN_S", 0.0)
+    with pytest.raises(LoadFailed, match="was not ready within 0 s"):
+        verify_template.checks(plant())
 
 
 # --- generation -------------------------------------------------------------------------------
