@@ -217,6 +217,11 @@ def _undeclared(held: Held, sides: _Sides) -> None:
     if factor is not None and kind not in _KINDS_WITH_FACTOR:
         held.hold(sides.name("rope.scaling.attn_factor"), factor, 1.0,
                   f"rope_type {kind} of config.json")  # fmt: skip
+    key = "rope.scaling.original_context_length"
+    original = rope_parameters(sides.config).get("original_max_position_embeddings")
+    if sides.name(key) not in held.seen and sides.found(key) is not None and original is not None:
+        # Phi 3 states it of all its sizes, those without a scaling included.
+        held.hold(sides.name(key), sides.found(key), original, "config.json")
     own = f"{sides.architecture}."
     held.notes += [
         f"{key}, which config.json does not state in a way that is known here"
@@ -333,6 +338,9 @@ def _context(held: Held, sides: _Sides) -> None:
 def _feed_forward(held: Held, sides: _Sides) -> None:
     declared = sides.declared("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
     found = sides.found("feed_forward_length")
+    width = sides.integer("n_embd", "hidden_size")
+    if declared is None and sides.architecture == "gpt2" and width:
+        declared = ("n_embd", 4 * width)  # GPT2Config: n_inner of null means that
     if declared and isinstance(declared[1], int) and found is not None:
         held.hold(sides.name("feed_forward_length"), found, declared[1],
                   f"{declared[0]} of config.json")  # fmt: skip
