@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pipelines.load_records import Served
-    from pipelines.records import Candidate, HostChoice
+    from pipelines.records import Candidate, HostChoice, Validity
     from pipelines.verdict_evidence import Evidence
     from pipelines.verdict_words import Rule, Verdict
 
@@ -250,7 +250,7 @@ class Chain:
         yield from self._unequal(
             (f"choice.json, {one.type}", "sha256", one.gguf_sha256, built.gguf.sha256)
         )
-        is_valid = measured.validity.verdict == "VALID"
+        is_valid = is_trusted(measured.validity)
         if passes and not is_valid:
             yield self._invalid(
                 "chain",
@@ -373,6 +373,12 @@ def _all(known: Evidence) -> Iterator[tuple[str, str, Any]]:
         yield f"quantize/{type_}.json", "quantized", built
     for type_, measured in known.measured.items():
         yield f"benchmark/{type_}.json", "measured", measured
+
+
+def is_trusted(found: Validity) -> bool:
+    """Tell whether a measurement calls itself valid, and nothing in it says otherwise."""
+    is_void = any(each.outcome == "void" for each in found.conditions)
+    return found.verdict == "VALID" and not found.reasons and not is_void
 
 
 def served_of(tested: LoadTestRecord, type_: str) -> Served | None:

@@ -14,6 +14,7 @@ from pipelines import harm, stats_paired, wording
 from pipelines.evaluate_records import EvaluateRecord
 from pipelines.records import ChoiceRecord, ConvertRecord, FetchRecord, QuantizeRecord
 from pipelines.release_records import Release, ReleaseWaiver, release_bytes, release_id, short
+from pipelines.verdict_chain import is_trusted
 from pipelines.verdict_words import Reason, capital, differing, tidy
 from pipelines.verify_records import Layer, VerifyRecord
 
@@ -237,7 +238,7 @@ class Rules:
     def _compared(self, host: HostChoice, found: CompareRecord) -> Iterator[Reason]:
         """Yield what a comparison means that speaks of the chosen file."""
         file, step = "compare.json", f"Run `fleet compare {self.model}` on a quiet machine"
-        if found.validity.verdict != "VALID":
+        if not is_trusted(found.validity):
             why = wording.clause(tidy((*found.validity.reasons, "no reason is given")[0]))
             clause = f"the comparison is INVALID: {why}"
             value = ("INVALID", "VALID", file)

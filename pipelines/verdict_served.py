@@ -242,11 +242,21 @@ def _missing(
         yield f"nobody judged {names} of host {one.host}", "not judged", names
     for gate in gates:
         name = "max_error_rate" if gate.name == "error_rate" else "min_goodput"
-        due = levels.get(name) if gate.name in {*_SHARES, "error_rate"} else gate.limit
-        if due is not None and gate.limit != due:
+        is_level = gate.name in {*_SHARES, "error_rate"}
+        due = levels.get(name) if is_level else one.limit_mib
+        # Memory that fitted a smaller host fits this one.
+        is_other = due is not None and (gate.limit != due if is_level else gate.limit > due)
+        if due is not None and is_other:
             had, wanted_limit = wording.declared(gate.limit), wording.declared(due)
             what = f"{gate.name} of host {one.host} was judged by the limit {had}"
-            yield f"{what}, declared is {wanted_limit}", had, f"{name} {wanted_limit}"
+            named = name if is_level else "memory of the host, MiB,"
+            yield f"{what}, declared is {wanted_limit}", had, f"{named} {wanted_limit}"
+        elif not is_level and due is not None and gate.outcome == "PASS":
+            left = due - gate.high
+            if left < one.margin_mib:
+                had, least = wording.beyond(left, one.margin_mib), str(one.margin_mib)
+                what = f"memory of host {one.host} leaves {had} MiB free and was called PASS"
+                yield f"{what}, {least} are declared", f"{had} MiB free", f"{least} MiB free"
     if embeds and test.embeddings is None:
         what = "its embeddings were not compared with the toolchain's"
         yield what, "no text", "a text"

@@ -619,7 +619,8 @@ Beside the rows above, every record has to speak of the same bytes as the one be
 revision, f16, importance matrix, corpora, llama.cpp commit, recipe, each GGUF by sha256 and size,
 the machine of choice and load test, and the file, context, slots and cache that were served. The
 choice has to hold the very numbers of its benchmarks, and to be made by the gates, the objective,
-the hosts and the service levels that params.yaml declares now. Its winner is held against the gates
+the hosts and the service levels that params.yaml declares now; memory under load is held against
+the host as it is declared now. Its winner is held against the gates
 once more, from the benchmark itself. A number that is not finite is none, wherever it stands.
 
 ## A comparison is asked for by hand

@@ -563,7 +563,7 @@ def load_gate(name: str = "goodput", host: str = "local", **changes: Any) -> Loa
         "sentence": "100 of 100 requests kept every level: 96.3 to 100.0 %, 95 % needed",
     }
     if name == "memory":
-        fields |= {"value": 180.0, "low": 180.0, "high": 180.0, "limit": 2048.0}
+        fields |= {"value": 40.0, "low": 40.0, "high": 40.0, "limit": 1070.0}
     return LoadGate(**(fields | changes))
 
 

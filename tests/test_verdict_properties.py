@@ -23,7 +23,7 @@ from pipelines.compare_records import CompareRecord
 from pipelines.evaluate_records import EvaluateRecord
 from pipelines.load_records import LoadTestRecord
 from pipelines.params import Choose, ChooseSlice, Gates, Waiver
-from pipelines.records import BenchmarkRecord, QuantizeRecord
+from pipelines.records import BenchmarkRecord, ChoiceRecord, QuantizeRecord
 from pipelines.verdict_words import VERDICTS, Verdict
 from pipelines.verify_records import Layer, VerifyRecord
 
@@ -467,6 +467,40 @@ def test_a_limit_that_was_wider_when_it_was_measured_lets_nothing_pass() -> None
 
     assert found.verdict == "REJECT"
     assert "by the limits that are declared now" in found.sentence
+
+
+@pytest.mark.parametrize("changes", [{"limit_mib": 8_192}, {"margin_mib": 16_000}])
+def test_memory_under_load_is_held_against_the_host_as_it_is_declared_now(
+    changes: dict[str, int],
+) -> None:
+    """A host that shrank after the load test, and was only chosen for again, is not served."""
+    assert isinstance(GOOD.choice, ChoiceRecord)
+    (host,) = GOOD.choice.hosts
+    choice = GOOD.choice.model_copy(update={"hosts": (host.model_copy(update=changes),)})
+    own = GOOD.declared.hosts[host.host]
+    smaller = own.model_copy(
+        update={"memory_mib": changes.get("limit_mib", own.memory_mib),
+                "margin_mib": changes.get("margin_mib", own.margin_mib)}
+    )  # fmt: skip
+    declared = GOOD.declared.model_copy(update={"hosts": {host.host: smaller}})
+    found = verdict.judge(replace(GOOD, choice=choice, declared=declared))
+
+    assert found.verdict == "INVALID"
+    assert found.released == ()
+    assert any(each.rule == "load-test" and "memory" in each.clause for each in found.reasons)
+
+
+def test_what_calls_itself_valid_and_says_why_not_is_not_believed() -> None:
+    """A reason beside VALID, in a benchmark or a comparison, is a reason."""
+    doubted = {"reasons": ("Another process ran.",)}
+    good, measured = GOOD.compared, GOOD.measured[TYPE]
+    assert isinstance(good, CompareRecord)
+    assert isinstance(measured, BenchmarkRecord)
+    compared = put(good, ("validity",), good.validity.model_copy(update=doubted))
+    benchmark = put(measured, ("validity",), measured.validity.model_copy(update=doubted))
+
+    assert verdict.judge(replace(GOOD, compared=compared)).verdict == "INVALID"
+    assert verdict.judge(replace(GOOD, measured={TYPE: benchmark})).verdict == "INVALID"
 
 
 def test_of_a_pinned_release_any_other_file_is_a_challenger() -> None:
