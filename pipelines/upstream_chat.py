@@ -225,8 +225,8 @@ def _rendered(source: Path, folder: Path, log: Path) -> Reference:
     """Run the process and read what it has written."""
     try:
         proc.run(
-            [sys.executable, "-m", "pipelines.upstream_chat", source, folder / _REQUEST,
-             folder / _ANSWER],
+            apart.module("the chat template", "pipelines.upstream_chat", source, folder / _REQUEST,
+                         folder / _ANSWER),
             log=log,
             env=_environment(folder),
             inherit_env=False,
@@ -257,19 +257,9 @@ def _environment(folder: Path) -> dict[str, str]:
 
     Not our time zone: a template may ask for the date (`strftime_now`), and servers do not have it.
     """
-    return {
-        "PYTHONPATH": str(Path(__file__).absolute().parent.parent),
-        "PYTHONUTF8": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HOME": str(folder),
-        "TMPDIR": str(folder),
-        "HF_HOME": str(folder),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
+    return apart.environment(folder, ours=True) | {
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
     }
 
 
