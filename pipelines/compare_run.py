@@ -424,9 +424,16 @@ class Session:
                     phase="control" if phase == "control" else "pairs", index=index, reason=reason
                 )
             )
-            console.info(f"{phase} {index + 1} is void and measured again: {reason}")
+            self._tell_void(f"{phase} {index + 1}", reason)
             self._require_patience(reason)
             attempt += 1
+
+    def _tell_void(self, pair: str, reason: str) -> None:
+        """Say why a pair does not count; of a reason that was told before only its first words."""
+        kind = reason.split(" in ", 1)[0]
+        again = any(each.reason.split(" in ", 1)[0] == kind for each in self.void[:-1])
+        told = kind if again else reason
+        console.info(f"{pair} is void and measured again: {told}")
 
     def _wait(self) -> None:
         """Wait for a quiet moment; where none came twice in a row, none is waited for again."""
@@ -438,7 +445,7 @@ class Session:
         wanted = self.plan.pairs + self.plan.control_pairs
         if len(self.void) > MAX_VOID_SHARE * wanted:
             raise UnmeasurableError(
-                f"{wording.counted(len(self.void), 'pair')} of a comparison of {wanted} were void, "
+                f"{wanted} pairs were wanted, and {len(self.void)} attempts at one were void, "
                 f"the last since: {wording.clause(reason)}. Others use this machine: stop what "
                 "else runs here and run the same command again."
             )

@@ -104,10 +104,11 @@ def challenger(declared: Declaration, at: Layout, model: str, quant: str | None)
     types = set(params.quants_of(declared, model).values())
     if quant is None:
         choice = records.read(at.model_record("choose", model), records.ChoiceRecord)
-        quant = chosen(choice)
+        quant = choice.hosts[0].winner if choice.hosts else None
         if quant is None:
+            why = wording.sentence(console.clean(choice.hosts[0].sentence)) if choice.hosts else ""
             raise ParamsError(
-                f"no quant of {model} is chosen, so there is no challenger.",
+                f"no quant of {model} is chosen in this checkout, so there is no challenger. {why}",
                 hint=f"Name one: fleet compare {model} --quant TYPE. "
                 f"Declared: {', '.join(sorted(types))}.",
             )

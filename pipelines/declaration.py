@@ -253,6 +253,7 @@ def _contradictions(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML val
     yield from _quant_flaws(data)
     yield from _gate_flaws(data)
     yield from _benchmark_flaws(_mapping(data, "benchmark"))
+    yield from _compare_flaws(_mapping(data, "compare"))
     yield from _serving_flaws(data)
     yield from _registry_flaws(data)
     yield from _waiver_flaws(data)
@@ -450,6 +451,18 @@ def _goodput_flaws(data: Any, owner: Loc) -> Iterator[Flaw]:  # noqa: ANN401 - a
     if count < least:
         text = f"needs `load_test.open_requests` of {least:,} or more, not {count:,}"
         yield Flaw((*owner, "min_goodput"), text)
+
+
+def _compare_flaws(declared: dict[str, Any]) -> Iterator[Flaw]:
+    """Repetitions of which none would be left."""
+
+    def value(key: str) -> Any:  # noqa: ANN401 - any YAML value
+        return declared.get(key, params.Compare.model_fields[key].default)
+
+    dropped, repetitions = value("dropped_repetitions"), value("repetitions")
+    if _is_whole(dropped) and _is_whole(repetitions) and dropped >= repetitions:
+        text = f"leaves none of {repetitions} repetitions: {max(repetitions - 1, 0)} at most"
+        yield Flaw(("compare", "dropped_repetitions"), text)
 
 
 def _serving_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value

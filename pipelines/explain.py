@@ -172,7 +172,8 @@ def text(found: Explanation) -> str:
             f"  memory     {wording.number(memory.total_mib)} MiB at "
             f"{wording.tokens(found.context_tokens)} tokens (weights "
             f"{wording.number(memory.model_mib)}, context {wording.number(memory.context_mib)}, "
-            f"working space {wording.number(memory.compute_mib)}), planned by llama.cpp"
+            f"working space {wording.number(memory.compute_mib)}); planned by llama.cpp, less than "
+            "a process takes, which the benchmark measures"
         ),
         *(
             f"  {'rules' if index == 0 else '':10} {rule.match} -> {rule.type}: "

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from pipelines import certificate, validity
+from pipelines import certificate, validity, wording
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipelines.load_records import LoadGate
     from pipelines.records import Validity
+
+# Share of a run in which others kept the server from a core, up to which a missed level is believed
+# to be the model's own miss. A throughput that waits for a tenth of its time is a tenth lower; a
+# latency at a rate near what the machine carries is a queue, which a tenth makes several times as
+# long. A kept level was kept all the same, so nothing is asked of that.
+MAX_WAITING_OF_A_MISS: Final = 0.10
 
 
 class Attended(certificate.Watch):
@@ -38,3 +47,31 @@ def judge(attended: Attended, *, threads: int, on_gpu: bool) -> Validity:
     """
     backend = "cpu" if not on_gpu else "cuda" if attended.cards is not None else "another GPU"
     return attended.judge(validity.Run(backend=backend, threads=threads, subject="server"))
+
+
+def disbelieved(gates: Sequence[LoadGate], seen: Validity | None) -> tuple[str, ...]:
+    """
+    Say why missed levels are not held against a model: others had the cores meanwhile.
+
+    Args:
+        gates: Every level that was judged; memory is no matter of time.
+        seen: What happened on the machine; None where nobody looked.
+
+    Returns:
+        A sentence; nothing if no level was missed, or the server had its cores.
+    """
+    missed = [one.name for one in gates if one.outcome == "FAIL" and one.name != "memory"]
+    waited = (
+        next((c.value for c in seen.conditions if c.rule == "waiting_share"), None)
+        if seen
+        else None
+    )
+    if not missed or waited is None or waited <= MAX_WAITING_OF_A_MISS:
+        return ()
+    names = wording.listed(list(dict.fromkeys(missed)))
+    share, limit = wording.percent(waited), wording.percent(MAX_WAITING_OF_A_MISS)
+    told = (
+        f"It missed {names} while others kept the server from a core in {share} of its time (a "
+        f"miss is believed up to {limit}): stop what else runs here and run it again."
+    )
+    return (told,)

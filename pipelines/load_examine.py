@@ -200,6 +200,8 @@ class Examiner:
                 declared.max_degenerate_excess,
                 limit_tokens=declared.generate_tokens,
             )
+        gates = self._gates(seen, hosts)
+        seen.invalid += load_conditions.disbelieved(gates, seen.validity)
         return WinnerTest(
             type=type_,
             hosts=hosts,
@@ -209,7 +211,7 @@ class Examiner:
             calibration=seen.calibration,
             degenerate=seen.degenerate,
             regressions=seen.regressions,
-            gates=self._gates(seen, hosts),
+            gates=gates,
             failures=tuple(map(wording.clause, seen.failures)),
             invalid=tuple(map(wording.clause, seen.invalid)),
             notes=tuple(seen.notes),

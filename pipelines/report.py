@@ -316,11 +316,16 @@ class _Reader:
         return (*lines, f"Measured {when}: {heads}. {brackets}.", *self._certificates())
 
     def _certificates(self) -> Iterator[str]:
-        """Yield what a reader should know of the circumstances of a quant, in one line each."""
+        """
+        Yield what a reader should know of the circumstances of a quant, in one line each.
+
+        Of one that is INVALID the reasons stand at the top already.
+        """
         for type_, one in self.measured.items():
-            said = validity.line(one.validity) if isinstance(one, BenchmarkRecord) else ""
-            if said:
-                yield _tidy(f"{type_}: {said}")
+            if isinstance(one, BenchmarkRecord) and one.validity.verdict == "VALID":
+                said = validity.line(one.validity)
+                if said:
+                    yield _tidy(f"{type_}: {said}")
 
     def _lineage(self) -> tuple[tuple[str, str], ...]:
         lines: list[tuple[str, str]] = []

@@ -190,9 +190,9 @@ def _list_of(part: Fragment) -> str:
 
 def _limits(part: Fragment) -> str:
     above = part.get("exclusiveMinimum")
-    low = f" above {above:,.0f}" if above is not None else f" from {part['minimum']:,.0f}"
+    low = f" above {above:,.12g}" if above is not None else f" from {part['minimum']:,.12g}"
     below = part.get("exclusiveMaximum")
-    return f"{low} and below {below:,.0f}" if below else f"{low} to {part['maximum']:,.0f}"
+    return f"{low} and below {below:,.12g}" if below else f"{low} to {part['maximum']:,.12g}"
 
 
 # --- the page ---------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def _rules(wanted: QuantizeSlice, decided: Mapping[str, str], dry_run: str) -> t
     for rule, count in zip(wanted.tensor_types, hits, strict=True):
         if not count:
             raise ParamsError(
-                f"quants.{wanted.key}.tensor_types: {rule.match} -> {rule.type} decides no tensor; "
+                f"quants.{wanted.key}: the rule {rule.match} -> {rule.type} decides no tensor; "
                 f"names look like {first_few(_examples(list(decided)))}.",
                 hint="A rule before it may win, or no name holds the pattern; norms and, with an "
                 "option of their own, embeddings and output are never decided by rules.",

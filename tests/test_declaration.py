@@ -366,6 +366,11 @@ MISTAKES = {
         "dropped_repetitions: 4",
         "benchmark.dropped_repetitions: of 6 repetitions 3 samples must remain: 3 at most",
     ),
+    "a comparison without samples": (
+        "benchmark:\n",
+        "compare: {repetitions: 3, dropped_repetitions: 3}\nbenchmark:\n",
+        "compare.dropped_repetitions: leaves none of 3 repetitions: 2 at most",
+    ),
     "percentile of too little text": (
         "chunks: 400",
         "chunks: 399",

@@ -12,8 +12,9 @@ import record_factory as make
 
 from pipelines import validity
 from pipelines.gpu import Observation
-from pipelines.load_conditions import Attended, judge
+from pipelines.load_conditions import MAX_WAITING_OF_A_MISS, Attended, disbelieved, judge
 from pipelines.load_examine import Findings
+from pipelines.records import Condition
 from pipelines.validity import others_share
 from pipelines.watch import Usage
 
@@ -40,6 +41,41 @@ def test_what_others_took_voids_the_numbers() -> None:
     """Two busy programs on two cores."""
     assert share(14.0, busy_s=36.0) > validity.MAX_WAITING_SHARE
     assert share(14.0) > validity.MAX_WAITING_SHARE
+
+
+def waited(value: float | None) -> Any:
+    """Return a certificate by which others kept the server from a core for that share."""
+    outcome = "unknown" if value is None else "note"
+    rule = Condition(rule="waiting_share", outcome=outcome, value=value, limit=0.5)
+    return make.validity(conditions=(rule,))
+
+
+def test_a_missed_level_is_no_miss_of_the_model_while_others_have_the_cores() -> None:
+    """Known worse is not the same as disturbed: the sentence says who, how much, what to do."""
+    missed = make.load_gates(outcome="FAIL")
+
+    (told,) = disbelieved(missed, waited(0.23))
+
+    assert "others kept the server from a core in 23 %" in told
+    assert "believed up to 10 %" in told
+    assert "run it again" in told
+
+
+def test_a_missed_level_is_believed_where_the_server_had_its_cores() -> None:
+    """Up to the limit, and where nobody could tell, the miss is the model's."""
+    missed = make.load_gates(outcome="FAIL")
+
+    for seen in (waited(MAX_WAITING_OF_A_MISS), waited(None), make.validity(), None):
+        assert disbelieved(missed, seen) == ()
+
+
+def test_a_kept_level_and_the_memory_are_what_they_are() -> None:
+    """Whoever kept the levels beside others kept them; memory does not wait for a core."""
+    kept = make.load_gates()
+    too_large = (make.load_gate("memory", outcome="FAIL"),)
+
+    assert disbelieved(kept, waited(0.4)) == ()
+    assert disbelieved(too_large, waited(0.4)) == ()
 
 
 class FakeCards:
