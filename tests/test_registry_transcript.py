@@ -38,7 +38,7 @@ PARAMS: Final = f"""\
 toolchain: {{llama_cpp_python: 0.3.36, sha256: {"a" * 64}}}
 corpora:
   calibration: {{path: corpora/calibration.txt, sha256: {"c" * 64}}}
-  evaluation: {{path: corpora/evaluation.txt, sha256: {"b" * 64}}}
+  evaluation: {{path: corpora/evaluation.txt, sha256: {sha256("evaluation")}}}
 models:
   {MODEL}:
     source: path:examples/{MODEL}
