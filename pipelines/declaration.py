@@ -261,6 +261,10 @@ def _contradictions(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML val
         if host.get("vram_mib") is None and host.get("memory_mib") is None:
             text = "needs `vram_mib` (a GPU host) or `memory_mib` (a CPU host)"
             yield Flaw(("hosts", key), text, on_key=True)
+        labels = host.get("runs_on")
+        if isinstance(labels, list) and labels and labels[0] != "self-hosted":
+            text = "must begin with `self-hosted`: GitHub's own machines measure nothing"
+            yield Flaw(("hosts", key, "runs_on"), text)
     uri = _mapping(data, "track").get("tracking_uri")
     if isinstance(uri, str) and _holds_password(uri):
         text = "holds a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
@@ -505,6 +509,9 @@ def _registry_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML val
         if key == params.LOCAL_REGISTRY and kind != "file":
             text = "must be `file:` and a directory: it is the registry that `dvc repro` keeps"
             yield Flaw((*here, "url"), text)
+        if key == params.LOCAL_REGISTRY and entry.get("environment") is not None:
+            text = "is for registries that a workflow writes to; `local` is on one machine only"
+            yield Flaw((*here, "environment"), text, on_key=True)
         yield from _blobs_flaws(here, entry, kinds)
         for option, for_kinds in (("endpoint", ("s3", "hf")), ("region", ("s3",))):
             if entry.get(option) is not None and kind not in for_kinds:

@@ -55,6 +55,9 @@ DAY = (
     r"|02-(?:0[1-9]|[12][0-9]))$"
 )
 SENTENCE = r"^(?=.*[A-Za-z])[ -~]{3,300}$"
+# A label of a runner, and the name of a deployment environment. No `$` and no `{`: both become part
+# of a job's description.
+LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 # What a pattern means, for people: error messages, the schema and docs/params.md say this.
 PATTERN_WORDS = {
@@ -77,6 +80,7 @@ PATTERN_WORDS = {
     LICENSE: "the Hub's word for a licence, such as apache-2.0",
     DAY: "a day such as 2027-01-31",
     SENTENCE: "3 to 300 printable ASCII characters with a letter in them",
+    LABEL: "at most 63 letters, digits, `.`, `_` and `-`",
 }
 
 # What llama-quantize of the pinned commit makes (tools/quantize/quantize.cpp, QUANT_OPTIONS), less
@@ -165,6 +169,7 @@ Stable = Annotated[str, StringConstraints(pattern=RELEASE), _PRINTABLE]
 LicenseId = Annotated[str, StringConstraints(pattern=LICENSE), _PRINTABLE]
 Day = Annotated[str, StringConstraints(pattern=DAY), _PRINTABLE, AfterValidator(existing_day)]
 Sentence = Annotated[str, StringConstraints(pattern=SENTENCE), _PRINTABLE]
+Label = Annotated[str, StringConstraints(pattern=LABEL), _PRINTABLE]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 
@@ -685,6 +690,53 @@ class Host(Closed):
     slo: Slo = Field(default=Slo(), description="Overrides of the fleet's `slo`.")
 
 
+class DeclaredHost(Host):
+    """A machine that will serve, and the runner that measures for it in a pull request."""
+
+    runs_on: Annotated[tuple[Label, ...], Field(min_length=1, max_length=10)] | None = Field(
+        None,
+        description="Labels of the self-hosted runner that measures for this host in a pull "
+        "request, `self-hosted` first. A host without them is judged by what the first one with "
+        "them measured.",
+    )
+
+    def judged(self) -> Host:
+        """Return what decides a verdict: a label that is renamed measures nothing again."""
+        return Host(**{name: getattr(self, name) for name in Host.model_fields})
+
+
+class DeclaredRegistry(Registry):
+    """Where releases go, and whose approval that takes on GitHub."""
+
+    environment: Label | None = Field(
+        None,
+        description="Deployment environment of GitHub in which the publish workflow writes to it: "
+        "its reviewers approve, its secrets open the registry. Without one the workflow leaves it "
+        "alone; `local` is never written there.",
+    )
+
+    def opened(self) -> Registry:
+        """Return what a release depends on."""
+        return Registry(**{name: getattr(self, name) for name in Registry.model_fields})
+
+
+class Plan(Closed):
+    """What a pull request may cost before a person has to agree, by the label `over-budget`."""
+
+    max_gpu_minutes: Positive | None = Field(
+        None, description="Minutes on self-hosted runners, all models and hosts together."
+    )
+    max_disk_gib: Positive | None = Field(
+        None, description="GiB of new files on the runners and in the DVC remote."
+    )
+    max_network_gib: Positive | None = Field(None, description="GiB to be fetched from the Hub.")
+    timeout_minutes: Annotated[int, Field(ge=5, le=1440)] = Field(
+        240,
+        description="Minutes after which a measuring job is ended. GitHub's own token is good for "
+        "a day.",
+    )
+
+
 class Declaration(Closed):
     """params.yaml."""
 
@@ -705,11 +757,12 @@ class Declaration(Closed):
     serving: Serving = Field(default=Serving(), description="The engine that serves.")
     load_test: LoadTest = Field(default=LoadTest(), description="The load test.")
     track: Track = Field(default=Track(), description="MLflow.")
-    hosts: dict[HostKey, Host] = Field(
+    plan: Plan = Field(default=Plan(), description="What a pull request may cost.")
+    hosts: dict[HostKey, DeclaredHost] = Field(
         description="Where models are served, by name.", min_length=1
     )
-    registries: dict[ModelKey, Registry] = Field(
-        default_factory=lambda: {LOCAL_REGISTRY: Registry(url=LOCAL_URL)},
+    registries: dict[ModelKey, DeclaredRegistry] = Field(
+        default_factory=lambda: {LOCAL_REGISTRY: DeclaredRegistry(url=LOCAL_URL)},
         description="Where releases go, by name; `local` is the one that `dvc repro` keeps.",
     )
 
@@ -953,6 +1006,11 @@ def quants_of(declared: Declaration, model: str) -> dict[str, QuantType]:
     return {key: quant.type for key, quant in declared.quants.items() if quant.model == model}
 
 
+def judged_hosts(declared: Declaration) -> dict[str, Host]:
+    """Return the hosts as `choose` and the load test see them."""
+    return {name: host.judged() for name, host in declared.hosts.items()}
+
+
 def choose_slice(declared: Declaration, model: str) -> ChooseSlice:
     """Resolve what `choose` of a model reads; a model's own gate beats the top-level one."""
     spec = declared.models[model]
@@ -964,7 +1022,7 @@ def choose_slice(declared: Declaration, model: str) -> ChooseSlice:
         gates=Gates(**(declared.gates.model_dump() | own)),
         context_tokens=spec.context_tokens,
         choose=declared.choose,
-        hosts=declared.hosts,
+        hosts=judged_hosts(declared),
     )
 
 
@@ -1011,15 +1069,16 @@ def load_test_slice(declared: Declaration, model: str) -> LoadTestSlice:
         threads=declared.benchmark.threads,
         serving=declared.serving.model_copy(update=own),
         load_test=declared.load_test,
-        hosts=declared.hosts,
+        hosts=judged_hosts(declared),
         slos=slos,
     )
 
 
 def registry_of(declared: Declaration, name: str) -> Registry | None:
     """Return a declared registry; `local` is there even if nobody declares it."""
-    default = Registry(url=LOCAL_URL) if name == LOCAL_REGISTRY else None
-    return declared.registries.get(name, default)
+    if name in declared.registries:
+        return declared.registries[name].opened()
+    return Registry(url=LOCAL_URL) if name == LOCAL_REGISTRY else None
 
 
 def judge_slice(declared: Declaration, model: str) -> JudgeSlice:

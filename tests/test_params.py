@@ -234,7 +234,7 @@ def test_what_publish_reads_is_resolved_from_its_owners() -> None:
         },
         quants={"tiny-Q8_0": params.Quant(model="tiny", type="Q8_0")},
         serving=params.Serving(parallel=7, kv_type="q8_0"),
-        hosts={"here": params.Host(memory_mib=1)},
+        hosts={"here": params.DeclaredHost(memory_mib=1)},
     )
 
     found = params.publish_slice(declared, "tiny")

@@ -471,7 +471,7 @@ def declaration() -> params.Declaration:
             "tiny-Q4_0": params.Quant(model="tiny", type="Q4_0"),
             "small-Q8_0": params.Quant(model="small", type="Q8_0"),
         },
-        hosts={"here": params.Host()},
+        hosts={"here": params.DeclaredHost()},
     )
 
 
