@@ -159,12 +159,15 @@ class BundleRecord(Record):
         host: Key in `hosts:`.
         primary: As in `Leg`.
         machine_id: sha256 of the hardware facts, as every benchmark of it says.
-        toolchain_id: sha256 of what the tools are.
+        toolchain_id: md5 by which dvc.lock knows work/toolchain.json.
         lock: Entries of dvc.lock, by the name of the stage.
         files: Text of each record, by its path below the repository: `results/M/choice.json`.
         ggufs: The files that were measured; their bytes are in the DVC remote.
         remote: Whether they were sent there: the name of the remote, None if there is none.
         times_s: How long each stage ran, by its name; those that were not cached.
+        machine: Text of work/machine.json; empty if git tells of an earlier measurement.
+        toolchain: Text of work/toolchain.json; empty as well then.
+        failures: Why it is not all of it, as sentences.
     """
 
     stage: Literal["bundle"] = "bundle"
@@ -179,6 +182,9 @@ class BundleRecord(Record):
     ggufs: tuple[FileDigest, ...]
     remote: Word | None
     times_s: dict[str, Finite] = Field(default_factory=dict)
+    machine: str = ""
+    toolchain: str = ""
+    failures: tuple[Sentence, ...] = ()
 
 
 class GateModel(Part):
@@ -204,7 +210,7 @@ class GateRecord(Record):
 
     Attributes:
         base: As in the plan.
-        head: As in the plan; None of it was readable if None.
+        head: As in the plan; None if nobody knows.
         verdict: The worst of the models.
         conclusion: What that means for the pull request.
         sentence: The verdict in words.
@@ -216,7 +222,7 @@ class GateRecord(Record):
 
     stage: Literal["gate"] = "gate"
     base: Commit | None
-    head: Commit
+    head: Commit | None
     verdict: Literal["PROMOTE", "HOLD", "REJECT", "INVALID"] | None
     conclusion: Conclusion
     sentence: Sentence

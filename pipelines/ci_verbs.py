@@ -1,0 +1,150 @@
+"""
+The verbs of a pull request's jobs, as the command line sees them: names, options, help.
+
+What each does is in a module of its own, which is imported when it is typed. None reads params.yaml
+here: each has its own word for a declaration that is wrong.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from pipelines.layout import Layout
+    from pipelines.release_verbs import AddVerb
+
+# What GitHub says of a job that another one needed.
+_RESULTS = ("success", "failure", "cancelled", "skipped")
+
+
+class _Verb(NamedTuple):
+    """A verb: its options, and what it does in a checkout."""
+
+    name: str
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Layout, argparse.Namespace], int]
+
+
+def add(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_verb: AddVerb,
+    find: Callable[[], Layout],
+) -> None:
+    """
+    Add every verb.
+
+    Args:
+        verbs: Of the command line.
+        add_verb: Adds one.
+        find: Returns the paths of the checkout that we stand in.
+    """
+    for each in _VERBS:
+        verb = add_verb(verbs, each.name, each.help, partial(_in_checkout, find, each.run))
+        each.add_options(verb)
+
+
+def _in_checkout(
+    find: Callable[[], Layout],
+    run: Callable[[Layout, argparse.Namespace], int],
+    args: argparse.Namespace,
+) -> int:
+    return run(find(), args)
+
+
+def words(values: list[str]) -> tuple[str, ...]:
+    """Split what an action passes as one text, `a b`, and what a person types as several words."""
+    return tuple(word for value in values for word in value.split())
+
+
+# --- one pair for each verb: its options, and the call ----------------------------------------
+
+
+def _bundle_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("models", nargs="+", metavar="MODEL", help="keys in params.yaml")
+    verb.add_argument("--host", required=True, metavar="HOST", help="key in hosts: of params.yaml")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the bundles")
+    verb.add_argument(
+        "--push", action="store_true", help="send the GGUFs to the default remote of DVC"
+    )
+    verb.add_argument(
+        "--plan", type=Path, metavar="FILE", help="the plan; its commit is what was measured"
+    )
+
+
+def _bundle(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import bundle  # noqa: PLC0415 - not for --help
+
+    return bundle.main(
+        at,
+        words(args.models),
+        host=args.host,
+        out=args.out,
+        push=args.push,
+        plan_file=args.plan,
+    )
+
+
+def _gate_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--plan", type=Path, required=True, metavar="FILE", help="by `fleet plan`")
+    verb.add_argument(
+        "--bundles", type=Path, required=True, metavar="DIR", help="by `fleet bundle`"
+    )
+    verb.add_argument("--out", type=Path, required=True, metavar="FILE", help="what was found")
+    verb.add_argument(
+        "--plan-result", choices=_RESULTS, default="success", help="how the planning job ended"
+    )
+    verb.add_argument(
+        "--measured",
+        choices=_RESULTS,
+        help="how the measuring jobs ended; default: success, or skipped if none was planned",
+    )
+
+
+def _gate(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import gate  # noqa: PLC0415 - not for --help
+
+    return gate.main(
+        at,
+        plan_file=args.plan,
+        bundles=args.bundles,
+        out=args.out,
+        plan_result=args.plan_result,
+        measured=args.measured,
+    )
+
+
+def _adopt_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("gate", type=Path, metavar="GATE.JSON", help="by `fleet gate`")
+    how = verb.add_mutually_exclusive_group()
+    how.add_argument(
+        "--commit",
+        action="store_true",
+        help="as one commit on the branch of the pull request, by GitHub's API",
+    )
+    how.add_argument("--dry-run", action="store_true", help="say what would change; change nothing")
+
+
+def _adopt(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import adopt  # noqa: PLC0415 - not for --help
+
+    return adopt.main(at, args.gate, commit=args.commit, dry_run=args.dry_run)
+
+
+_VERBS = (
+    _Verb(
+        "bundle",
+        "pack what was measured of models into one file each, for the gate",
+        _bundle_options,
+        _bundle,
+    ),
+    _Verb(
+        "gate", "judge what a pull request measured; exit 0 only for PROMOTE", _gate_options, _gate
+    ),
+    _Verb("adopt", "put the records that a gate accepted into git", _adopt_options, _adopt),
+)
