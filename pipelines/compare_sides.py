@@ -29,6 +29,7 @@ from pipelines import (
     records,
     release_records,
     toolchain,
+    trees,
     wording,
 )
 from pipelines.compare_records import Side
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from pipelines.toolchain import Toolchain
 
 OURS: Final = "this checkout"
-_GIT_EXIT_ABSENT: Final = 128
 _ANY_CODE: Final = range(256)
 _SHOWN_REV: Final = 60
 _TREE: Final = "fleet-compare-"
@@ -242,7 +242,7 @@ class _Git:
         self._at = at
         self._log = at.log("compare", model)
 
-    def run(self, *argv: str, ok_codes: Any = (0, 1, _GIT_EXIT_ABSENT)) -> proc.Completed:  # noqa: ANN401 - codes
+    def run(self, *argv: str, ok_codes: Any = (0,)) -> proc.Completed:  # noqa: ANN401 - codes
         return proc.run(
             ["git", *argv],
             cwd=self._at.root,
@@ -258,39 +258,25 @@ class _Git:
         On the default branch itself that is the last commit, with which uncommitted work is
         compared.
         """
+        git = trees.Git(self._at.root)
         if rev is not None:
-            found = self._parse(rev)
-            if found is None:
-                shallow = self.run("rev-parse", "--is-shallow-repository").stdout.strip() == "true"
-                raise ParamsError(
-                    f"git knows no commit {wording.quoted(rev)}.",
-                    hint="This clone is shallow: git fetch --unshallow"
-                    if shallow
-                    else "`git log --oneline` lists them.",
-                )
-            return found
-        for branch in ("origin/HEAD", "origin/main", "origin/master", "main", "master"):
-            if self._parse(branch):
-                base = self.run("merge-base", "HEAD", branch).stdout.strip()
-                if base:
-                    return base
-        found = self._parse("HEAD")
-        if found is None:
+            return git.commit(rev)
+        try:
+            head = git.parse("HEAD")
+        except MachineError:
+            head = None
+        if head is None:
             raise ParamsError(
                 "this is no git repository with a commit: there is no champion to read from it.",
                 hint="Compare with a release: --champion stable.",
             )
-        return found
-
-    def _parse(self, rev: str) -> str | None:
-        done = self.run("rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}^{{commit}}")
-        return done.stdout.strip() or None if done.code == 0 else None
+        return git.fork_point(head) or head
 
     def show(self, commit: str, path: Path) -> str | None:
         """Return a file of a commit; None if it has none."""
         name = path.relative_to(self._at.root).as_posix()
-        done = self.run("show", f"{commit}:./{name}")
-        return done.stdout if done.code == 0 else None
+        found = trees.Git(self._at.root).show(commit, name)
+        return None if found is None else found.decode(errors="replace")
 
     def record(self, commit: str, path: Path, kind: type[_R]) -> _R | None:
         """Return a record of a commit; None if it has none, or one of another version."""

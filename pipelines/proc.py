@@ -160,6 +160,45 @@ def run(  # noqa: PLR0913 - each option is one independent fact about a child
     return done
 
 
+def answer(
+    argv: Sequence[str | Path],
+    *,
+    told: bytes = b"",
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    within_s: float,
+) -> bytes:
+    """
+    Return, byte for byte, what a program answers to what it is told; no log keeps any of it.
+
+    Args:
+        argv: Program and arguments; never passed through a shell.
+        told: Its stdin.
+        cwd: Working directory of the program.
+        env: Variables added to ours.
+        within_s: Wall seconds after which the program is stopped.
+
+    Raises:
+        ToolError: Another exit code than 0, a signal, or the time-out.
+        MachineError: The program does not exist, or is none for this machine.
+    """
+    words = [str(word) for word in argv]
+    name = os.path.basename(words[0])  # noqa: PTH119 - a word of argv, not a path of ours
+    child = _start(words, cwd, _environment(env, inherit=True), stdin=subprocess.PIPE)
+    try:
+        stdout, stderr = child.communicate(told, timeout=within_s)
+    except subprocess.TimeoutExpired as error:
+        stop(child)
+        raise ToolError(f"{name} was stopped after {within_s:.0f} s.") from error
+    except BaseException:
+        stop(child)
+        raise
+    if child.returncode:
+        said = _last_lines(stderr.decode(errors="replace"), TAIL_LINES)
+        raise ToolError(f"{name} {_cause(child.returncode)}.\n{said}".rstrip())
+    return stdout
+
+
 @contextmanager
 def background(
     argv: Sequence[str | Path],
@@ -409,13 +448,14 @@ def _environment(added: Mapping[str, str] | None, *, inherit: bool) -> dict[str,
     return kept | dict(added or {})
 
 
-def _start(
+def _start(  # noqa: PLR0913 - each option is one independent fact about a child
     words: list[str],
     cwd: Path | None,
     env: Mapping[str, str],
     *,
     one_stream: bool = False,
     output: IO[bytes] | None = None,
+    stdin: int = subprocess.DEVNULL,
 ) -> _Child:
     """Start a program; what it prints goes into pipes, or both streams into the file `output`."""
     try:
@@ -423,7 +463,7 @@ def _start(
             words,
             cwd=cwd,
             env=env,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output or subprocess.PIPE,
             stderr=subprocess.STDOUT if one_stream or output else subprocess.PIPE,
             process_group=0,
