@@ -29,25 +29,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import filelock
 import pytest
 import requests
 
-from pipelines import atomic, params, proc, toolchain
+from checks import installed
+from pipelines import params, proc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 _READY_WITHIN_S: Final = 180.0
-_INSTALL_WITHIN_S: Final = 900.0
 
 
 # --- what all servers share -------------------------------------------------------------------
-
-
-def tools_home() -> Path:
-    """Where programs that only tests need are kept: in the user's cache, once per version."""
-    return toolchain.default_cache_root() / "test-tools"
 
 
 def free_port() -> int:
@@ -109,47 +103,12 @@ def go_program(module: str, version: str) -> Path:
     """
     Return a program of a Go module, installed at exactly this version into the user's cache.
 
-    One process installs, the others wait; the final name appears when the program is whole. Without
-    Go, or without a way to the module proxy, the test is skipped.
+    Without Go, or without a way to the module proxy, the test is skipped.
     """
-    name = module.rsplit("/", 1)[1]
-    home = tools_home() / f"{name}-{version}"
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{home}.lock"):
-        if not (home / name).is_file():
-            _go_install(f"{module}@v{version}", home)
-    return home / name
-
-
-def _go_install(what: str, home: Path) -> None:
-    go = shutil.which("go", path=f"{os.environ.get('PATH', '')}:/usr/local/go/bin")
-    if go is None:
-        pytest.skip(f"{what} is not installed, and there is no Go to install it with")
-    work = home.with_name(f"{home.name}.build")
-    atomic.remove(work)
-    (work / "tmp").mkdir(parents=True)
-    with atomic.replacing(home) as staging:
-        # As little of the user's own Go as possible: what was downloaded is removed again.
-        environment = {
-            "GOBIN": str(staging),
-            "GOPATH": str(work / "path"),
-            "GOMODCACHE": str(work / "modules"),
-            "GOCACHE": str(work / "cache"),
-            "GOTMPDIR": str(work / "tmp"),
-            "GOFLAGS": "-modcacherw",
-            "GOWORK": "off",
-        }
-        done = subprocess.run(
-            [go, "install", "-trimpath", "-ldflags=-s -w", what],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=_INSTALL_WITHIN_S,
-            check=False,
-        )
-        if done.returncode != 0:
-            pytest.skip(f"{what} cannot be installed: {done.stderr.strip()[-500:]}")
-    atomic.remove(work)
+    try:
+        return installed.go_program(module, version)
+    except installed.MissingError as missing:
+        pytest.skip(missing.message)
 
 
 # --- S3: versitygw and moto -------------------------------------------------------------------
