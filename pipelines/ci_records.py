@@ -187,6 +187,23 @@ class BundleRecord(Record):
     failures: tuple[Sentence, ...] = ()
 
 
+class TimesRecord(Record):
+    """
+    How long the stages of a model took when they last ran, for the budget of the next plan.
+
+    results/M/times.json of the primary host, results/M/on/HOST/times.json of another; a run keeps
+    its own in work/times.json, of all models.
+
+    Attributes:
+        wall_s: By the name of the stage in dvc.lock: `benchmark@tiny-llama-Q8_0`.
+        failed: What the last run could not do, and why, by the same names; in work/ only.
+    """
+
+    stage: Literal["times"] = "times"
+    wall_s: dict[str, Finite] = Field(default_factory=dict)
+    failed: dict[str, str] = Field(default_factory=dict)
+
+
 class GateModel(Part):
     """
     The verdict on one model for one host, for those who only read it.
