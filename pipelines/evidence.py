@@ -415,6 +415,11 @@ _CONDITIONS: tuple[tuple[str, Callable[[BenchmarkRecord], str | int]], ...] = (
 )
 
 
+def differing(one: BenchmarkRecord, other: BenchmarkRecord) -> tuple[str, ...]:
+    """Name the conditions that two measurements do not share: `hardware`, `llama.cpp commit`."""
+    return tuple(what for what, read in _CONDITIONS if read(one) != read(other))
+
+
 def _doubt_the_odd_ones(evidence: Sequence[Evidence]) -> tuple[Evidence, ...]:
     """
     Doubt every record whose conditions are not those of the strict majority.
