@@ -150,6 +150,12 @@ def _add(
 def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     repro = _add(verbs, "repro", "run every stage whose inputs changed", _repro)
     repro.add_argument("targets", nargs="*", metavar="MODEL|QUANT", help="default: everything")
+    repro.add_argument(
+        "--until",
+        choices=[stage.name for stage in STAGES if stage.keyed_by != "fleet"],
+        metavar="STAGE",
+        help="stop after this stage, with no report: quantize, benchmark, choose, load-test, ...",
+    )
     repro.add_argument("--force", action="store_true", help="run the stages even if unchanged")
     repro.add_argument("--wait", action="store_true", help="wait for another run to end")
 
@@ -168,7 +174,7 @@ def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compare = _add(
         verbs, "compare", "compare with what was chosen before, in one interleaved run", _compare
     )
-    compare.add_argument("model", metavar="MODEL", help="key in params.yaml")
+    compare.add_argument("models", nargs="+", metavar="MODEL", help="keys in params.yaml")
     against = compare.add_mutually_exclusive_group()
     against.add_argument(
         "--base",
@@ -185,6 +191,11 @@ def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compare.add_argument("--plan", action="store_true", help="say how long it takes, and stop")
     compare.add_argument(
         "--fresh", action="store_true", help="forget what a stopped run has measured"
+    )
+    compare.add_argument(
+        "--if-comparable",
+        action="store_true",
+        help="a model with nothing to compare with is a notice and no error",
     )
     compare.add_argument("--json", action="store_true", help="print the record as JSON")
 
@@ -399,7 +410,23 @@ def _report(at: Layout, slice_: ReportSlice, *, strict: bool) -> int:
 def _repro(args: argparse.Namespace) -> int:
     from pipelines import repro  # noqa: PLC0415 - rich
 
-    return repro.main(_layout(), args.targets, force=args.force, wait=args.wait)
+    at = _layout()
+    targets = _named(args.targets) if args.targets else ()
+    return repro.main(at, targets, until=args.until, force=args.force, wait=args.wait)
+
+
+def _named(typed: list[str]) -> tuple[str, ...]:
+    """
+    Return the names that were typed, several in one argument or one in each.
+
+    Raises:
+        ParamsError: There is an argument and no name in it: an empty list in a workflow is a fault
+            of that workflow, never the whole fleet.
+    """
+    names = ci_verbs.words(typed)
+    if not names:
+        raise ParamsError("no model or quant is named.", hint="Name one: fleet repro MODEL")
+    return names
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -423,13 +450,15 @@ def _compare(args: argparse.Namespace) -> int:
     return compare.main(
         _load(at),
         at,
-        model=args.model,
-        base=args.base,
+        models=_named(args.models),
+        # Blank where a workflow has nothing to say.
+        base=args.base or None,
         champion=args.champion,
         quant=args.quant,
         budget_minutes=args.budget,
         plan_only=args.plan,
         fresh=args.fresh,
+        if_comparable=args.if_comparable,
         as_json=args.json,
     )
 

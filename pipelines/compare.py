@@ -35,6 +35,7 @@ from pipelines import (
     params,
     records,
     registries,
+    runner,
     stats,
     stats_paired,
     toolchain,
@@ -69,13 +70,14 @@ def main(  # noqa: PLR0913 - the options of the verb
     declared: Declaration,
     at: Layout,
     *,
-    model: str,
+    models: Sequence[str],
     base: str | None = None,
     champion: str | None = None,
     quant: str | None = None,
     budget_minutes: float | None = None,
     plan_only: bool = False,
     fresh: bool = False,
+    if_comparable: bool = False,
     as_json: bool = False,
 ) -> int:
     """
@@ -84,7 +86,7 @@ def main(  # noqa: PLR0913 - the options of the verb
     Args:
         declared: The declaration.
         at: The checkout.
-        model: Key of the model.
+        models: Keys of the models, one after the other.
         base: Commit whose choice is the champion; by default where this branch left the default
             one.
         champion: `stable` or a release id of the local registry, instead of a commit.
@@ -92,14 +94,39 @@ def main(  # noqa: PLR0913 - the options of the verb
         budget_minutes: Time that it may take; `compare.max_minutes` by default.
         plan_only: Say what would be measured and how long it takes, and stop.
         fresh: Forget what a run that was stopped has measured.
+        if_comparable: A model that has no champion, or no challenger, is a notice and no error.
         as_json: Print the record as JSON.
 
     Raises:
         FleetError: A side cannot be had, the budget is too small, a tool failed.
     """
-    registries.require_model(declared, model)
-    if base is not None and champion is not None:
-        raise ParamsError("`--base` and `--champion` both name the champion.", hint="Leave out one")
+    for model in models:
+        registries.require_model(declared, model)
+    compared = []
+    for model in models:
+        try:
+            task = _task(declared, at, model, base, champion, quant, budget_minutes)
+        except compare_sides.NothingToCompareError as error:
+            if not if_comparable:
+                raise
+            console.notice(f"{model} is not compared: {error.message}")
+            continue
+        record = _compared(task, plan_only=plan_only, fresh=fresh, as_json=as_json)
+        compared += [] if record is None else [model]
+    runner.outputs(compared=" ".join(compared))
+    return 0
+
+
+def _task(  # noqa: PLR0913, PLR0917 - the options of the verb
+    declared: Declaration,
+    at: Layout,
+    model: str,
+    base: str | None,
+    champion: str | None,
+    quant: str | None,
+    budget_minutes: float | None,
+) -> Task:
+    """Find the two sides of one model."""
     at.log("compare", model).unlink(missing_ok=True)
     new = compare_sides.challenger(declared, at, model, quant)
     old = (
@@ -108,7 +135,11 @@ def main(  # noqa: PLR0913 - the options of the verb
         else compare_sides.of_commit(at, model, base, new.side)
     )
     budget_s = 60.0 * (declared.compare.max_minutes if budget_minutes is None else budget_minutes)
-    task = Task(declared, at, model, old, new, budget_s)
+    return Task(declared, at, model, old, new, budget_s)
+
+
+def _compared(task: Task, *, plan_only: bool, fresh: bool, as_json: bool) -> CompareRecord | None:
+    """Compare one model; None if nothing was measured."""
     if task.is_same:
         # No record: nothing was measured, and one of an earlier comparison stays as it is.
         same = task.nothing_to_compare()
@@ -116,19 +147,23 @@ def main(  # noqa: PLR0913 - the options of the verb
             registries.print_json(json.loads(same.model_dump_json()))
         else:
             console.out(same.sentence)
-        return 0
-    with measuring.one_at_a_time(toolchain.default_cache_root(), f"compare {model}"):
+        return None
+    with measuring.one_at_a_time(toolchain.default_cache_root(), f"compare {task.model}"):
         record = task.run(plan_only=plan_only, fresh=fresh)
-    return 0 if record is None else _finish(task, record, as_json=as_json)
+    if record is not None:
+        _finish(task, record, as_json=as_json)
+    return record
 
 
-def _finish(task: Task, record: CompareRecord, *, as_json: bool) -> int:
+def _finish(task: Task, record: CompareRecord, *, as_json: bool) -> None:
     """Write the record, and say what it says."""
     path = task.at.comparison(task.model)
     records.write(path, record)
+    if runner.in_actions():
+        runner.summary(_markdown(record))
     if as_json:
         registries.print_json(json.loads(record.model_dump_json()))
-        return 0
+        return
     if compare_words.rows(record):
         console.out("\n".join(compare_words.table(record)))
         console.out("")
@@ -136,7 +171,21 @@ def _finish(task: Task, record: CompareRecord, *, as_json: bool) -> int:
         console.out(line)
     where = path.relative_to(task.at.root)
     console.out(f"Written to {where}; `fleet repro` judges with it.")
-    return 0
+
+
+def _markdown(record: CompareRecord) -> str:
+    """Say what a record says as the summary of a job."""
+    from pipelines.render import escape_markdown  # noqa: PLC0415 - jinja2
+
+    lines = [f"### fleet compare: {escape_markdown(record.model)}"]
+    rows = compare_words.rows(record)
+    if rows:
+        lines += ["", "| " + " | ".join(compare_words.HEADS) + " |"]
+        lines += ["|" + "---|" * len(compare_words.HEADS)]
+        lines += ["| " + " | ".join(map(escape_markdown, row.cells)) + " |" for row in rows]
+    for sentence in compare_words.sentences(record):
+        lines += ["", escape_markdown(sentence)]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -303,7 +352,7 @@ class Task:
         corpora.require(wanted.corpus, self.at, "evaluation text")
         same = self.champion.side.f16_sha256 == self.challenger.side.f16_sha256
         found = []
-        for each, file, runner in zip((self.champion, self.challenger), files, sides, strict=True):
+        for each, file, program in zip((self.champion, self.challenger), files, sides, strict=True):
             wanted_f16 = self.challenger.f16 if same else each.f16
             if wanted_f16 is None:
                 reason = "the champion has an f16 of its own, which no release holds"
@@ -314,7 +363,7 @@ class Task:
                 return None, (f"Divergence is not compared: {wording.clause(error.message)}.",)
             subject = compare_quality.Subject(
                 gguf=file,
-                model_size_bytes=runner.model_size_bytes,
+                model_size_bytes=program.model_size_bytes,
                 tools=each.tools,
                 f16=f16,
                 f16_digest=FileDigest(

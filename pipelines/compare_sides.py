@@ -90,6 +90,10 @@ class Contender:
     commit: str | None
 
 
+class NothingToCompareError(ParamsError):
+    """One of the two sides does not exist, and never did: a new model, or no quant that passed."""
+
+
 # --- the challenger ---------------------------------------------------------------------------
 
 
@@ -98,7 +102,8 @@ def challenger(declared: Declaration, at: Layout, model: str, quant: str | None)
     Return what this checkout chose, or the quant that is named.
 
     Raises:
-        ParamsError: Nothing is chosen, or the quant is not declared.
+        NothingToCompareError: Nothing is chosen.
+        ParamsError: The quant is not declared.
         RecordError: A record is missing.
     """
     types = set(params.quants_of(declared, model).values())
@@ -107,7 +112,7 @@ def challenger(declared: Declaration, at: Layout, model: str, quant: str | None)
         quant = choice.hosts[0].winner if choice.hosts else None
         if quant is None:
             why = wording.sentence(console.clean(choice.hosts[0].sentence)) if choice.hosts else ""
-            raise ParamsError(
+            raise NothingToCompareError(
                 f"no quant of {model} is chosen in this checkout, so there is no challenger. {why}",
                 hint=f"Name one: fleet compare {model} --quant TYPE. "
                 f"Declared: {', '.join(sorted(types))}.",
@@ -195,7 +200,8 @@ def of_commit(at: Layout, model: str, rev: str | None, like: Side) -> Contender:
         like: The challenger; where nothing was chosen then, the quant of its type is taken.
 
     Raises:
-        ParamsError: There is no such commit, or it knows no such quant.
+        NothingToCompareError: The commit knows no such quant.
+        ParamsError: There is no such commit.
         RecordError: A record of that time cannot be read.
     """
     git = _Git(at, model)
@@ -210,7 +216,7 @@ def of_commit(at: Layout, model: str, rev: str | None, like: Side) -> Contender:
     )
     converted = git.record(commit, at.model_record("convert", model), records.ConvertRecord)
     if quantized is None or converted is None:
-        raise ParamsError(
+        raise NothingToCompareError(
             f"{source} holds no record of {model}-{type_}: there is nothing to compare with.",
             hint="Name another one: --base REV, or --champion stable.",
         )

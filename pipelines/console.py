@@ -82,6 +82,14 @@ def _annotate(kind: str, text: str, where: Problem | None) -> None:
     _say(f"::{kind}{place}::{escaped}")
 
 
+def notice(text: str) -> None:
+    """Tell something that belongs to the result of a job and asks for nothing."""
+    if in_actions():
+        _annotate("notice", text, None)
+    else:
+        _say(text)
+
+
 def warn(text: str) -> None:
     """Tell something that the operator should look at; the work goes on."""
     if in_actions():

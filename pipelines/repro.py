@@ -24,13 +24,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from pipelines import atomic, console, live, orphans, proc, repair, wording
+from pipelines import atomic, console, live, orphans, proc, repair, runner, wording
+from pipelines.ci_records import MEASURING
 from pipelines.errors import FleetError, MachineError, ParamsError, ToolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import FrameType
 
     from pipelines.layout import Layout
@@ -60,13 +61,22 @@ class Plan:
     models: tuple[str, ...]
 
 
-def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool = False) -> int:
+def main(
+    at: Layout,
+    targets: Sequence[str],
+    *,
+    until: str | None = None,
+    force: bool = False,
+    wait: bool = False,
+) -> int:
     """
     Bring the fleet, or the models and quants named, up to date.
 
     Args:
         at: The checkout.
         targets: Models or quants; all if empty.
+        until: The last stage to run, one of `UNTIL`; all of them if None. There is no report then:
+            a part of the chain is what the jobs of a pull request run, and they judge elsewhere.
         force: Run the stages even if nothing changed.
         wait: Wait for another run in this checkout instead of refusing.
 
@@ -83,7 +93,7 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
     declared = declaration.check(at)
     for line in declaration.over_waivers(declared, datetime.now(UTC).strftime("%Y-%m-%d")):
         console.warn(line)
-    plan = plan_of(declared, targets)
+    plan = plan_of(declared, targets, until=until)
 
     def prepare() -> None:
         # A run of named targets says nothing about the rest of the fleet.
@@ -100,8 +110,10 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
     code = run(at, plan, force=force, wait=wait, prepare=prepare)
     if code > _SIGNALLED:
         return code
-    _show_report(at, declared)
-    if code == 0:
+    if until is None:
+        _show_report(at, declared)
+    # What saves the next stage its time stays until there is none.
+    if code == 0 and until in {None, *UNTIL[UNTIL.index("load-test") :]}:
         for model in plan.models:
             atomic.remove(at.scratch(model))
     return code
@@ -109,6 +121,10 @@ def main(at: Layout, targets: Sequence[str], *, force: bool = False, wait: bool 
 
 # What follows the measurements of a model's quants.
 _LAST_STAGES = ("choose", "load-test", "publish", "track")
+# The stages of a model in the order of the graph: what `--until` takes.
+UNTIL: Final = (*MEASURING, "publish", "track")
+_OF_QUANTS = frozenset({"quantize", "benchmark"})
+_ABOVE_QUANTS = frozenset({"fetch", "convert", "calibrate"})
 
 
 def withdraw_invalid(at: Layout, declared: Declaration, plan: Plan) -> None:
@@ -147,9 +163,14 @@ def withdraw_invalid(at: Layout, declared: Declaration, plan: Plan) -> None:
             console.info(f"measuring again: {stage} was not valid")
 
 
-def plan_of(declared: Declaration, targets: Sequence[str]) -> Plan:
+def plan_of(declared: Declaration, targets: Sequence[str], *, until: str | None = None) -> Plan:
     """
     Turn models and quants into DVC's targets and the stages that lead to them.
+
+    Args:
+        declared: The declaration.
+        targets: Models or quants; all if empty.
+        until: The last stage that is wanted of them, one of `UNTIL`; all stages if None.
 
     Raises:
         ParamsError: A target is neither; says which names come close.
@@ -169,6 +190,8 @@ def plan_of(declared: Declaration, targets: Sequence[str]) -> Plan:
     whole = [name for name in declared.models if name in targets or not targets]
     keys = [key for key, model in quants.items() if key in targets or model in whole]
     touched = [name for name in declared.models if name in whole or name in map(quants.get, keys)]
+    if until is not None:
+        return _plan_until(until, quants, whole=whole, keys=keys, touched=touched)
     stages = ["machine"]
     for model in touched:
         own = [key for key in keys if quants[key] == model]
@@ -184,6 +207,30 @@ def plan_of(declared: Declaration, targets: Sequence[str]) -> Plan:
         stages=tuple(stages if targets else [*stages, "report"]),
         models=tuple(touched),
     )
+
+
+def _plan_until(
+    until: str,
+    quants: Mapping[str, str],
+    *,
+    whole: Sequence[str],
+    keys: Sequence[str],
+    touched: Sequence[str],
+) -> Plan:
+    """
+    Name every stage up to one: what leads to it, and what stands before it and leads elsewhere.
+
+    A quant alone has no stage after its benchmark, and none of those before that are its model's.
+    """
+    wanted = UNTIL[: UNTIL.index(until) + 1]
+    named = []
+    for model in touched:
+        for stage in wanted:
+            if stage in _OF_QUANTS:
+                named += [f"{stage}@{key}" for key in keys if quants[key] == model]
+            elif model in whole or stage in _ABOVE_QUANTS:
+                named.append(f"{stage}@{model}")
+    return Plan(targets=tuple(named), stages=("machine", *named), models=tuple(touched))
 
 
 def run(
@@ -387,11 +434,31 @@ def _conclude(board: live.Board, code: int, log: Path, wall_s: float) -> int:
         raise _dvc_failure(board, log)
     for line in live.table(board, wall_s):
         console.info(line)
+    _tell_runner(board, wall_s)
     if not failed:
         return 0
     console.info(f"whole output: {log}")
     first = failed[0].code
     return first if first in _EXIT_CODES else ToolError.exit_code
+
+
+def _tell_runner(board: live.Board, wall_s: float) -> None:
+    """Give the step its outputs and the job a short table, if a step of GitHub Actions runs us."""
+    if not runner.in_actions():
+        return
+    from pipelines.render import escape_markdown  # noqa: PLC0415 - jinja2
+
+    runner.outputs(
+        ran=" ".join(stage.name for stage in board.of("done")),
+        failed=" ".join(stage.name for stage in board.of("failed")),
+    )
+    told = board.of("done", "cached", "failed", "skipped")
+    rows = [
+        f"| {escape_markdown(stage.name)} | {escape_markdown(stage.text(0.0))} |" for stage in told
+    ]
+    head = ["", "| stage | outcome |", "|---|---|"] if rows else []
+    counted = f"{live.counts(list(board.stages.values()))} in {live.duration(wall_s)}"
+    runner.summary("\n".join([f"### fleet repro: {counted}", *head, *rows]))
 
 
 def _dvc_failure(board: live.Board, log: Path) -> FleetError:

@@ -329,6 +329,25 @@ def test_a_side_that_is_not_there_is_named(
 
 
 @pytest.mark.toolchain
+def test_nothing_to_compare_with_is_a_notice_where_the_caller_expects_that(
+    compared: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    """A job compares whatever can be compared: a new model is no failure; a wrong name still is."""
+    root = compared[0]
+    tree = git(root, "hash-object", "-t", "tree", "-w", "/dev/null")
+    empty = git(root, "commit-tree", "-m", "no records", tree)
+    common = ("compare", MODEL, "--quant", "Q4_K_M", "--base")
+
+    done = run(root, *common, empty, "--if-comparable")
+    refused = run(root, *common, empty, code=2)
+    wrong = run(root, *common, "nowhere", "--if-comparable", code=None)
+
+    assert f"{MODEL} is not compared: {empty[:12]}" in done.stderr
+    assert "there is nothing to compare with" in refused.stderr
+    assert wrong.returncode in {1, 2}
+
+
+@pytest.mark.toolchain
 @pytest.mark.parametrize(
     ("pattern", "by"),
     [

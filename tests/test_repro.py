@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from record_factory import benchmark_record, validity
+from test_runner import read_outputs
 
 from pipelines import live, orphans, params, records, repro
+from pipelines.__main__ import STAGES
 from pipelines.declaration import load
 from pipelines.errors import MachineError, ParamsError
 from pipelines.layout import Layout
@@ -507,6 +509,81 @@ def test_unknown_target_is_refused_with_the_nearest_name() -> None:
     """A name that is neither model nor quant is refused before anything runs."""
     with pytest.raises(ParamsError, match=r'"tiny-Q4_1" is neither .* did you mean "tiny-Q4_0"\?'):
         repro.plan_of(declaration(), ["tiny-Q4_1"])
+
+
+@pytest.mark.parametrize(
+    ("until", "targets"),
+    [
+        ("fetch", ["fetch@tiny"]),
+        ("quantize", ["fetch@tiny", "convert@tiny", "verify@tiny", "calibrate@tiny",
+                      "quantize@tiny-Q8_0", "quantize@tiny-Q4_0"]),
+        ("choose", ["fetch@tiny", "convert@tiny", "verify@tiny", "calibrate@tiny",
+                    "quantize@tiny-Q8_0", "quantize@tiny-Q4_0", "benchmark@tiny-Q8_0",
+                    "benchmark@tiny-Q4_0", "evaluate@tiny", "choose@tiny"]),
+    ],
+)  # fmt: skip
+def test_until_ends_the_chain_of_the_named_models_there(until: str, targets: list[str]) -> None:
+    """Every stage up to it in the order of the graph, also those that lead to no later one."""
+    plan = repro.plan_of(declaration(), ["tiny"], until=until)
+
+    assert list(plan.targets) == targets
+    assert plan.stages == ("machine", *targets)
+    assert plan.models == ("tiny",)
+
+
+def test_until_without_a_name_is_of_the_whole_fleet_and_of_a_quant_no_verdict() -> None:
+    """All models where none is named; a quant alone has no stage of its model after it."""
+    fleet = repro.plan_of(declaration(), [], until="load-test")
+    quant = repro.plan_of(declaration(), ["tiny-Q4_0"], until="load-test")
+
+    assert {"load-test@tiny", "load-test@small"} <= set(fleet.targets)
+    assert not any(stage.startswith(("publish", "track", "report")) for stage in fleet.stages)
+    assert list(quant.targets) == [
+        "fetch@tiny", "convert@tiny", "calibrate@tiny", "quantize@tiny-Q4_0", "benchmark@tiny-Q4_0",
+    ]  # fmt: skip
+
+
+def test_until_takes_every_stage_of_a_model_and_no_other(
+    fleet: Callable[..., subprocess.CompletedProcess[str]], checkout: Path
+) -> None:
+    """What `--until` allows is what the graph has, in its order; an empty name is no fleet."""
+    assert [stage.name for stage in STAGES if stage.keyed_by != "fleet"] == list(repro.UNTIL)
+
+    wrong = fleet("repro", "--until", "quantise", cwd=checkout)
+    blank = fleet("repro", "--until", "quantize", " ", cwd=checkout)
+
+    assert wrong.returncode == 2
+    assert "invalid choice: 'quantise'" in wrong.stderr
+    assert blank.returncode == 2
+    assert "no model or quant is named" in blank.stderr
+
+
+def test_a_step_gets_what_ran_as_outputs_and_the_job_a_table(
+    graph: Callable[..., Path], tmp_path: Path
+) -> None:
+    """GitHub Actions gets the stages that ran and failed; what a tool said is text and no link."""
+    root = graph(
+        {
+            "a": {"cmd": "echo A > a.txt", "outs": ["a.txt"]},
+            "b": {"cmd": "echo 'error: @team [x](http://e) | <b>' >&2; exit 4", "outs": ["b.txt"]},
+        }
+    )
+    given = {"GITHUB_OUTPUT": str(tmp_path / "out"), "GITHUB_STEP_SUMMARY": str(tmp_path / "sum")}
+
+    code, _ = run(root, "a b", GITHUB_ACTIONS="true", **given)
+
+    assert code == 4
+    outputs = read_outputs((tmp_path / "out").read_text())
+    assert outputs == {"ran": "a", "failed": "b"}
+    lines = (tmp_path / "sum").read_text().splitlines()
+    assert lines[0].startswith("### fleet repro: 1 done, 1 failed in ")
+    assert lines[2:4] == ["| stage | outcome |", "|---|---|"]
+    assert lines[4].startswith("| a | done in ")
+    assert lines[5].startswith("| b | failed after ")
+    assert lines[5].count("|") == 3
+    assert "<b>" not in lines[5]
+    assert "@team" not in lines[5]
+    assert "](http" not in lines[5]
 
 
 # --- in a terminal ----------------------------------------------------------------------------
