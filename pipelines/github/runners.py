@@ -1,0 +1,81 @@
+"""
+The self-hosted runners of a repository, as GitHub sees them.
+
+Only an App's token with `administration: read` may ask; the token of a job never may.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipelines.github.client import quoted, taken
+from pipelines.github.errors import GitHubError
+
+if TYPE_CHECKING:
+    from pipelines.github.client import GitHub
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """
+    One runner.
+
+    Attributes:
+        id: GitHub's number of it.
+        name: As it registered itself; its operator's text.
+        os: `linux`, ...
+        online: Whether it waits for jobs or has one.
+        busy: Whether it has one.
+        labels: In lower case, as GitHub compares them.
+        version: Of its program; None where GitHub does not say.
+    """
+
+    id: int
+    name: str
+    os: str
+    online: bool
+    busy: bool
+    labels: frozenset[str]
+    version: str | None = None
+
+
+def runners(gh: GitHub) -> tuple[Runner, ...]:
+    """
+    Return every runner of the repository.
+
+    Raises:
+        GitHubError: The token may not ask (403).
+        RetryLaterError: GitHub cannot be asked now.
+    """
+    return tuple(_runner(each) for each in gh.paged("actions/runners", "runners"))
+
+
+def deprecation(gh: GitHub, version: str) -> dict[str, Any] | None:
+    """
+    Return what GitHub says of a runner's version: when it stops to get jobs.
+
+    None where it says nothing: an Enterprise Server, or a GitHub from before September 2026.
+
+    Raises:
+        RetryLaterError: GitHub cannot be asked now.
+    """
+    try:
+        found = gh.get(f"actions/runners/deprecations/{quoted(version)}")
+    except GitHubError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _runner(each: dict[str, Any]) -> Runner:
+    labels = [label.get("name") for label in taken(each, "labels", list) if isinstance(label, dict)]
+    version = each.get("version")
+    return Runner(
+        id=taken(each, "id", int),
+        name=taken(each, "name", str),
+        os=taken(each, "os", str),
+        online=each.get("status") == "online",
+        busy=each.get("busy") is True,
+        labels=frozenset(str(label).lower() for label in labels if label),
+        version=version if isinstance(version, str) and version else None,
+    )
