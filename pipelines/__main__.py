@@ -59,6 +59,10 @@ STAGES = (
     Stage("track", "model", "tell MLflow about every measured quant"),
     Stage("report", "fleet", "write the report for terminal, Markdown and HTML"),
 )
+# Those that depend on work/toolchain.json.
+WITH_TOOLS = frozenset(
+    ("convert", "verify", "calibrate", "quantize", "benchmark", "evaluate", "load-test")
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -314,6 +318,11 @@ def _stage(args: argparse.Namespace) -> int:
         return _report(at, cast("ReportSlice", slice_), strict=args.strict)
     record: Record = module.run(slice_, at)
     _write(at, args.stage, slice_, record)
+    if args.stage.name in WITH_TOOLS and os.environ.get("DVC_STAGE"):
+        from pipelines import machine  # noqa: PLC0415 - not for --help
+
+        # Typed by hand, a stage leaves dvc.lock as it is, and what git says of its tools as well.
+        machine.keep_tools(slice_.model_dump()["model"], at)
     if args.json:
         console.out(record.model_dump_json(indent=2))
     return 0

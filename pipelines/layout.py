@@ -115,6 +115,10 @@ class Layout:
         """Champion against challenger, with every sample; written by `fleet compare` alone."""
         return self.root / "results" / model / "compare.json"
 
+    def tools_record(self, model: str) -> Path:
+        """What the tools were that made its records: `toolchain`, byte for byte, in git."""
+        return self.root / "results" / model / "toolchain.json"
+
     def compared(self, model: str) -> Path:
         """Which comparison there is of a model, as the probe finds it at every run."""
         return self.root / "work/compared" / f"{model}.json"
@@ -148,6 +152,7 @@ class Layout:
             self.load_metrics(model),
             self.frontier(model),
             self.comparison(model),
+            self.tools_record(model),
             self.compared(model),
             self.observed(model),
             self.receipt(model),

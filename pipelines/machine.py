@@ -93,6 +93,17 @@ def write(at: Layout, tools: Toolchain) -> None:
     atomic.write_json(at.toolchain, tools.manifest)
 
 
+def keep_tools(model: str, at: Layout) -> None:
+    """
+    Put what the tools are beside the records that they make, where git has both.
+
+    dvc.lock knows work/toolchain.json by its md5 alone; by these bytes anybody can see which
+    llama.cpp that was.
+    """
+    if at.toolchain.exists():
+        atomic.write_bytes(at.tools_record(model), at.toolchain.read_bytes())
+
+
 # --- CPU --------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipelines import declaration
-from pipelines.__main__ import STAGES
+from pipelines.__main__ import STAGES, WITH_TOOLS
 from pipelines.layout import Layout
 
 if TYPE_CHECKING:
@@ -110,6 +110,16 @@ def test_a_load_test_follows_what_it_serves(stages: dict[str, Any], checkout: Pa
         # The report reads the test, and DVC tells it of a new one through the receipt alone.
         told = {dep.def_path for dep in stages[f"track@{model}"].deps}
         assert str(at.model_record("load-test", model)) in told
+
+
+def test_every_stage_with_tools_keeps_what_they_were(stages: dict[str, Any]) -> None:
+    """Those that depend on the tools are those that put them beside their records, in git."""
+    with_tools = {
+        address.partition("@")[0]
+        for address, stage in stages.items()
+        if str(Layout().toolchain) in {dep.def_path for dep in stage.deps}
+    }
+    assert with_tools == WITH_TOOLS
 
 
 def test_a_release_follows_what_it_holds_and_the_registry(
