@@ -56,7 +56,9 @@ _ENTITIES = str.maketrans(
 )
 _LOOSE_UNDERSCORE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _UNITS = re.compile(r"(?<=\d) (?=%|tok/s|nats|MiB|GiB|tokens|quants)|(?<=at depth) (?=\d)")
-_LINK = re.compile(r"(?i)(:)(?=//)|(www)(?=\.)|(mailto|xmpp)(?=:)")
+_LINK = re.compile(r"(?i)(:)(?=//)|(www)(?=\.)|(mailto|xmpp)(?=:)|\b(GH-)(?=\d)")
+# GitHub draws some of these as images.
+_EMOJI = re.compile(r":(?=[a-z0-9_+-]+:)")
 
 
 def escape_markdown(value: object) -> str:
@@ -65,7 +67,7 @@ def escape_markdown(value: object) -> str:
         return str(value)
     line = " ".join(clean(str(value)).split()).translate(_ENTITIES)
     line = _LOOSE_UNDERSCORE.sub("&#95;", line)
-    return _LINK.sub(lambda found: f"{found[0]}\u200b", line)
+    return _EMOJI.sub(":\u200b", _LINK.sub(lambda found: f"{found[0]}\u200b", line))
 
 
 def markdown(report: Report, limit: int = MARKDOWN_LIMIT) -> str:

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
 from pipelines import (
@@ -61,7 +61,8 @@ if TYPE_CHECKING:
     from pipelines.params import JudgeSlice, ReportSlice
     from pipelines.records import AnyQuality, HostChoice
     from pipelines.report_tree import Finding, LoadBlock
-    from pipelines.verdict import HostFinal
+    from pipelines.verdict import HostFinal, ModelVerdict
+    from pipelines.verdict_evidence import Evidence
 
 _TEXT_CHARACTERS = 600
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -107,7 +108,7 @@ def require_promote(slice_: ReportSlice, at: Layout) -> None:
 def build(slice_: ReportSlice, at: Layout) -> Report:
     """Read every record of the declared fleet, missing ones included."""
     day = verdict_evidence.today()
-    models = tuple(_Reader(at, declared, day).model() for declared in slice_.models.values())
+    models = tuple(tell(declared, at, day).report for declared in slice_.models.values())
     counts = Counter(model.standing for model in models)
     return Report(
         models=models,
@@ -116,6 +117,28 @@ def build(slice_: ReportSlice, at: Layout) -> Report:
 
 
 # --- one model --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """One model of the report, with what it was read from and the verdict on that."""
+
+    report: ModelReport
+    evidence: Evidence
+    judged: ModelVerdict
+
+
+def tell(declared: JudgeSlice, at: Layout, day: str) -> Told:
+    """
+    Read every record of one model.
+
+    Args:
+        declared: What params.yaml says now.
+        at: The checkout.
+        day: The day in UTC by which waivers count, as 2027-01-31.
+    """
+    reader = _Reader(at, declared, day)
+    return Told(report=reader.model(), evidence=reader.evidence, judged=reader.judged)
 
 
 class _LoadTests(TypedDict):
