@@ -166,6 +166,23 @@ class Git:
         names = self.files(commit, path)
         return self.blobs([names[path]])[names[path]] if path in names else None
 
+    def history(self, commit: str, path: str, most: int) -> list[tuple[str, bytes]]:
+        """
+        Return a file as it was written on a branch, the newest first, with the commit of each.
+
+        Args:
+            commit: The end of the branch; of a merge only its own side counts.
+            path: Below the root.
+            most: Commits to look at.
+        """
+        told = self._answer(
+            "log", "--first-parent", f"--max-count={most}", "--format=%H", commit, "--", path
+        )
+        commits = told.decode().split()
+        names = {one: self.files(one, path).get(path) for one in commits}
+        found = self.blobs(name for name in names.values() if name)
+        return [(one, found[name]) for one, name in names.items() if name]
+
     def _run(self, *argv: str, ok_codes: tuple[int, ...] = (0,)) -> proc.Completed:
         return proc.run(
             ["git", *argv],
