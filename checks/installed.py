@@ -27,7 +27,7 @@ _OLDEST_NODE: Final = 20
 
 
 class MissingError(MachineError):
-    """This machine has not, and cannot get, what a check needs; the message says what."""
+    """A check needs what this machine has not and cannot get; the message says what."""
 
 
 def home() -> Path:

@@ -1,0 +1,58 @@
+"""Rules about what stands beside the workflows: who agrees to a change, what is kept up to date."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from checks.files import Finding
+from checks.policy import rule
+from pipelines import marked_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from checks.files import Repository
+
+CODEOWNERS: Final = ".github/CODEOWNERS"
+DEPENDABOT: Final = ".github/dependabot.yml"
+# Whoever changes one of these decides what runs on the operator's machines.
+_OWNED: Final = ("/.github/", "/actions/", "/checks/", "/deploy/", "/pipelines/", "/dvc.yaml",
+                 "/Makefile", "/pyproject.toml", "/requirements.lock", "/tests/node/")  # fmt: skip
+# Ecosystem to the folders in which its files lie.
+_WATCHED: Final = {
+    "github-actions": frozenset({"/", "/actions/*"}),
+    "pip": frozenset({"/"}),
+    "npm": frozenset({"/tests/node"}),
+}
+_COOLDOWN_DAYS: Final = 7
+
+
+@rule("codeowners-cover")
+def codeowners_cover(repository: Repository) -> Iterator[Finding]:
+    """A change of what runs on the operator's machines needs the eyes of somebody who knows it."""
+    lines = repository.text(CODEOWNERS).splitlines()
+    owned = {line.split()[0] for line in lines if len(line.split()) > 1 and line[0] != "#"}
+    for path in _OWNED:
+        if path not in owned:
+            text = f"Nobody owns {path}."
+            yield Finding(CODEOWNERS, 1, "codeowners-cover", text, f"Add a line `{path} @team`.")
+
+
+@rule("dependabot-cover")
+def dependabot_cover(repository: Repository) -> Iterator[Finding]:
+    """A pin that nobody moves keeps every hole; one that moves at once takes in a stolen release."""
+    path = repository.root / DEPENDABOT
+    document = marked_yaml.read(path) if path.is_file() else None
+    updates = document.data.get("updates", ()) if document else ()
+    for ecosystem, folders in _WATCHED.items():
+        mine = [update for update in updates if update.get("package-ecosystem") == ecosystem]
+        watched = {f for u in mine for f in u.get("directories", [u.get("directory")])}
+        for folder in sorted(folders - watched):
+            text = f"Nothing watches {ecosystem} in {folder}."
+            yield Finding(DEPENDABOT, 1, "dependabot-cover", text, "Add an update for it.")
+        for update in mine:
+            days = (update.get("cooldown") or {}).get("default-days", 0)
+            if days < _COOLDOWN_DAYS:
+                text = f"{ecosystem} takes what came out {days} days ago."
+                fix = f"Write cooldown: {{default-days: {_COOLDOWN_DAYS}}}."
+                yield Finding(DEPENDABOT, 1, "dependabot-cover", text, fix)
