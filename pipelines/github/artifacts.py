@@ -137,7 +137,6 @@ def parsed(data: bytes, what: str) -> dict[str, Any]:
     Raises:
         ArtifactError: It is anything else.
     """
-
     try:
         value = json.loads(
             data.decode("utf-8"),

@@ -73,6 +73,7 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
     body: str,
     order: Order,
     *,
+    create: bool = True,
     settle_s: float = SETTLE_S,
     sleep: Callable[[float], object] = time.sleep,
 ) -> bool:
@@ -85,11 +86,12 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
         marker: Name of this comment among ours: `fleet:report`.
         body: Markdown.
         order: Of this report.
+        create: Make one where there is none; otherwise only one that is there is changed.
         settle_s: Seconds after a write until it is looked at once more.
         sleep: For tests.
 
     Returns:
-        Whether it is this one that stands there; False if a newer run's does.
+        Whether it is this one that stands there; False if a newer run's does, or none.
 
     Raises:
         GitHubError: It is refused: the token may not, or the conversation is locked.
@@ -106,7 +108,7 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
         for each in found:
             if each is not best:
                 own.remove(each)
-        if best is not None and best.order > order:
+        if best.order > order if best else not (create or own.wrote):
             return False
         if best is not None and best.order == order and best.body == text:
             if settled or not own.wrote:
