@@ -166,7 +166,7 @@ class BundleRecord(Record):
         remote: Whether they were sent there: the name of the remote, None if there is none.
         times_s: How long each stage ran, by its name; those that were not cached.
         machine: Text of work/machine.json; empty if git tells of an earlier measurement.
-        toolchain: Text of work/toolchain.json; empty as well then.
+        toolchain: Text of work/toolchain.json, which git keeps as results/M/toolchain.json.
         failures: Why it is not all of it, as sentences.
     """
 

@@ -25,7 +25,7 @@ _LATER: Final = ("publish", "track")
 
 
 def names_of(declared: Declaration, model: str) -> tuple[str, ...]:
-    """Return the stages that measure a model, as dvc.lock spells them, in the order of the graph."""
+    """Return the stages that measure a model, as dvc.lock spells them, in graph order."""
     keys = [key for key, quant in declared.quants.items() if quant.model == model]
     return tuple(
         f"{stage}@{key}" for stage in MEASURING for key in (keys if stage in BY_QUANT else [model])

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pipelines import atomic, console, live, orphans, proc, repair, runner, wording
+from pipelines import atomic, console, live, orphans, proc, repair, runner, times, wording
 from pipelines.ci_records import MEASURING
 from pipelines.errors import FleetError, MachineError, ParamsError, ToolError
 
@@ -395,6 +395,7 @@ def _follow(at: Layout, plan: Plan, stop: _Stop, *, force: bool, mark: str) -> i
             board.cancel(time.monotonic())
             raise
         view.tell(board.end(time.monotonic()))
+    times.note(at, board.stages.values())
     return _conclude(board, done.code, log, time.monotonic() - began)
 
 
