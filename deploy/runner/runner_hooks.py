@@ -54,6 +54,7 @@ _RUNNERS_OWN: Final = frozenset({"_actions", "_PipelineMapping", "_update", "_up
 _RUNNERS_TEMP: Final = frozenset({"_github_workflow", "_runner_file_commands"})
 _DOTNET: Final = ("dotnet-diagnostic-", "clr-debug-pipe-")
 _TRASH: Final = ".fleet-trash"
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TERMINATE_WITHIN_S: Final = 2.0
 _END_WITHIN_S: Final = 15.0
 _SMI_TIMEOUT_S: Final = 30.0
@@ -237,7 +238,7 @@ def _is_place(value: object) -> bool:
 
 def shown(text: object) -> str:
     """Make a stranger's text harmless: no line, no command of the runner, no Markdown, 80 long."""
-    return re.sub(r"[^A-Za-z0-9._/@-]", "?", str(text))[:80] or "nothing"
+    return re.sub(r"[^A-Za-z0-9 ._/@-]", "?", str(text))[:80] or "nothing"
 
 
 def _read(path: Path, limit_bytes: int) -> bytes:
@@ -246,10 +247,13 @@ def _read(path: Path, limit_bytes: int) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise RefusedError(f"{path.name} cannot be read: {error.strerror}") from None
-    with open(handle, "rb") as file:  # noqa: PTH123 - a handle
+    try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise RefusedError(f"{path.name} is no regular file")
-        data = file.read(limit_bytes + 1)
+        with open(handle, "rb", closefd=False) as file:  # noqa: PTH123 - a handle
+            data = file.read(limit_bytes + 1)
+    finally:
+        os.close(handle)
     if len(data) > limit_bytes:
         raise RefusedError(f"{path.name} is larger than {limit_bytes >> 20} MiB")
     return data
@@ -624,7 +628,7 @@ class Emptying:
 
     def __init__(self, folder: Path) -> None:
         """Open `folder`; OSError if it is none, or is a link."""
-        self._handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._handle = os.open(folder, _FOLDER)
         self.removed_count = 0
         self.failures: list[str] = []
         self._next = 0
@@ -636,19 +640,23 @@ class Emptying:
                 yield name, os.stat(name, dir_fd=self._handle, follow_symlinks=False)
 
     def inside(self, name: str, *, but: frozenset[str]) -> None:
-        """Empty one folder of it, except for some names."""
-        try:
-            handle = os.open(
-                name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._handle
-            )
-        except OSError:
-            return
+        """Empty one folder of it, except for some names; what is no folder is removed."""
         with self._trash() as trash:
+            try:
+                if not stat.S_ISDIR(
+                    os.stat(name, dir_fd=self._handle, follow_symlinks=False).st_mode
+                ):
+                    self._take(self._handle, name, trash)
+                    return
+                os.chmod(name, 0o700, dir_fd=self._handle)
+                handle = os.open(name, _FOLDER, dir_fd=self._handle)
+            except FileNotFoundError:
+                return
             for each in _listed(handle):
                 if each not in but:
                     self._take(handle, each, trash)
+            os.close(handle)
             self._drain(trash)
-        os.close(handle)
 
     def remove(self, names: list[str]) -> None:
         """Remove these."""
@@ -665,13 +673,12 @@ class Emptying:
     @contextlib.contextmanager
     def _trash(self) -> Iterator[int]:
         """Yield the trash; one that a killed hook left is used on, one that a job made is none."""
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
             os.unlink(_TRASH, dir_fd=self._handle)
         with contextlib.suppress(FileExistsError):
             os.mkdir(_TRASH, 0o700, dir_fd=self._handle)
         os.chmod(_TRASH, 0o700, dir_fd=self._handle)
-        trash = os.open(_TRASH, flags, dir_fd=self._handle)
+        trash = os.open(_TRASH, _FOLDER, dir_fd=self._handle)
         try:
             yield trash
         finally:
@@ -718,7 +725,7 @@ class Emptying:
             if not stat.S_ISDIR(os.stat(name, dir_fd=trash, follow_symlinks=False).st_mode):
                 return self._take(trash, name, trash)
             os.chmod(name, 0o700, dir_fd=trash)
-            handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=trash)
+            handle = os.open(name, _FOLDER, dir_fd=trash)
         except OSError as error:
             self.failures.append(f"{shown(name)}: {error.strerror}")
             return False
@@ -743,20 +750,25 @@ def empty_folders(config: Config, env: Mapping[str, str], said: Said, *, temp: b
 
     Args:
         config: What root allows.
-        env: Variables of the runner: its workspace is made again, empty.
+        env: Variables of the runner: the folder of its workspace stays, empty.
         said: What is told at the end.
         temp: Also `_work/_temp`; before a job that is the runner's own and holds the job's files.
     """
     work = Path(config.work)
     kept = _RUNNERS_OWN | {"_temp"} | ({"_tool"} if config.keep_tools else set())
+    outer, inner = _workspace(work, env)
     with _emptying(work, said) as folder:
         if folder is not None:
-            folder.remove([name for name, _ in folder.names() if name not in kept])
+            folder.remove([name for name, _ in folder.names() if name not in kept | {outer}])
+            if outer:
+                folder.inside(outer, but=frozenset({inner}))
             if temp:
                 folder.inside("_temp", but=_RUNNERS_TEMP)
-    workspace = Path(env.get("GITHUB_WORKSPACE", "/"))
-    if workspace.is_relative_to(work) and ".." not in workspace.parts and work.is_dir():
-        workspace.mkdir(parents=True, exist_ok=True)
+    if outer:
+        with _emptying(work / outer, said) as folder:
+            if folder is not None:
+                folder.inside(inner, but=frozenset())
+        (work / outer / inner).mkdir(parents=True, exist_ok=True)
     for each in config.temp if temp else []:
         with _emptying(Path(each), said) as folder:
             if folder is not None:
@@ -767,6 +779,15 @@ def empty_folders(config: Config, env: Mapping[str, str], said: Said, *, temp: b
                         if found.st_uid == os.getuid() and not name.startswith(_DOTNET)
                     ]
                 )
+
+
+def _workspace(work: Path, env: Mapping[str, str]) -> tuple[str, str]:
+    """Return the two names below `work` that the runner makes for a job; empty if it made none."""
+    with contextlib.suppress(ValueError):
+        parts = Path(env.get("GITHUB_WORKSPACE", "/")).relative_to(work).parts
+        if len(parts) == 2 and not parts[0].startswith(("_", ".")) and ".." not in parts:  # noqa: PLR2004 - _work/NAME/NAME
+            return parts[0], parts[1]
+    return "", ""
 
 
 @contextlib.contextmanager
