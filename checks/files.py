@@ -220,7 +220,9 @@ def _read(found: Repository, path: Path) -> Yaml | None:
     else:
         if not document.findings:
             return Yaml(name, document)
-        problems = [(f.mark.line, f"{marked_yaml.spell(f.loc)}: {f.text}") for f in document.findings]
+        problems = [
+            (f.mark.line, f"{marked_yaml.spell(f.loc)}: {f.text}") for f in document.findings
+        ]
     fix = "Correct the place that is named."
     found.broken += [Finding(name, line, "plain-yaml", text, fix) for line, text in problems]
     return None

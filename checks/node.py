@@ -42,9 +42,9 @@ def evaluate(questions: Sequence[Mapping[str, Any]]) -> list[Any]:
     Evaluate expressions as GitHub does.
 
     Args:
-        questions: For each `expression` (text between `${{` and `}}`), `condition` (it is an `if:`),
-            `context` (name of a context to its value) and `status` (success, failure, cancelled:
-            of what ran before).
+        questions: For each `expression` (what stands between `${{` and `}}`), `condition` (it is an
+            `if:`), `context` (name of a context to its value) and `status` (success, failure,
+            cancelled: of what ran before).
 
     Returns:
         For each its value as plain JSON, a boolean for a condition, or the text of the error as

@@ -12,7 +12,8 @@ from checks.policy import rule
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from checks.files import Finding, Job, Repository
+    from checks.files import Finding, Job, Repository, Yaml
+    from pipelines.marked_yaml import Loc
 
 # GitHub ends a hosted job after 6 h and one of ours after 5 days; nobody waits that long.
 _LONGEST_MINUTES: Final = 360
@@ -171,10 +172,14 @@ def matrix_legs_independent(repository: Repository) -> Iterator[Finding]:
 @rule("concurrency-group")
 def concurrency_group(repository: Repository) -> Iterator[Finding]:
     """Runs that share a group by accident cancel each other; without one, two measure at once."""
-    places = [(w, (), tables.WORKFLOWS[n].concurrency, w.data.get("concurrency"), "The workflow")
-              for n, w in repository.workflows.items() if n in tables.WORKFLOWS]  # fmt: skip
-    places += [(job.file, job.loc, known.concurrency, job.data.get("concurrency"),
-                f"Job {job.name}") for job, known in _known(repository)]  # fmt: skip
+    places: list[tuple[Yaml, Loc, Any, Any, str]] = []
+    for name, workflow in repository.workflows.items():
+        if table := tables.WORKFLOWS.get(name):
+            shared = workflow.data.get("concurrency")
+            places.append((workflow, (), table.concurrency, shared, "The workflow"))
+    for job, known in _known(repository):
+        own = job.data.get("concurrency")
+        places.append((job.file, job.loc, known.concurrency, own, f"Job {job.name}"))
     for file, loc, expected, actual, what in places:
         if actual != expected:
             text = f"{what} has the concurrency {_said(actual)}; the tables say {_said(expected)}."
@@ -301,7 +306,7 @@ def conjuncts(condition: str) -> list[str]:
 
 def _said(value: Any) -> str:  # noqa: ANN401 - any YAML value
     """Show a value on one line, short."""
-    if value is None or value == () or value == "":
+    if value is None or value in ((), ""):
         return "nothing"
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 160 else f"{text[:159]}…"  # noqa: PLR2004 - about two lines

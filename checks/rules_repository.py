@@ -40,7 +40,7 @@ def codeowners_cover(repository: Repository) -> Iterator[Finding]:
 
 @rule("dependabot-cover")
 def dependabot_cover(repository: Repository) -> Iterator[Finding]:
-    """A pin that nobody moves keeps every hole; one that moves at once takes in a stolen release."""
+    """A pin that nobody moves keeps every hole; one that moves at once takes stolen releases."""
     path = repository.root / DEPENDABOT
     document = marked_yaml.read(path) if path.is_file() else None
     updates = document.data.get("updates", ()) if document else ()

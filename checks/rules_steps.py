@@ -11,7 +11,7 @@ from checks.policy import rule
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from checks.files import Finding, Job, Repository, Step
+    from checks.files import Finding, Repository, Step
 
 _PINNED: Final = re.compile(r"([\w.-]+/[\w./-]+)@([0-9a-f]{40})")
 _CHECKOUT: Final = "actions/checkout"
@@ -120,7 +120,7 @@ def no_expression_in_run(repository: Repository) -> Iterator[Finding]:
         for key, text in places:
             if "${{" in str(text):
                 say = f"An expression stands in {key}: of a step."
-                fix = "Hand it over in env: and write \"$NAME\" in the script."
+                fix = 'Hand it over in env: and write "$NAME" in the script.'
                 yield step.file.finding("no-expression-in-run", (*step.loc, key), say, fix)
 
 
@@ -211,5 +211,3 @@ def _comment(repository: Repository, step: Step) -> str:
     lines = repository.text(step.file.path).splitlines()
     line = step.file.line(*step.loc, "uses")
     return lines[line - 1].partition(" # ")[2].strip() if line <= len(lines) else ""
-
-

@@ -60,3 +60,34 @@ class Workflow:
 
 
 READS: Final[Rights] = {"contents": ("read", "takes the repository")}
+
+# The labels come from params.yaml through the plan; nothing else leaves GitHub's machines.
+SELF_HOSTED_IN: Final[Mapping[tuple[str, str], str]] = {
+    ("model-pr", "gpu"): "${{ fromJSON(matrix.runs_on) }}",
+    ("runner-health", "probe"): "${{ fromJSON(matrix.runs_on) }}",
+}
+# Minutes that the declaration states: `plan.timeout_minutes`, held between 1 and 360 by its schema.
+DECLARED_TIMEOUTS: Final = ("${{ matrix.timeout_minutes }}",)
+ID_TOKEN_IN: Final[Mapping[str, tuple[str, ...]]] = {"publish": ("publish",)}
+# Branch protection asks for these names.
+REQUIRED_CHECKS: Final[Mapping[tuple[str, str], str]] = {
+    ("ci", "ok"): "ci",
+    ("model-pr", "gate"): "gate",
+}
+# Rights of a token of the App, by the job that asks for one.
+APP_TOKENS: Final[Mapping[tuple[str, str], Mapping[str, str]]] = {
+    ("model-pr", "adopt"): {"contents": "write"},
+    ("publish", "ledger"): {"contents": "write", "pull-requests": "write"},
+    ("rollback", "propose"): {"contents": "write", "pull-requests": "write"},
+    ("runner-health", "ask"): {"administration": "read"},
+}
+CHECKOUT_REFS: Final[Mapping[tuple[str, str], str]] = {}
+# Names of artifacts that jobs hand over, as patterns of Python.
+ARTIFACTS: Final = (r"plan", r"gate", r"bundle-.+")
+# Lines of an action that type no verb, since there is none yet.
+OTHER_LINES: Final[Mapping[str, str]] = {}
+
+# A pull request of this repository, not of a fork: whoever opened it may push here anyway.
+OWN_PULL_REQUEST: Final = "github.event.pull_request.head.repo.full_name == github.repository"
+
+WORKFLOWS: Final[Mapping[str, Workflow]] = {}

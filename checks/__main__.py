@@ -1,0 +1,67 @@
+"""
+Hold workflows, actions and what stands beside them against rules, schemas and linters.
+
+    python -m checks            say what is wrong, as file:line: [rule] cause; exit 1 if anything is
+    python -m checks --rules    list the rules, each with its reason
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from checks import files, installed, linters, policy
+from pipelines import console
+from pipelines.errors import FleetError, Problem
+
+if TYPE_CHECKING:
+    from checks.files import Finding, Repository
+
+
+def main() -> int:
+    """Run every check, or list the rules."""
+    parser = argparse.ArgumentParser(description="Check workflows and actions.")
+    parser.add_argument("--rules", action="store_true", help="list the rules and why they exist")
+    if parser.parse_args().rules:
+        for rule in policy.rules().values():
+            console.out(f"{rule.name:30} {rule.why}")
+        return 0
+    repository = files.read(installed.ROOT)
+    found = policy.judge(repository)
+    with ThreadPoolExecutor() as pool:
+        answers = pool.map(lambda name: _asked(name, repository), linters.ALL)
+        for findings, skipped in answers:
+            found += findings
+            if skipped:
+                console.warn(skipped)
+    for finding in sorted(found, key=lambda each: (each.file, each.line)):
+        where = Problem(finding.file, finding.line, 1, str(finding))
+        console.error(str(finding), where=where if console.in_actions() else None)
+    if found:
+        return 1
+    console.out(
+        f"{len(repository.workflows)} workflows and {len(repository.actions)} actions: "
+        f"{len(policy.rules())} rules and {len(linters.ALL)} programs find nothing"
+    )
+    return 0
+
+
+def _asked(name: str, repository: Repository) -> tuple[list[Finding], str]:
+    """Return what one program finds, and a line if it could not be asked."""
+    try:
+        return list(linters.ALL[name](repository)), ""
+    except installed.MissingError as missing:
+        return [], f"{name} was skipped: {missing.message}"
+    except FleetError as error:
+        raise type(error)(f"{name}: {error.message}", hint=error.hint) from error
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except FleetError as error:
+        console.error(error.message)
+        code = error.exit_code
+    sys.exit(code)
