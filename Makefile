@@ -29,13 +29,13 @@ repro: setup  ## Run the chain on every declared model: convert, quantize, measu
 test: toolchain  ## Run all tests (about 30 minutes on 2 cores); ARGS="-k choose" picks some
 	@$(RUN) python -m pytest $(ARGS)
 
-check: setup  ## Lint, types, workflow audit, schema and docs in sync (about 15 seconds)
+check: setup  ## Lint, types, workflows and actions, schema and docs in sync (about 20 seconds)
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
 	@$(RUN) python -m pipelines schema --check
 	@$(RUN) python -m pipelines check
-	@if [ -d .github/workflows ] || [ -d actions ]; then $(RUN) zizmor --offline --quiet .; fi
+	@$(RUN) python -m checks
 
 bench: toolchain  ## Measure what the fleet costs over bare llama.cpp -> results/overhead.json
 	@$(RUN) python -m bench.overhead $(ARGS)

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import console, marked_yaml
+from pipelines.errors import ParamsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -215,7 +216,7 @@ def _read(found: Repository, path: Path) -> Yaml | None:
     name = path.relative_to(found.root).as_posix()
     try:
         document = marked_yaml.read(path)
-    except marked_yaml.ParamsError as error:
+    except ParamsError as error:
         problems = [(problem.line, problem.text) for problem in error.problems]
     else:
         if not document.findings:

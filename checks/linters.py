@@ -188,10 +188,12 @@ def _installed(name: str) -> Path:
     return Path(sys.executable).parent / name
 
 
-def _run(argv: Sequence[str | Path], root: Path, *, ok_codes: Sequence[int]) -> str:
+def _run(argv: Sequence[object], root: Path, *, ok_codes: Sequence[int]) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
-        done = proc.run(argv, log=log, cwd=root, ok_codes=ok_codes, timeout_s=_WITHIN_S)
+        done = proc.run(
+            [str(word) for word in argv], log=log, cwd=root, ok_codes=ok_codes, timeout_s=_WITHIN_S
+        )
     return done.stdout
 
 
