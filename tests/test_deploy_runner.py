@@ -334,7 +334,12 @@ class Machine:
         return child.pid
 
     def hook(
-        self, name: str, payload: object = None, *, user: int | None = None, **env: str
+        self,
+        name: str,
+        payload: object = None,
+        env: dict[str, str] | None = None,
+        *,
+        user: int | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a hook as the runner does: as its user, in the workspace, by bash."""
         if payload is not None:
@@ -350,7 +355,7 @@ class Machine:
         user = self.user if user is None else user
         return subprocess.run(
             ["/bin/bash", "-e", str(self.root / name)],
-            env={**told, **env},
+            env={**told, **(env or {})},
             cwd=self.workspace if self.workspace.is_dir() else "/",
             user=user,
             group=user,
@@ -363,11 +368,11 @@ class Machine:
 
     def started_by(self, pull: dict[str, Any], **env: str) -> subprocess.CompletedProcess[str]:
         """Run the first hook for a pull request."""
-        return self.hook("job-started.sh", pull, **{**variables(pull, "pull_request"), **env})
+        return self.hook("job-started.sh", pull, {**variables(pull, "pull_request"), **env})
 
-    def completed(self, **env: str) -> subprocess.CompletedProcess[str]:
+    def completed(self) -> subprocess.CompletedProcess[str]:
         """Run the last hook."""
-        return self.hook("job-completed.sh", **env)
+        return self.hook("job-completed.sh")
 
     def lives(self, pid: int) -> bool:
         """Tell whether a program that was left runs; the test is its parent and collects it."""
@@ -436,7 +441,7 @@ def test_a_payload_that_is_none_is_refused(
     machine: Machine, pull: dict[str, Any], text: str, words: str
 ) -> None:
     """Refused with the reason, never a traceback."""
-    done = machine.hook("job-started.sh", text, **variables(pull, "pull_request"))
+    done = machine.hook("job-started.sh", text, variables(pull, "pull_request"))
     assert words in annotation(done)
 
 
@@ -452,10 +457,9 @@ def test_a_payload_that_is_no_file_is_refused(machine: Machine, pull: dict[str, 
         ("true", "cannot be read"),
     ):
         machine.as_user(f"rm -rf {machine.event} && {make} {machine.event}")
-        assert words in annotation(machine.hook("job-started.sh", **env))
-    assert "cannot be read" in annotation(
-        machine.hook("job-started.sh", GITHUB_EVENT_PATH="", **env)
-    )
+        assert words in annotation(machine.hook("job-started.sh", env=env))
+    unnamed = machine.hook("job-started.sh", env={**env, "GITHUB_EVENT_PATH": ""})
+    assert "the runner names no event" in annotation(unnamed)
 
 
 @pytest.mark.parametrize(
@@ -554,7 +558,7 @@ def test_a_configuration_that_a_job_could_have_written_counts_for_nothing(
 def test_a_runner_that_is_root_gets_no_job(machine: Machine, pull: dict[str, Any]) -> None:
     """And nothing is cleaned up as root: a slip would empty the machine."""
     for name in ("job-started.sh", "job-completed.sh"):
-        done = machine.hook(name, pull, user=0, **variables(pull, "pull_request"))
+        done = machine.hook(name, pull, variables(pull, "pull_request"), user=0)
         assert "the runner runs as root" in annotation(done)
 
 

@@ -250,7 +250,7 @@ def _read(path: Path, limit_bytes: int) -> bytes:
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise RefusedError(f"{path.name} is no regular file")
-        with open(handle, "rb", closefd=False) as file:  # noqa: PTH123 - a handle
+        with open(handle, "rb", closefd=False) as file:
             data = file.read(limit_bytes + 1)
     finally:
         os.close(handle)
@@ -909,11 +909,10 @@ def started(config: Config, env: Mapping[str, str]) -> None:
     Raises:
         RefusedError: It may not, or an earlier job left something that cannot be removed.
     """
-    decide(
-        config,
-        env,
-        _json(_read(Path(env.get("GITHUB_EVENT_PATH", "/")), PAYLOAD_LIMIT_BYTES), "the event"),
-    )
+    event = Path(env.get("GITHUB_EVENT_PATH", ""))
+    if not event.is_absolute():
+        raise RefusedError("the runner names no event")
+    decide(config, env, _json(_read(event, PAYLOAD_LIMIT_BYTES), "the event"))
     said = Said()
     clean(config, env, said, temp=False)
     for line in said.lines:
