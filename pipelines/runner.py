@@ -2,6 +2,7 @@
 What a GitHub Actions runner gives to a step and takes from it: files that it names in variables.
 
     GITHUB_OUTPUT          outputs of the step     `outputs(models="a b", any=True)`
+    GITHUB_ENV             variables of all later steps of the job
     GITHUB_STEP_SUMMARY    Markdown of the job     `summary("## Plan ...")`
     GITHUB_EVENT_PATH      what started the run    `event()`, `pull_request()`, `head()`, `base()`
 
@@ -236,7 +237,7 @@ def outputs(**values: str | float) -> None:
 
 def _framed(name: str, value: str) -> str:
     if not _OUTPUT_NAME.fullmatch(name):
-        raise FleetError(f"{name!r} is no name of an output.")
+        raise FleetError(f"{name!r} is no name of an output or a variable.")
     frame = f"fleet-{secrets.token_hex(16)}"
     return f"{name}<<{frame}\n{value}\n{frame}\n"
 
@@ -245,6 +246,14 @@ def _spelled(value: str | float) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value)
+
+
+def environment(**values: str) -> None:
+    """Give every later step of the job these variables; nothing happens outside Actions."""
+    path = os.environ.get("GITHUB_ENV", "")
+    if in_actions() and path:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write("".join(_framed(name, value) for name, value in values.items()))
 
 
 def summary(markdown: str) -> None:

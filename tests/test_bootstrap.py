@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
+from test_runner import read_outputs
 
 from pipelines import bootstrap
-from pipelines.errors import ToolError
+from pipelines.errors import MachineError, ToolError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +39,6 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("REFUSED", "nothing is refused")
     venv = tmp_path / ".venv"
     monkeypatch.setattr(bootstrap, "VENV", venv)
-    monkeypatch.setattr(bootstrap, "STAMP", venv / "gguf-fleet-setup.json")
     monkeypatch.setattr(bootstrap, "LOG", tmp_path / "setup.log")
     return tmp_path
 
@@ -131,3 +132,77 @@ def test_a_cut_set_up_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     bootstrap.set_up("base")
 
     assert any("--require-hashes" in line for line in asked(home))
+
+
+# --- shared by the jobs of a runner -----------------------------------------------------------
+
+
+@pytest.fixture(name="cache")
+def _cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache."""
+    monkeypatch.setenv("GGUF_FLEET_CACHE", str(home / "cache"))
+    monkeypatch.delenv("GGUF_FLEET_VENV", raising=False)
+    return home / "cache/environments"
+
+
+def test_the_jobs_of_a_runner_share_one_environment_without_code(home: Path, cache: Path) -> None:
+    """The second job installs nothing; the code of neither checkout is in it."""
+    first = bootstrap.set_up_shared("base")
+
+    lines = asked(home)
+    assert any("--require-hashes" in line for line in lines)
+    assert not any(" -e " in line for line in lines)
+    assert first.parent == cache
+    assert bootstrap.set_up_shared("base") == first
+    assert asked(home) == []
+
+
+def test_another_lock_is_another_environment_and_an_unused_one_goes(
+    home: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of an older branch keeps its own; what no job asked for in 30 days is removed."""
+    first = bootstrap.set_up_shared("base")
+    monkeypatch.setattr(bootstrap, "TORCH", "torch==99")
+    second = bootstrap.set_up_shared("base")
+    assert {path for path in cache.iterdir() if path.is_dir()} == {first, second}
+
+    old = time.time() - 31 * 24 * 3600
+    os.utime(first / bootstrap.STAMP_NAME, (old, old))
+    bootstrap.set_up_shared("base")
+
+    assert {path for path in cache.iterdir() if path.is_dir()} == {second}
+    assert home.exists()
+
+
+def test_an_environment_that_the_machine_was_given_is_taken_as_it_is(
+    home: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is installed into it, one of another lock is told of, and a wrong path is refused."""
+    given = home / "given"
+    monkeypatch.setenv("GGUF_FLEET_VENV", str(given))
+    with pytest.raises(MachineError, match="no virtual environment"):
+        bootstrap.set_up_shared("base")
+    (given / "bin").mkdir(parents=True)
+    (given / "bin/python").touch()
+
+    assert bootstrap.set_up_shared("base") == given
+
+    assert asked(home) == []
+    assert not cache.exists()
+    assert "not set up for this lock" in capsys.readouterr().err
+
+
+def test_a_job_gets_the_environment_for_its_later_steps(
+    home: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step sets GGUF_FLEET_VENV, which actions/fleet reads, and an output of the same."""
+    monkeypatch.setattr(sys, "argv", ["bootstrap", "base", "--shared"])
+    for name, file in (("GITHUB_ENV", "env"), ("GITHUB_OUTPUT", "out")):
+        monkeypatch.setenv(name, str(home / file))
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+
+    assert bootstrap.main() == 0
+
+    (venv,) = (path for path in cache.iterdir() if path.is_dir())
+    assert read_outputs((home / "env").read_text()) == {"GGUF_FLEET_VENV": str(venv)}
+    assert read_outputs((home / "out").read_text()) == {"venv": str(venv)}
