@@ -14,28 +14,49 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import comment_model, comment_table, console, declaration, verdict_evidence, wording
-from pipelines.ci_records import OVER_BUDGET_LABEL, PlanProblem
+from pydantic import ValidationError
+
+from pipelines import (
+    bundle,
+    comment_model,
+    comment_post,
+    comment_table,
+    console,
+    declaration,
+    runner,
+    verdict_evidence,
+    wording,
+)
+from pipelines.ci_records import OVER_BUDGET_LABEL, GateRecord, PlanProblem
 from pipelines.comment_model import Measured, Sources
-from pipelines.comment_render import MARKS, SUMMARY_LIMIT, render
+from pipelines.comment_post import Rendered
+from pipelines.comment_render import MARKS, render
 from pipelines.comment_tree import Comment
 from pipelines.errors import ParamsError
+from pipelines.github.checks import Annotation
+from pipelines.layout import Layout
 from pipelines.report_tree import VERDICTS
-from pipelines.trees import Git, at_revision, at_working_tree
+from pipelines.trees import Git, at_revision, at_working_tree, lay_over
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pipelines.ci_records import Conclusion, ModelPlan, PlanRecord
+    from pipelines.comment_post import Situation
     from pipelines.comment_tree import ModelComment, State
-    from pipelines.layout import Layout
     from pipelines.params import Declaration, JudgeSlice, ReportSlice
 
-__all__ = ["Comment", "Side", "build", "ended", "main", "measuring", "render"]
+__all__ = [
+    "Comment", "Side", "build", "ended", "main", "measuring", "of_gate", "of_revisions", "render",
+    "rendered",
+]  # fmt: skip
+
+# Bundles of a large fleet; what GitHub hands over is bounded before.
+_GATE_LIMIT_BYTES: Final = 256 << 20
 
 WORKING_TREE: Final = "the working tree"
 _CONCLUSIONS: Final[dict[str, Conclusion]] = {
@@ -47,6 +68,21 @@ _STANDINGS: Final = ("REMOVED", *VERDICTS[:3], "UNMEASURED", VERDICTS[3])
 _STANDING_WORDS: Final = {
     "PROMOTE": "promoted", "HOLD": "on hold", "REJECT": "rejected", "INVALID": "to be measured "
     "again", "UNMEASURED": "not measured yet", "REMOVED": "removed",
+}  # fmt: skip
+# Of what ended without a verdict: title, conclusion, what to do.
+_ENDS: Final[dict[str, tuple[str, Conclusion, str]]] = {
+    "cancelled": (
+        "cancelled: nothing was judged", "neutral",
+        "Run it again, or push: a new run replaces this.",
+    ),
+    "over-budget": (
+        "costs more than params.yaml allows: nothing was measured", "action_required",
+        f"Put the label `{OVER_BUDGET_LABEL}` on the pull request to let it pass, or ask for less.",
+    ),
+    "failed": (
+        "a job failed: nothing was judged", "failure",
+        "Read the log of the run, then run it again.",
+    ),
 }  # fmt: skip
 _URL: Final = re.compile(r"https?://[A-Za-z0-9.:_-]+/[A-Za-z0-9._/-]+")
 
@@ -73,7 +109,7 @@ class Side:
 # --- what is said -----------------------------------------------------------------------------
 
 
-def build(
+def build(  # noqa: PLR0913 - each is one independent fact
     base: Side | None,
     head: Side,
     *,
@@ -81,6 +117,7 @@ def build(
     git: Git | None = None,
     run_url: str = "",
     day: str | None = None,
+    models: Sequence[str] = (),
 ) -> Comment:
     """
     Judge the head and hold it against the base.
@@ -93,8 +130,9 @@ def build(
         git: Where older records are, for the history of the speed.
         run_url: Page of the run.
         day: The day in UTC by which waivers count; that of the clock if None.
+        models: Only these; all that are concerned if empty.
     """
-    common = {
+    common: dict[str, Any] = {
         "base": base.commit if base else "",
         "head": head.commit,
         "plan": plan,
@@ -117,22 +155,31 @@ def build(
     slices = _slices(declared)
     before = _declared(base)
     concerned = _concerned(base, head, slices, before, plan)
+    if models:
+        concerned = [name for name in concerned if name in models]
     plans = {one.model: one for one in plan.models} if plan else {}
-    models = [
+    found = [
         comment_model.comment(
-            _sources(name, slices[name], base, head, plans.get(name), git, day), MARKS
+            _sources(
+                name=name,
+                declared=slices[name],
+                base=base,
+                head=head,
+                plan=plans.get(name),
+                git=git,
+                day=day,
+            ),  # fmt: skip
+            MARKS,
         )
-        if name in slices
-        else comment_model.removed(name, base.at)
         for name in concerned
-        if name in slices or base is not None
+        if name in slices
     ]
-    return _of_models(tuple(models), common)
+    gone = [name for name in concerned if name not in slices]
+    found += [comment_model.removed(name, base.at) for name in gone if base is not None]
+    return _of_models(tuple(found), common)
 
 
-def measuring(
-    plan: PlanRecord | None, *, head: str, base: str = "", run_url: str = ""
-) -> Comment:
+def measuring(plan: PlanRecord | None, *, head: str, base: str = "", run_url: str = "") -> Comment:
     """Say that a run is at work, and what it does if that is known."""
     return _stated(
         "measuring", "measuring ...", None, plan, head=head, base=base, run_url=run_url,
@@ -160,21 +207,7 @@ def ended(  # noqa: PLR0913 - each is one independent fact
         base: Commit of the base.
         run_url: Page of the run.
     """
-    title, conclusion, step = {
-        "cancelled": (
-            "cancelled: nothing was judged", "neutral",
-            "Run it again, or push: a new run replaces this.",
-        ),
-        "over-budget": (
-            "costs more than params.yaml allows: nothing was measured", "action_required",
-            f"Put the label `{OVER_BUDGET_LABEL}` on the pull request to let it pass, or ask for "
-            "less.",
-        ),
-    }.get(
-        state,
-        ("a job failed: nothing was judged", "failure", "Read the log of the run, then run it "
-         "again."),
-    )  # fmt: skip
+    title, conclusion, step = _ENDS.get(state, _ENDS["failed"])
     return _stated(
         state, title, conclusion, plan, head=head, base=base, run_url=run_url, next_step=step,
         failures=failures,
@@ -184,7 +217,7 @@ def ended(  # noqa: PLR0913 - each is one independent fact
 def _stated(  # noqa: PLR0913 - each is one independent fact
     state: State,
     title: str,
-    conclusion: str | None,
+    conclusion: Conclusion | None,
     plan: PlanRecord | None,
     *,
     head: str,
@@ -196,7 +229,7 @@ def _stated(  # noqa: PLR0913 - each is one independent fact
     return Comment(
         state=state,
         title=title,
-        conclusion=conclusion,  # type: ignore[arg-type]
+        conclusion=conclusion,
         next_step=next_step,
         base=base or (plan.base or "" if plan else ""),
         head=head,
@@ -207,7 +240,7 @@ def _stated(  # noqa: PLR0913 - each is one independent fact
 
 
 def _of_problems(
-    problems: Sequence[PlanProblem], common: dict[str, object], failures: Sequence[str] = ()
+    problems: Sequence[PlanProblem], common: dict[str, Any], failures: Sequence[str] = ()
 ) -> Comment:
     count = wording.counted(len(problems), "problem") if problems else "a problem"
     return Comment(
@@ -217,17 +250,17 @@ def _of_problems(
         next_step="`fleet check` says the same on your machine.",
         problems=tuple(problems),
         failures=tuple(failures),
-        **common,  # type: ignore[arg-type]
+        **common,
     )
 
 
-def _of_models(models: tuple[ModelComment, ...], common: dict[str, object]) -> Comment:
+def _of_models(models: tuple[ModelComment, ...], common: dict[str, Any]) -> Comment:
     if not models:
         return Comment(
             state="empty",
             conclusion="success",
             title="no model is affected: there is nothing to measure",
-            **common,  # type: ignore[arg-type]
+            **common,
         )
     worst = max((one.verdict for one in models), key=_STANDINGS.index)
     if len(models) == 1:
@@ -243,7 +276,7 @@ def _of_models(models: tuple[ModelComment, ...], common: dict[str, object]) -> C
         next_step=_next_step(worst, models),
         models=models,
         table=comment_table.of_fleet(rows) if len(models) > 1 and rows else None,
-        **common,  # type: ignore[arg-type]
+        **common,
     )
 
 
@@ -259,7 +292,7 @@ def _next_step(worst: str, models: Sequence[ModelComment]) -> str:
     if worst == "REMOVED":
         return "Merging takes it out of the fleet."
     if worst == "PROMOTE":
-        return "Merge it: what was measured is then published, after approval where one is asked."
+        return "Merge: what was measured is then published, after approval where one is asked for."
     if worst == "INVALID":
         return "Re-run: the measurement is not to be trusted, which says nothing about the model."
     return next((one.next_step for one in models if one.verdict == worst and one.next_step), "")
@@ -288,7 +321,7 @@ def _concerned(
     before: Mapping[str, JudgeSlice] | None,
     plan: PlanRecord | None,
 ) -> list[str]:
-    """Return the models that differ, in the order of the declaration, those that are no more last."""
+    """Return the models that differ, in the order of the declaration; removed ones are last."""
     if plan is not None:
         return [one.model for one in plan.models if one.change != "unchanged" or not one.covered or
                 _differs(one.model, base, head)]  # fmt: skip
@@ -315,6 +348,7 @@ def _bytes_of(at: Layout, name: str) -> dict[str, bytes]:
 
 
 def _sources(  # noqa: PLR0913 - each is one independent fact
+    *,
     name: str,
     declared: JudgeSlice,
     base: Side | None,
@@ -352,29 +386,221 @@ def _commands(base: Side | None, head: Side) -> list[str]:
 # --- the verb ---------------------------------------------------------------------------------
 
 
-def main(at: Layout, *, base: str | None, head: str | None, models: Sequence[str] = ()) -> int:
+def main(  # noqa: PLR0913 - one for each option
+    at: Layout,
+    *,
+    dry_run: bool,
+    base: str | None = None,
+    head: str | None = None,
+    gate: Path | None = None,
+    models: Sequence[str] = (),
+) -> int:
     """
-    Print the comment of two revisions of this checkout.
+    Print the comment, or put it on the pull request of the run that GitHub's event tells of.
 
     Args:
         at: The checkout.
-        base: Commit that it is held against; where the head left the default branch if None.
+        dry_run: Print it and change nothing.
+        base: Commit that the head is held against; where that left the default branch if None.
         head: Commit; the working tree if None.
+        gate: What a gate found, in the place of both.
         models: Only these; all that differ if empty.
 
     Raises:
-        ParamsError: git knows no such commit.
+        ParamsError: git knows no such commit, or the options contradict each other.
     """
-    git = Git(at.root)
+    if not dry_run:
+        return _post(at, (base, head, gate, *models))
+    if gate is not None and (base or head or models):
+        raise ParamsError(
+            "a gate's file says which commits it is of: it takes neither --base nor --head nor "
+            "--model.",
+            hint=f"fleet comment --dry-run --gate {gate}",
+        )
     with tempfile.TemporaryDirectory(prefix="fleet-comment-") as folder:
         into = Path(folder)
-        commit = git.commit(head or "HEAD")
-        start = git.commit(base) if base else git.fork_point(commit)
-        first = Side(at=at_revision(at.root, start, into / "base"), commit=start) if start else None
-        if head is None:
-            tree = at_working_tree(at.root, into / "head")
+        if gate is not None:
+            found = of_gate(read_gate(gate), None, at, into)
         else:
-            tree = at_revision(at.root, commit, into / "head")
-        second = Side(at=tree, commit=commit if head else WORKING_TREE)
-        console.out(render(build(first, second, git=git)).rstrip("\n"))
+            found = of_revisions(at, into, base=base, head=head, models=models)
+        console.out(render(found).rstrip("\n"))
     return 0
+
+
+def _post(at: Layout, options: Sequence[object]) -> int:
+    """Report the run of GitHub's event to its pull request."""
+    from pipelines.github.client import GitHub  # noqa: PLC0415 - only in Actions
+
+    if any(options):
+        raise ParamsError(
+            "`fleet comment` says what GitHub's event tells of; --base, --head, --gate and --model "
+            "are for people.",
+            hint="fleet comment --dry-run ...",
+        )
+    comment_post.post(GitHub.from_environment(), runner.event(), lambda one: rendered(one, at))
+    return 0
+
+
+def of_revisions(
+    at: Layout,
+    into: Path,
+    *,
+    base: str | None = None,
+    head: str | None = None,
+    models: Sequence[str] = (),
+) -> Comment:
+    """
+    Say what one revision means against another.
+
+    Args:
+        at: The checkout.
+        into: A folder for both trees, empty.
+        base: Commit; where the head left the default branch if None.
+        head: Commit; the working tree if None.
+        models: Only these; all that differ if empty.
+    """
+    git = Git(at.root)
+    commit = git.commit(head or "HEAD")
+    start = git.commit(base) if base else git.fork_point(commit)
+    first = Side(at=at_revision(at.root, start, into / "base"), commit=start) if start else None
+    tree = at_revision(at.root, commit, into / "head") if head else at_working_tree(
+        at.root, into / "head"
+    )  # fmt: skip
+    second = Side(at=tree, commit=commit if head else WORKING_TREE, on=_on(tree, into / "on"))
+    return build(first, second, git=git, models=models)
+
+
+def _on(tree: Layout, into: Path) -> dict[str, Layout]:
+    """Read what second machines measured, each into a tree of its own."""
+    try:
+        declared = declaration.load(tree.params)
+    except ParamsError:
+        return {}
+    found = {}
+    for host in bundle.measured_hosts(declared)[1:]:
+        texts: dict[str, str] = {}
+        for model in declared.models:
+            texts |= bundle.from_git(tree, declared, model, host=host, head="0" * 40).files
+        if texts:
+            found[host] = lay_over(Layout(into / host), texts)
+    return found
+
+
+# --- what a gate found ------------------------------------------------------------------------
+
+
+def read_gate(path: Path) -> GateRecord:
+    """
+    Read a gate's file.
+
+    Raises:
+        ParamsError: It is missing, too large, or none.
+    """
+    try:
+        return GateRecord.model_validate_json(bundle.read_bounded(path, _GATE_LIMIT_BYTES))
+    except ValidationError as error:
+        raise ParamsError(
+            f"{path} is no record of a gate: {error.error_count()} of its fields are wrong.",
+            hint="`fleet gate` writes it.",
+        ) from None
+
+
+def of_gate(
+    gate: GateRecord, params: str | None, at: Layout, into: Path, run_url: str = ""
+) -> Comment:
+    """
+    Judge again what a gate judged, and say what it means.
+
+    Args:
+        gate: What it found; only its plan, its failures and the records in its bundles are used.
+        params: Text of params.yaml at its head; that of git if None.
+        at: The checkout: base and older records come from its git.
+        into: A folder for the trees, empty.
+        run_url: Page of the run.
+    """
+    plan = gate.plan
+    if plan is not None and plan.problems:
+        return build(None, Side(at=at, commit=gate.head or ""), plan=plan, run_url=run_url)
+    state: State | None = "over-budget" if plan is not None and not plan.allowed else None
+    if state is None and (not gate.bundles and (gate.failures or plan is None)):
+        state = "failed"
+    if state is not None:
+        return ended(
+            state, head=gate.head or "", plan=plan, failures=gate.failures, base=gate.base or "",
+            run_url=run_url,
+        )  # fmt: skip
+    git = Git(at.root)
+    start = git.parse(gate.base) if gate.base else None
+    base = Side(at=at_revision(at.root, start, into / "base"), commit=start) if start else None
+    head = _of_bundles(gate, params, git, at, into)
+    found = build(base, head, plan=plan, git=git, run_url=run_url)
+    return replace(found, failures=(*found.failures, *gate.failures))
+
+
+def _of_bundles(gate: GateRecord, params: str | None, git: Git, at: Layout, into: Path) -> Side:
+    """Lay what was measured over the base: the tree that a merge would bring."""
+    start = git.parse(gate.base) if gate.base else None
+    tree = at_revision(at.root, start, into / "head") if start else Layout(into / "head")
+    if params is None:
+        data = git.show(git.commit(gate.head or "HEAD"), "params.yaml")
+        params = (data or b"").decode(errors="replace")
+    lay_over(tree, {"params.yaml": params})
+    on: dict[str, Layout] = {}
+    times_s: dict[str, dict[str, float]] = {}
+    for one in gate.bundles:
+        bundle.require_form(one, f"the bundle of {one.model} on {one.host}")
+        where = tree if one.primary else on.setdefault(one.host, Layout(into / "on" / one.host))
+        _clear(where, one.model)
+        lay_over(where, one.files)
+        took = times_s.setdefault(one.model, {})
+        took |= {f"{one.host} {name}": wall_s for name, wall_s in one.times_s.items()}
+    return Side(at=tree, commit=gate.head or "", on=on, times_s=times_s)
+
+
+def _clear(where: Layout, model: str) -> None:
+    """Remove what the base knows of a model: what was measured stands alone, holes included."""
+    folder = where.model_record("fetch", model).parent
+    kept = {where.release(model), where.ledger(model)}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path not in kept:
+            path.unlink()
+
+
+def rendered(situation: Situation, at: Layout) -> Rendered:
+    """Make what is put on a pull request: comment, title, conclusion, annotations."""
+    run = situation.run
+    with tempfile.TemporaryDirectory(prefix="fleet-comment-") as folder:
+        if situation.gate is not None:
+            found = of_gate(situation.gate, situation.params, at, Path(folder), run.url)
+        elif situation.state == "measuring":
+            found = measuring(None, head=run.head, run_url=run.url)
+        else:
+            state: State = "cancelled" if situation.state == "cancelled" else "failed"
+            failures = (situation.problem,) if situation.problem else ()
+            found = ended(state, head=run.head, failures=failures, run_url=run.url)
+    lines = {one.model: one.line for one in found.plan.models} if found.plan else {}
+    return Rendered(
+        markdown=render(found),
+        title=found.title,
+        conclusion=found.conclusion,
+        annotations=tuple(_annotations(found, lines)),
+    )
+
+
+def _annotations(found: Comment, lines: Mapping[str, int | None]) -> Iterator[Annotation]:
+    """Yield what is wrong, at the lines of params.yaml where it is declared."""
+    for problem in found.problems:
+        yield Annotation(path="params.yaml", line=problem.line, message=problem.text)
+    for model in found.models:
+        line = lines.get(model.name)
+        if line is None or model.verdict in {"PROMOTE", "REMOVED"}:
+            continue
+        told = [f"{one.where}: {one.sentence}" if one.where else one.sentence
+                for one in model.hosts]  # fmt: skip
+        yield Annotation(
+            path="params.yaml",
+            line=line,
+            title=f"{model.name}: {model.headline}",
+            message="\n".join([*told, model.next_step]).strip() or model.headline,
+            level="failure" if model.verdict == "REJECT" else "warning",
+        )

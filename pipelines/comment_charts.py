@@ -17,7 +17,7 @@ from pipelines import wording
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipelines.comment_tree import History
+    from pipelines.comment_tree import History, Point
     from pipelines.report_tree import ModelReport, Row
 
 _FOREIGN: Final = re.compile(r"[^A-Za-z0-9 ._,/-]")
@@ -86,9 +86,7 @@ def history(past: History) -> Chart:
     ]
     rows = tuple(
         (
-            str(index), one.commit, one.day,
-            f"{wording.number(one.value_tok_s)} "
-            f"[{wording.number(one.low_tok_s)}, {wording.number(one.high_tok_s)}]",
+            str(index), one.commit, one.day, _interval(one),
         )
         for index, one in enumerate(past.points, 1)
     )  # fmt: skip
@@ -102,6 +100,11 @@ def history(past: History) -> Chart:
 
 
 # --- parts ------------------------------------------------------------------------------------
+
+
+def _interval(one: Point) -> str:
+    number = wording.number
+    return f"{number(one.value_tok_s)} [{number(one.low_tok_s)}, {number(one.high_tok_s)}]"
 
 
 def _label(text: str) -> str:

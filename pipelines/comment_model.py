@@ -7,12 +7,13 @@ reasons are those of `pipelines.verdict`, limits those of `pipelines.limits`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
 from pipelines import comment_table, limits, records, report, wording
+from pipelines.ci_records import TimesRecord
 from pipelines.comment_table import Changes, Then
 from pipelines.comment_tree import (
     Change,
@@ -26,7 +27,7 @@ from pipelines.comment_tree import (
 from pipelines.compare_records import CompareRecord
 from pipelines.console import clean
 from pipelines.errors import StoreError
-from pipelines.evidence import MIB, Readings, Trusted
+from pipelines.evidence import Readings, Trusted
 from pipelines.ledger import Ledger
 from pipelines.publishing_words import shown_size
 from pipelines.records import (
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from pipelines.layout import Layout
     from pipelines.params import JudgeSlice
     from pipelines.report import Told
-    from pipelines.report_tree import ModelReport
     from pipelines.trees import Git
     from pipelines.verdict import HostFinal
     from pipelines.verdict_words import Reason, Verdict
@@ -154,7 +154,7 @@ def comment(given: Sources, mark_of: Mapping[str, str]) -> ModelComment:
     )
     way, note = rollback(name, given.before or given.now)
     row = _row(told, then, mark_of[verdict], found)
-    return _with(found, rollback=way, rollback_note=note, row=row)
+    return replace(found, rollback=way, rollback_note=note, row=row)
 
 
 def removed(name: str, before: Layout) -> ModelComment:
@@ -171,12 +171,6 @@ def removed(name: str, before: Layout) -> ModelComment:
         rollback=(),
         rollback_note=note if has_release else "",
     )
-
-
-def _with(found: ModelComment, **fields: Any) -> ModelComment:  # noqa: ANN401 - fields of it
-    from dataclasses import replace  # noqa: PLC0415 - here alone
-
-    return replace(found, **fields)
 
 
 def _row(told: Told, then: Then | None, mark: str, found: ModelComment) -> tuple[Cell, ...]:
@@ -238,17 +232,14 @@ def _was(told: Told, then: Then | None, given: Sources) -> str:
         return "nothing was chosen before"
     if then.winner != winner.type:
         return f"was {_tidy(then.winner)}"
-    now = told.evidence.quantized.get(winner.type)
-    same = isinstance(now, QuantizeRecord) and now.gguf.sha256 == then.built[winner.type].gguf.sha256
-    if same:
+    now, before = told.evidence.quantized.get(winner.type), then.built.get(winner.type)
+    if isinstance(now, QuantizeRecord) and before and now.gguf.sha256 == before.gguf.sha256:
         return "as before"
     return f"was {winner.type} at {_short(_revision(given.before, given.declared.model))}"
 
 
 def _revision(at: Layout | None, name: str) -> str:
-    found = (
-        records.read_or_reason(at.model_record("fetch", name), FetchRecord) if at else "no base"
-    )
+    found = records.read_or_reason(at.model_record("fetch", name), FetchRecord) if at else "no base"
     return found.revision if isinstance(found, FetchRecord) else "another revision"
 
 
@@ -299,7 +290,7 @@ def _verdict(
     """
     if not told.report.is_measured:
         return (), "UNMEASURED", f"`fleet repro {told.report.name}` measures it."
-    own = {host: each for host, each in others}
+    own = dict(others)
     finals = {one.host: (one, told) for one in told.judged.hosts}
     for host, each in own.items():
         for one in each.judged.hosts:
@@ -318,7 +309,10 @@ def _verdict(
     else:
         lines += _host_lines([one for one, _ in finals.values()], len(finals))
     verdict = max(
-        (told.judged.verdict if not own else _of_primary(told, own), *(one.verdict for one in lines)),
+        (
+            _of_primary(told, own) if own else told.judged.verdict,
+            *(one.verdict for one in lines),
+        ),
         key=VERDICTS.index,
     )
     step = next((one.next_step for one in lines if one.verdict == verdict), "")
@@ -497,7 +491,6 @@ def _changes(name: str, given: Sources) -> Iterator[Change]:
 
 
 def _upstream(then: FetchRecord, now: FetchRecord) -> Iterator[Change]:
-    number = wording.number
     plain = (
         ("source", then.source, now.source),
         ("revision", _short(then.revision), _short(now.revision)),
@@ -506,7 +499,6 @@ def _upstream(then: FetchRecord, now: FetchRecord) -> Iterator[Change]:
         ("parameters", *wording.pair(then.parameters_count, now.parameters_count)),
         ("dtypes", _counts(then.dtypes), _counts(now.dtypes)),
     )
-    assert number is not None
     yield from _differing(plain)
     old = {one.name: one.sha256 for one in then.files}
     new = {one.name: one.sha256 for one in now.files}
@@ -553,21 +545,32 @@ def _counts(found: Mapping[str, int]) -> str:
 
 def _cost(told: Told, given: Sources) -> Iterator[str]:
     """Yield what measuring took, as clauses: minutes, disk, network."""
-    if given.times_s:
-        total_s = sum(given.times_s.values())
-        yield f"{minutes(total_s)} measured"
+    name = given.declared.model
+    took = given.times_s or _times_of(given.now, name)
+    total_s = sum(took.values())
+    if total_s and given.plan and given.plan.covered:
+        yield f"nothing now, {minutes(total_s)} when it was measured"
+    elif total_s:
+        yield f"{minutes(total_s)} on the runner"
     elif given.plan and given.plan.covered:
-        yield "nothing measured again"
+        yield "nothing now"
     elif given.plan and given.plan.budget.gpu_minutes is not None:
         yield f"about {minutes(given.plan.budget.gpu_minutes * 60)} on the runner"
-    built = [one for one in told.evidence.quantized.values() if isinstance(one, QuantizeRecord)]
-    made = [told.evidence.converted] if isinstance(told.evidence.converted, ConvertRecord) else []
-    size_bytes = sum(one.gguf.size_bytes for one in (*built, *made))
+    made = (told.evidence.converted, *told.evidence.quantized.values())
+    size_bytes = sum(
+        one.gguf.size_bytes for one in made if isinstance(one, (ConvertRecord, QuantizeRecord))
+    )
     if size_bytes:
         yield f"{shown_size(size_bytes)} of GGUFs"
     fetched = told.evidence.fetched
     if isinstance(fetched, FetchRecord) and fetched.source.startswith("hf:"):
         yield f"{shown_size(fetched.size_bytes)} from the Hub"
+
+
+def _times_of(at: Layout, name: str) -> Mapping[str, float]:
+    path = at.model_record("times", name)
+    found = records.read_or_reason(path, TimesRecord)
+    return {} if isinstance(found, str) else found.wall_s
 
 
 def minutes(seconds: float) -> str:
@@ -680,4 +683,3 @@ def _tidy(text: str, characters: int = _TEXT_CHARACTERS) -> str:
 
 
 assert set(_VERBS) == set(VERDICTS)
-assert MIB

@@ -18,18 +18,23 @@ The job summary holds the same text with more room.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
 
 from markupsafe import Markup
 
-from pipelines import comment_charts, render, tables, wording
+from pipelines import comment_charts, comment_model, tables, wording
+from pipelines import render as render_report
+from pipelines.publishing_words import shown_size
+from pipelines.verdict_words import capital
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jinja2 import Template
 
+    from pipelines.ci_records import Budget, ModelPlan, PlanRecord
     from pipelines.comment_tree import Comment, ModelComment, Table, TableRow
 
 LIMIT: Final = 60_000
@@ -44,6 +49,16 @@ STATE_MARKS: Final = {
     "failed": "❌",
 }  # fmt: skip
 OUTCOME_MARKS: Final = {"PASS": "✅", "HOLD": "⏸️", "FAIL": "❌", "INVALID": "⚠️"}
+
+
+_GOOD: Final = frozenset({"PROMOTE", "REMOVED"})
+_SEE: Final = "see the job summary"
+_BLANK_LINES: Final = re.compile(r"\n{3,}")
+# What GitHub takes for a commit, and longer digests.
+_HEX: Final = re.compile(r"(?<![A-Za-z0-9])[0-9a-f]{7,64}(?![A-Za-z0-9])")
+# Backticks after they were escaped, around what needs no escape.
+_COMMAND: Final = re.compile(r"&#96;([A-Za-z0-9 ._/:=\"'-]{1,200})&#96;")
+_CODE: Final = re.compile(r"(`[^`]*`)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,4 +111,176 @@ def render(comment: Comment, *, marker: str = "", limit: int = LIMIT) -> str:
     Returns:
         Markdown that ends with a line end.
     """
-    return f"{marker}\n## {comment.title}\n"[:limit]
+    head = f"{marker}\n" if marker else ""
+    text = ""
+    for detail in STEPS:
+        text = head + _rendered(comment, detail)
+        if len(text) <= limit:
+            return text
+    # Sizes of models differ: halve what is shown until it fits, then add as long as it does.
+    least, most = 0, len(comment.models)
+    while most - least > 1:
+        middle = (least + most) // 2
+        tried = head + _rendered(comment, replace(STEPS[-1], models=middle))
+        if len(tried) <= limit:
+            least, text = middle, tried
+        else:
+            most = middle
+    text = text if least else head + _rendered(comment, replace(STEPS[-1], models=0))
+    if len(text) <= limit:
+        return text
+    end = f"\n\n{_SEE}\n"
+    return text[: max(text.rfind("\n", 0, limit - len(end)), 0)] + end
+
+
+def summary(comment: Comment) -> str:
+    """Render the same for the summary of a job, which has more room."""
+    return render(comment, limit=SUMMARY_LIMIT)
+
+
+def _rendered(comment: Comment, detail: Detail) -> str:
+    models = comment.models
+    shown = _worst_first(models, detail.models) if detail.models is not None else models
+    missing = len(models) - len(shown)
+    alone = models[0] if len(models) == 1 and detail.models is None else None
+    text = _template().render(
+        comment=comment,
+        detail=detail,
+        alone=alone,
+        many=alone is None and bool(models),
+        models=shown,
+        counted_out=_counted_out(models, shown) if missing else "",
+        left_out=detail.left_out if models else "",
+        see=f"; {_SEE}",
+        mark=MARKS[comment.verdict] if comment.verdict else STATE_MARKS[comment.state],
+        shown_rows=lambda table: _rows(table, detail),
+        hidden=lambda table: len(table.rows) - len(_rows(table, detail)),
+        **_COMMON,
+    )
+    return _BLANK_LINES.sub("\n\n", text).strip("\n") + "\n"
+
+
+def _worst_first(models: Sequence[ModelComment], count: int) -> tuple[ModelComment, ...]:
+    """Return so many models, those that are not promoted before the others, in their order."""
+    order = sorted(range(len(models)), key=lambda i: models[i].verdict in _GOOD)
+    return tuple(models[i] for i in sorted(order[:count]))
+
+
+def _counted_out(models: Sequence[ModelComment], shown: Sequence[ModelComment]) -> str:
+    names = {one.name for one in shown}
+    counts: dict[str, int] = {}
+    for one in models:
+        if one.name not in names:
+            counts[one.verdict] = counts.get(one.verdict, 0) + 1
+    told = ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items())
+    return f"and {wording.counted(len(models) - len(shown), 'model')} more ({told})"
+
+
+def _rows(table: Table, detail: Detail) -> Sequence[TableRow]:
+    """Leave out, where room is short, what neither won nor failed."""
+    if detail.losers:
+        return table.rows
+    return [
+        row for row in table.rows
+        if row.is_strong or any(cell.mark and cell.mark != "✅" for cell in row.cells)
+    ] or table.rows[:1]  # fmt: skip
+
+
+# --- what the template calls ------------------------------------------------------------------
+
+
+def text(value: object) -> str:
+    """
+    Make any text one line that GitHub shows as it is; digests and commands as code.
+
+    A commit would become a link, which inside code it does not, and is copied whole from there.
+    """
+    if isinstance(value, Markup):
+        return str(value)
+    escaped = render_report.escape_markdown(value)
+    escaped = _COMMAND.sub(lambda found: f"`{found[1]}`", escaped)
+    parts = _CODE.split(escaped)
+    return "".join(
+        part if index % 2 else _HEX.sub(lambda found: f"`{found[0]}`", part)
+        for index, part in enumerate(parts)
+    )
+
+
+def plain(value: object) -> Markup:
+    """Make text fit for a place where GitHub reads HTML and no Markdown: a `<summary>`."""
+    escaped = render_report.escape_markdown(value)
+    broken = _HEX.sub(lambda found: f"{found[0][:3]}\u200b{found[0][3:]}", escaped)
+    return Markup(broken)  # noqa: S704 - escaped just now
+
+
+def _capital(value: str) -> str:
+    return capital(wording.clause(value) if value.isupper() else value)
+
+
+def _short(commit: str) -> str:
+    return commit[:12] if _HEX.fullmatch(commit) else commit
+
+
+def _stages(model: ModelPlan) -> str:
+    """Say what has to run: `fetch, quantize (3), benchmark (3)`."""
+    counts: dict[str, int] = {}
+    for one in model.runs:
+        counts[one.stage] = counts.get(one.stage, 0) + 1
+    return ", ".join(
+        f"{stage} ({count})" if count > 1 else stage for stage, count in counts.items()
+    )
+
+
+def _where(plan: PlanRecord, model: str) -> str:
+    """Say on which hosts a model is measured, with the labels of their runners."""
+    legs = [leg for leg in plan.legs if model in leg.models]
+    return "; ".join(f"{leg.host} ({', '.join(leg.runs_on)})" for leg in legs) or "none"
+
+
+def _took(budget: Budget) -> str:
+    known = budget.gpu_minutes
+    return "unknown" if known is None else comment_model.minutes(known * 60)
+
+
+def _cost(budget: Budget) -> str:
+    parts = []
+    if budget.gpu_minutes is not None:
+        parts.append(f"about {comment_model.minutes(budget.gpu_minutes * 60)} on runners")
+    if budget.disk_bytes is not None:
+        parts.append(f"{shown_size(budget.disk_bytes)} of disk")
+    if budget.network_bytes is not None:
+        parts.append(f"{shown_size(budget.network_bytes)} from the Hub")
+    unknown = [wording.shortened(one, 200) for one in budget.unknown[:3]]
+    return "; ".join([", ".join(parts) or "nothing is known of the cost", *unknown])
+
+
+_COMMON: Final[dict[str, Any]] = {
+    "marks": MARKS,
+    "outcomes": OUTCOME_MARKS,
+    "section_outcomes": {
+        "PASS": "✅", "INCONCLUSIVE": "⏸️", "FAIL": "❌", "INVALID": "⚠️", "SKIP": "⏭️",
+    },
+    "most_gates": 12,
+    "most_problems": 20,
+    "most_models": 40,
+    "run_columns": tables.of_runs,
+    "text_columns": tables.of_texts,
+    "pareto": comment_charts.pareto,
+    "history": comment_charts.history,
+    "number": wording.number,
+    "capital": _capital,
+    "short": _short,
+    "stages": _stages,
+    "where": _where,
+    "took": _took,
+    "cost": _cost,
+    "plain": plain,
+    "safe": Markup,
+    "part": render_report.part,
+}  # fmt: skip
+
+
+@cache
+def _template() -> Template:
+    environment = render_report.environment(finalize=text)
+    return environment.get_template("comment.md.j2")

@@ -110,9 +110,7 @@ def separate(now: Measured | None, before: Measured | None) -> Delta | None:
     )
 
 
-def in_turns(
-    compared: CompareRecord | None, test: str, depth_tokens: int | None
-) -> Delta | None:
+def in_turns(compared: CompareRecord | None, test: str, depth_tokens: int | None) -> Delta | None:
     """Return what an interleaved run says of one speed test; None if it did not run it."""
     for one in compared.speed if compared else ():
         if (one.test, one.depth_tokens) == (test, depth_tokens):
@@ -259,9 +257,7 @@ def _changes_of(row: Row, known: Evidence, then: Then | None) -> Changes:
     if then is None:
         return Changes()
     now = readings(known, row.type) if row.verdict != "INVALID" else None
-    compared = speaks_of(
-        then.compared, then.built.get(row.type), known.quantized.get(row.type)
-    )
+    compared = speaks_of(then.compared, then.built.get(row.type), known.quantized.get(row.type))
     return changes(now, then.read.get(row.type), compared)
 
 

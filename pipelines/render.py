@@ -87,7 +87,7 @@ def markdown(report: Report, limit: int = MARKDOWN_LIMIT) -> str:
 
 
 def _markdown(report: Report, detail: int) -> str:
-    template = _environment(finalize=escape_markdown, autoescape=False).get_template("report.md.j2")
+    template = environment(finalize=escape_markdown, autoescape=False).get_template("report.md.j2")
     shown = [m for m in report.models if detail > 0 or m.verdict != "PROMOTE"]
     return template.render(
         report=report,
@@ -121,7 +121,7 @@ def _rows(model: ModelReport, *, everyone: bool) -> Sequence[Row]:
 def html(report: Report) -> str:
     """Render one page that needs nothing from anywhere."""
     css, script = _asset("report.css"), _asset("report.js")
-    template = _environment(autoescape=True).get_template("report.html.j2")
+    template = environment(autoescape=True).get_template("report.html.j2")
     return template.render(
         report=report,
         # Ours, from the package; nothing of a record is in them.
@@ -346,9 +346,10 @@ def _asset(name: str) -> str:
     return (files("pipelines") / "templates" / name).read_text(encoding="utf-8").strip()
 
 
-def _environment(
-    *, autoescape: bool, finalize: Callable[[object], str] | None = None
+def environment(
+    *, autoescape: bool = False, finalize: Callable[[object], str] | None = None
 ) -> Environment:
+    """Return the engine of our templates; without `autoescape` every value goes to `finalize`."""
     return Environment(
         loader=PackageLoader("pipelines", "templates"),
         autoescape=autoescape,  # noqa: S701 - what is not autoescaped goes through `finalize`
