@@ -136,6 +136,33 @@ def _adopt(at: Layout, args: argparse.Namespace) -> int:
     return adopt.main(at, args.gate, commit=args.commit, dry_run=args.dry_run)
 
 
+def _comment_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--dry-run", action="store_true", help="print it; else it goes on the pull request"
+    )
+    verb.add_argument(
+        "--base",
+        metavar="REV",
+        help="held against this; default: where HEAD left the default branch",
+    )
+    verb.add_argument("--head", metavar="REV", help="default: the working tree")
+    verb.add_argument("--model", nargs="+", default=[], metavar="MODEL", help="only these")
+    verb.add_argument("--gate", type=Path, metavar="GATE.JSON", help="by `fleet gate`, for both")
+
+
+def _comment(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import comment  # noqa: PLC0415 - not for --help
+
+    return comment.main(
+        at,
+        dry_run=args.dry_run,
+        base=args.base,
+        head=args.head,
+        gate=args.gate,
+        models=words(args.model),
+    )
+
+
 _VERBS = (
     _Verb(
         "bundle",
@@ -145,6 +172,12 @@ _VERBS = (
     ),
     _Verb(
         "gate", "judge what a pull request measured; exit 0 only for PROMOTE", _gate_options, _gate
+    ),
+    _Verb(
+        "comment",
+        "say what a pull request means, on it, or with --dry-run here",
+        _comment_options,
+        _comment,
     ),
     _Verb("adopt", "put the records that a gate accepted into git", _adopt_options, _adopt),
 )

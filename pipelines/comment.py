@@ -168,7 +168,7 @@ def build(  # noqa: PLR0913 - each is one independent fact
                 plan=plans.get(name),
                 git=git,
                 day=day,
-            ),  # fmt: skip
+            ),
             MARKS,
         )
         for name in concerned
