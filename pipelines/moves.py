@@ -161,13 +161,19 @@ def require_current(model: str, settled: Settled, store: Store, ledger: Ledger) 
     copied here: the same command would pass the second time, and `git pull` would meet a ledger
     that was changed.
 
+    Nor may a release take back a rollback of which git does not know yet, be it as new as it may:
+    its records were merged by somebody who saw the one that was rolled back.
+
     Raises:
         GateError: The release was replaced by a move that the ledger lacks; or it cannot be told,
-            since neither the registry nor the ledger remembers all moves.
+            since neither the registry nor the ledger remembers all moves. Or the last move is a
+            rollback that the ledger lacks.
     """
     move, missing = settled.moved, settled.missing
     if move is None or not missing:
         return
+    if move.action != "rollback" and missing[-1].action == "rollback":
+        raise _rolled_back(model, move, missing[-1], store)
     last = ledger.last(store.name, STABLE)
     first_unknown = last.sequence + 1 if last else 1
     is_forgotten = missing[0].sequence > first_unknown
@@ -186,6 +192,18 @@ def require_current(model: str, settled: Settled, store: Store, ledger: Ledger) 
         f"the ledger of this checkout does not know; {replaced}. `{STABLE}` was left as it is.",
         hint=f"`git pull`, then publish again. If you do mean to go back: fleet rollback {model} "
         f"--to {short(move.release)} --registry {store.name} --reason TEXT",
+    )
+
+
+def _rolled_back(model: str, move: Move, rollback: Move, store: Store) -> GateError:
+    return GateError(
+        f"{model}@{STABLE} in {store.name} was rolled back to {short(rollback.release)} by "
+        f"{wording.quoted(rollback.who)} at {wording.quoted(rollback.at)} (move "
+        f"{rollback.sequence}), of which the ledger of this checkout does not know; "
+        f"{short(move.release)} would take that back. `{STABLE}` was left as it is.",
+        hint=f"Merge what that rollback left (the pull request from fleet/rollback-{model}, or "
+        "`git pull`), then publish again. To end it: "
+        f"fleet rollback {model} --to latest --registry {store.name} --reason TEXT",
     )
 
 

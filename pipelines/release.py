@@ -99,7 +99,13 @@ class _RefusedError(Exception):
         self.reason = reason
 
 
-def compose(slice_: PublishSlice, at: Layout, *, today: str | None = None) -> Composed | Refused:
+def compose(
+    slice_: PublishSlice,
+    at: Layout,
+    *,
+    today: str | None = None,
+    elsewhere: Mapping[str, Path] | None = None,
+) -> Composed | Refused:
     """
     Compose the release of a model from what the stages left.
 
@@ -107,6 +113,8 @@ def compose(slice_: PublishSlice, at: Layout, *, today: str | None = None) -> Co
         slice_: What is declared.
         at: The checkout.
         today: The day in UTC by which waivers count; that of the clock if None.
+        elsewhere: Files that need not be here, since the registry has them, by their sha256; of a
+            GGUF the path of a file with its header.
 
     Returns:
         The release with all its blobs, or why there is none. Where results/M/release.json says the
@@ -117,18 +125,20 @@ def compose(slice_: PublishSlice, at: Layout, *, today: str | None = None) -> Co
         OSError: A file cannot be read.
     """
     try:
-        return _compose(slice_, at, today)
+        return _compose(slice_, at, today, elsewhere or {})
     except _RefusedError as error:
         return Refused(reasons=(error.reason,))
 
 
-def _compose(slice_: PublishSlice, at: Layout, today: str | None) -> Composed | Refused:
+def _compose(
+    slice_: PublishSlice, at: Layout, today: str | None, elsewhere: Mapping[str, Path]
+) -> Composed | Refused:
     evidence = verdict_evidence.collect(slice_, at, day=today)
     judged = release_gates.judge(evidence)
     papers = release_gates.papers_of(evidence)
     if judged.reasons or papers is None:
         return Refused(reasons=judged.reasons)
-    composer = _Composer(slice_=slice_, at=at, papers=papers, judged=judged)
+    composer = _Composer(slice_=slice_, at=at, papers=papers, judged=judged, elsewhere=elsewhere)
     composer.add_files()
     release = composer.release()
     leaks = tuple(_leaks(release, composer.texts, slice_, at))
@@ -168,6 +178,7 @@ class _Composer:
         at: The checkout.
         papers: All records.
         judged: What follows from them.
+        elsewhere: Files that only the registry has, by sha256, and where their header is.
         files: Every file, in the order of the release.
         blobs: The same by sha256, each once.
         texts: Of those files that hold words of the operator's, by name.
@@ -177,6 +188,7 @@ class _Composer:
     at: Layout
     papers: Papers
     judged: Judgement
+    elsewhere: Mapping[str, Path]
     files: list[ReleaseFile] = field(default_factory=list)
     blobs: dict[str, Blob] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
@@ -221,7 +233,8 @@ class _Composer:
         type_ = self.slice_.quants[key]
         digest = self.papers.quantized[type_].gguf
         try:
-            header = gguf_header.read(self.at.gguf(self.slice_.model, key))
+            path = self.elsewhere.get(digest.sha256, self.at.gguf(self.slice_.model, key))
+            header = gguf_header.read(path)
             made = ollama_store.manifest(header, gguf_sha256=digest.sha256, modelfile=rendered)
             architecture = header.text("general.architecture")
         except (GgufError, ParamsError) as error:
@@ -286,8 +299,9 @@ class _Composer:
         Large ones are not read: a store hashes what it is sent. A licence is, since the Modelfile
         repeats it.
         """
+        is_held = digest.sha256 in self.elsewhere
         try:
-            size_bytes = path.stat().st_size
+            size_bytes = digest.size_bytes if is_held else path.stat().st_size
         except FileNotFoundError:
             raise _RefusedError(f"{_named(path, self.at)} does not exist. {self._again}") from None
         if size_bytes != digest.size_bytes:

@@ -58,7 +58,33 @@ def add_publish(verb: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--to", metavar="NAME", help="publish to this registry of params.yaml; all models if none"
     )
+    other.add_argument(
+        "--environment",
+        metavar="NAME",
+        help="publish to every registry of this deployment environment, instead of --to",
+    )
     other.add_argument("--reason", metavar="TEXT", help="why, for the ledger")
+    other.add_argument(
+        "--pull",
+        action="store_true",
+        help="bring from DVC's remote what is neither here nor in the registry",
+    )
+    other.add_argument(
+        "--checksums",
+        type=Path,
+        metavar="FILE",
+        help="write `sha256  name` of every published file, for an attestation",
+    )
+    other.add_argument(
+        "--propose",
+        action="store_true",
+        help="bring ledger and releases to the default branch by a pull request",
+    )
+    other.add_argument(
+        "--plan",
+        action="store_true",
+        help="only say by git which registries of which environments have something to do",
+    )
     _dry_run(other)
 
 
@@ -69,19 +95,34 @@ def is_publish_to(args: argparse.Namespace) -> bool:
     Raises:
         ParamsError: It is half of each.
     """
-    if args.to is not None:
+    # A workflow gives an input that nobody filled in as an empty word.
+    for name in ("key", "to", "environment", "reason"):
+        setattr(args, name, getattr(args, name) or None)
+    if args.to is not None and args.environment is not None:
+        raise ParamsError(
+            "`--to` names one registry, `--environment` all of one environment: not both.",
+            hint="fleet publish --environment NAME",
+        )
+    if args.to is not None or args.environment is not None or args.plan:
         return True
-    if args.key is None or args.reason is not None or args.dry_run:
+    only_of_the_verb = (args.reason, args.dry_run, args.pull, args.checksums, args.propose)
+    if args.key is None or any(only_of_the_verb):
         raise ParamsError(
             "`fleet publish` without a registry is the stage of one model, and takes neither "
-            "`--reason` nor `--dry-run`.",
+            "`--reason` nor `--dry-run`, `--pull`, `--checksums`, `--propose`.",
             hint="fleet publish --to NAME publishes every model to a registry of params.yaml.",
         )
     return False
 
 
 def publish_to(args: argparse.Namespace, declared: Declaration, at: Layout) -> int:
-    """Do `fleet publish [MODEL] --to NAME`."""
+    """Do `fleet publish [MODEL] --to NAME`, or say with `--plan` where that is due."""
+    if args.plan:
+        from pipelines import publish_plan  # noqa: PLC0415 - not for --help
+
+        return publish_plan.main(
+            declared, at, model=args.key, environment=args.environment, as_json=args.json
+        )
     from pipelines import publish_to as verb  # noqa: PLC0415 - not for --help
 
     return verb.main(
@@ -89,9 +130,15 @@ def publish_to(args: argparse.Namespace, declared: Declaration, at: Layout) -> i
         at,
         model=args.key,
         to=args.to,
+        environment=args.environment,
         reason=args.reason,
-        dry_run=args.dry_run,
-        as_json=args.json,
+        options=verb.Options(
+            pull=args.pull,
+            checksums=args.checksums,
+            propose=args.propose,
+            dry_run=args.dry_run,
+            as_json=args.json,
+        ),
     )
 
 
@@ -138,6 +185,11 @@ def _rollback_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--registry", metavar="NAME", help="default: every one that holds the model")
     verb.add_argument("--reason", required=True, metavar="TEXT", help="why, for the ledger")
+    verb.add_argument(
+        "--pr",
+        action="store_true",
+        help="open the pull request by which params.yaml and ledger on GitHub agree",
+    )
     _dry_run(verb)
 
 
@@ -149,8 +201,9 @@ def _rollback(declared: Declaration, at: Layout, args: argparse.Namespace) -> in
         at,
         model=args.model,
         target=args.to,
-        registry=args.registry,
+        registry=args.registry or None,
         reason=args.reason,
+        pr=args.pr,
         dry_run=args.dry_run,
         as_json=args.json,
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from pipelines import console, stable_line, wording
+from pipelines import console, rollback_pr, stable_line, wording
 from pipelines.errors import FleetError, RetryLaterError, StoreError
 from pipelines.ledger import Ledger
 from pipelines.moves import By
@@ -78,6 +78,7 @@ def main(  # noqa: PLR0913 - one for each option
     target: str,
     registry: str | None,
     reason: str,
+    pr: bool = False,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -91,6 +92,8 @@ def main(  # noqa: PLR0913 - one for each option
         target: Release id, 8 digits of one or more, `previous`, or `latest`.
         registry: The only registry whose alias moves; None for every one that holds the model.
         reason: For the ledger.
+        pr: Open the pull request by which params.yaml and ledger on GitHub agree. The aliases come
+            first: a refusal of GitHub leaves them where they are wanted.
         dry_run: Ask and say; change nothing.
         as_json: Print JSON.
 
@@ -112,6 +115,7 @@ def main(  # noqa: PLR0913 - one for each option
     stores, left = _concerned(declared, at, model, registry, ledger=ledger, again=again)
     wanted = declared.models[model].stable
     try:
+        target = _ended(model, target, stores, ledger, by)
         plan = _plan(at, model, target, stores, ledger, wanted=wanted, left=left, why=by.why)
     except FleetError:
         for name, error in left.items():
@@ -128,6 +132,19 @@ def main(  # noqa: PLR0913 - one for each option
         except FleetError as error:
             failures.add(name, _left(error, _command(model, plan.stable, by.why, name)))
     undo = _undo(at, model, wanted, plan, outcomes, registry=registry)
+    proposed = None
+    if not dry_run:
+        done = rollback_pr.RolledBack(
+            model=model,
+            stable=plan.stable,
+            target=plan.target,
+            before=plan.before,
+            outcomes=outcomes,
+            by=by,
+            undo=undo,
+            again=_command(model, plan.stable, by.why, registry),
+        )
+        proposed = rollback_pr.tell(at, done, failures, pr=pr)
     if as_json:
         told = {
             "model": model,
@@ -141,10 +158,11 @@ def main(  # noqa: PLR0913 - one for each option
             "without": plan.without,
             "errors": failures.as_json(),
             "undo": undo,
+            "pull_request": proposed.url if proposed else None,
         }
         print_json(told)
     else:
-        _print(model, wanted, plan, outcomes, undo, dry_run=dry_run)
+        _print(model, wanted, plan, outcomes, undo, dry_run=dry_run, pr=pr)
     return failures.exit_code
 
 
@@ -209,6 +227,37 @@ def _concerned(  # noqa: PLR0913 - each is one independent fact
 def _holds(store: Store, model: str) -> bool:
     alias, _token = store.read_alias(model, STABLE)
     return alias is not None or bool(store.list_releases(model))
+
+
+def _ended(model: str, target: str, stores: Mapping[str, Store], ledger: Ledger, by: By) -> str:
+    """
+    Return what `previous` means where a rollback was begun of which git does not know.
+
+    A run that was stopped between the alias and its pull request, and is started again, ends what
+    it began: `previous` would by now mean the release that was left.
+
+    Raises:
+        StoreError: It was another run, or a person; who asks has to say which release he means.
+    """
+    if target != PREVIOUS:
+        return target
+    for name, store in stores.items():
+        alias, _token = store.read_alias(model, STABLE)
+        last = alias.moves[-1] if alias else None
+        if last is None or last.action != "rollback" or last in ledger.moves(name, STABLE):
+            continue
+        if by.run is not None and last.run == by.run:
+            return last.release
+        assert last.previous is not None, "who goes back comes from somewhere"
+        raise StoreError(
+            f"{model}@{STABLE} in {name} was rolled back to {short(last.release)} by "
+            f"{wording.quoted(last.who)} at {wording.quoted(last.at)}, of which the ledger of this "
+            f"checkout does not know: `{PREVIOUS}` would take that back, to "
+            f"{short(last.previous)}. Nothing was changed.",
+            hint=f"To have it in git, too: {_command(model, last.release, by.why, name)}. To take "
+            f"it back: {_command(model, last.previous, by.why, name)}",
+        )
+    return target
 
 
 def _plan(  # noqa: PLR0913 - each is one independent fact
@@ -432,6 +481,7 @@ def _print(  # noqa: PLR0913 - each is one independent fact
     undo: str,
     *,
     dry_run: bool,
+    pr: bool,
 ) -> None:
     for name, outcome in outcomes.items():
         console.out(f"{name}: {outcome.sentence}")
@@ -447,8 +497,9 @@ def _print(  # noqa: PLR0913 - each is one independent fact
             f"params.yaml: `stable: {_shown(wanted)}` of {model} {verb} "
             f"`stable: {_shown(plan.stable)}`."
         )
-    if undo and not dry_run:
+    if undo and not dry_run and not pr:
         console.info("  next: commit params.yaml and results/, so that every checkout knows of it")
+    if undo and not dry_run:
         console.info(f"  undo: {undo}")
 
 

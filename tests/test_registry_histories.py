@@ -310,13 +310,17 @@ class Histories(RuleBasedStateMachine):
         return publish(ledger=self._ledger(checkout), by=self._by("a better one"))
 
     def _was_replaced(self, checkout: int, target: str) -> bool:
-        """Tell whether a release was `stable`, and no more, by moves that a checkout has not."""
+        """
+        Tell whether a release was `stable`, and no more, by moves that a checkout has not.
+
+        Also if the last of those moves went back: nothing takes that back unasked.
+        """
         written = self._ledger(checkout).moves("registry", STABLE)
-        return (
-            len(written) < len(self.moves)
-            and target in {move.release for move in self.moves}
-            and target != self.moves[-1].release
-        )
+        if len(written) >= len(self.moves) or target == self.moves[-1].release:
+            return False
+        return self.moves[-1].action == "rollback" or target in {
+            move.release for move in self.moves
+        }
 
     def _expect(self, moved: Move | None, target: str) -> None:
         """Hold a move against the model, and add it."""
