@@ -133,34 +133,19 @@ def withdraw_invalid(at: Layout, declared: Declaration, plan: Plan) -> None:
 
     DVC alone would keep them: nothing that it compares has changed when a machine has become quiet.
     """
-    from pipelines import load_records, records  # noqa: PLC0415 - pydantic
+    from pipelines import coverage  # noqa: PLC0415 - pydantic
 
-    def measured(path: Path) -> bool:
-        return records.read(path, records.BenchmarkRecord).validity.verdict == "VALID"
-
-    def loaded(path: Path) -> bool:
-        return not any(
-            one.invalid for one in records.read(path, load_records.LoadTestRecord).winners
-        )
-
-    found: list[tuple[str, Path, Callable[[Path], bool]]] = [
-        (f"benchmark@{key}", at.quant_record("benchmark", quant.model, quant.type), measured)
+    found = [
+        (f"benchmark@{key}", at.quant_record("benchmark", quant.model, quant.type))
         for key, quant in declared.quants.items()
     ]
     found += [
-        (f"load-test@{model}", at.model_record("load-test", model), loaded)
-        for model in declared.models
+        (f"load-test@{model}", at.model_record("load-test", model)) for model in declared.models
     ]
-    for stage, path, is_valid in found:
-        if stage not in plan.stages or not path.exists():
-            continue
-        try:
-            valid = is_valid(path)
-        except records.RecordError:
-            valid = False
-        if not valid:
+    for name, path in found:
+        if name in plan.stages and any(coverage.distrusted(name.partition("@")[0], path)):
             path.unlink()
-            console.info(f"measuring again: {stage} was not valid")
+            console.info(f"measuring again: {name} was not valid")
 
 
 def plan_of(declared: Declaration, targets: Sequence[str], *, until: str | None = None) -> Plan:
