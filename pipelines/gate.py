@@ -141,7 +141,8 @@ def main(  # noqa: PLR0913 - one for each option
     runner.outputs(
         conclusion=record.conclusion, verdict=record.verdict or "", new_records=new_records
     )
-    runner.summary(_summary(record))
+    if runner.in_actions():
+        runner.summary(_summary(at, record))
     _tell(record)
     if record.plan is not None and record.plan.problems:
         return ParamsError.exit_code
@@ -450,7 +451,7 @@ def _shown(
                 host=host,
                 verdict=found,
                 sentence=tidy(_said(found, final, own, reasons), _SENTENCE),
-                next_step=tidy(_next(found, own, reasons), _SENTENCE),
+                next_step=wording.sentence(tidy(_next(found, own, reasons), _SENTENCE)),
                 line=lines.get(model),
             )
 
@@ -470,6 +471,8 @@ def _said(
 
 
 def _next(found: Verdict, own: ModelVerdict, reasons: Sequence[Reason]) -> str:
+    if found == "PROMOTE":
+        return "Merge it: the publish workflow releases what was measured."
     return next((each.next_step for each in reasons if each.verdict == found), own.next_step)
 
 
@@ -535,13 +538,12 @@ def _covered(
     """
     sound = [one for one in bundles if (one.model, one.host) in judgement.judged]
     changed = bundle_files.changes(at, declared, sound, removed=_removed(plan))
-    models = [*declared.models]
     invalid = {one.model for one in judgement.models if one.verdict == "INVALID"}
     unjudged = {
         one.model for one in plan.models if one.model not in {m for m, _ in judgement.judged}
     }
     failures = []
-    for model in models:
+    for model in declared.models:
         # Of these there is a word already.
         if model not in invalid | unjudged:
             failures += uncovered(at, declared, changed, model)
@@ -602,8 +604,17 @@ def _tell(record: GateRecord) -> None:
     say(f"{record.conclusion}: {record.sentence}")
 
 
-def _summary(record: GateRecord) -> str:
-    """Compose the job's summary: text of records is made harmless, and is no Markdown."""
+def _summary(at: Layout, record: GateRecord) -> str:
+    """Compose the job's summary: the text of the comment, or the sentences where that fails."""
+    from pipelines import comment  # noqa: PLC0415 - jinja2, and only for Actions
+
+    try:
+        text = at.params.read_text(encoding="utf-8")
+        with tempfile.TemporaryDirectory(prefix="fleet-summary-") as folder:
+            url = runner.run_url() or ""
+            return comment.render(comment.of_gate(record, text, at, Path(folder), url))
+    except (FleetError, OSError, ValueError) as error:
+        console.warn(f"the summary is short: {tidy(str(error))}.")
     lines = [f"**{record.conclusion}**", "", f"    {record.sentence}", ""]
     lines += [f"    {one.model} on {one.host}: {one.sentence}" for one in record.models]
     lines += [f"    {text}" for text in record.failures]
