@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -33,6 +33,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in ("HF_TOKEN", "GITHUB_ACTIONS", "GGUF_FLEET_PROGRESS", "GGUF_FLEET_REPRO"):
     os.environ.pop(_name, None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order the tests so that those which measure come last."""
+    import alone_last  # noqa: PLC0415 - beside this file, which is no package
+
+    alone_last.sort(config, items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Spread the tests over the cores, but not those which measure."""
+    import alone_last  # noqa: PLC0415 - the same
+
+    return alone_last.AloneLast(config, log)
 
 
 @pytest.fixture(scope="session")

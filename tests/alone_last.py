@@ -1,0 +1,91 @@
+"""
+How the tests share the cores: what measures runs last and alone.
+
+Tests marked `toolchain` start llama.cpp or a server and look at how long that takes, so nothing may
+run beside them. All others are spread over the cores first. One run, one closing line.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from xdist.scheduler import LoadScheduling
+
+if TYPE_CHECKING:
+    import pytest
+    from xdist.workermanage import WorkerController
+
+MARK: Final = "toolchain"
+
+
+def sort(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the tests that have to be alone behind the others, and tell the scheduler which."""
+    items.sort(key=_is_alone)
+    told = getattr(config, "workerinput", None)
+    if told is not None and told["workerid"] == "gw0":
+        names = [item.nodeid for item in items if _is_alone(item)]
+        _note(told["testrunuid"]).write_text(json.dumps(names))
+
+
+def _is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker(MARK) is not None
+
+
+def _note(run: str) -> Path:
+    """Where a process that has collected says what the scheduler is not told of a test."""
+    return Path(tempfile.gettempdir()) / f"gguf-fleet-alone-{run}.json"
+
+
+class AloneLast(LoadScheduling):
+    """
+    Spreads the tests, then gives those that have to be alone to one process.
+
+    A process of xdist starts its last test only when it is told of a next one or of the end. So the
+    one that goes on is left with a test in hand until the others have ended.
+    """
+
+    _alone: frozenset[str] | None = None
+
+    def _send_tests(self, node: WorkerController, num: int) -> None:
+        super()._send_tests(node, min(num, self._together))
+
+    def check_schedule(self, node: WorkerController, duration: float = 0) -> None:
+        """Send what may run beside others; then end all processes but one, which gets the rest."""
+        if self._together or not self.pending:
+            super().check_schedule(node, duration)
+            return
+        keeper, *others = self.nodes
+        for other in others:
+            if not other.shutting_down:
+                other.shutdown()
+        if not any(self.node2pending[other] for other in others):
+            super()._send_tests(keeper, len(self.pending))
+            keeper.shutdown()
+
+    def schedule(self) -> None:
+        """Begin, also where no test may run beside others."""
+        super().schedule()
+        for node in self.nodes[:1]:
+            if self.pending and not self._together:
+                self.check_schedule(node)
+
+    def mark_test_complete(
+        self, node: WorkerController, item_index: int, duration: float = 0
+    ) -> None:
+        """Go on, with the process that waits for this one, too."""
+        super().mark_test_complete(node, item_index, duration)
+        if self.pending and not self._together:
+            self.check_schedule(self.nodes[0])
+
+    @property
+    def _together(self) -> int:
+        """How many of the tests that nobody has yet may run beside others."""
+        assert self.collection is not None
+        if self._alone is None:
+            note = _note(self.nodes[0].workerinput["testrunuid"])
+            self._alone = frozenset(json.loads(note.read_text()))
+            note.unlink()
+        return sum(self.collection[index] not in self._alone for index in self.pending)
