@@ -39,7 +39,7 @@ def _note(run: str) -> Path:
     return Path(tempfile.gettempdir()) / f"gguf-fleet-alone-{run}.json"
 
 
-class AloneLast(LoadScheduling):
+class AloneLast(LoadScheduling):  # type: ignore[misc]  # xdist has no types
     """
     Spreads the tests, then gives those that have to be alone to one process.
 
