@@ -6,7 +6,8 @@ Set up `.venv` from requirements.lock: what `make` runs before anything else.
 
 With `--shared`, as actions/setup asks, the environment is one of the user's cache, by the digest of
 the lock: a runner lays out its checkout anew for each job, and would install all of it each time.
-It holds the packages alone; the code is the checkout's, by PYTHONPATH (actions/fleet).
+It holds the packages alone; the code is the checkout's, by PYTHONPATH (actions/fleet). With
+`--toolchain true` it also does what `fleet toolchain` does.
 
 Runs on the system's Python with nothing installed, so it uses the standard library and the
 modules here that do the same. Quick when done already: a stamp holds the digest of the lock.
@@ -90,6 +91,12 @@ def main() -> int:
     parser.add_argument(
         "--shared", action="store_true", help="in the user's cache, for checkouts that do not last"
     )
+    parser.add_argument(
+        "--toolchain",
+        choices=("true", "false"),
+        default="false",
+        help="whether to build the pinned llama.cpp and the engine as well: `fleet toolchain`",
+    )
     args = parser.parse_args()
     try:
         if args.shared:
@@ -97,6 +104,8 @@ def main() -> int:
             runner.environment(**{VENV_ENV: str(venv)})
             runner.outputs(venv=str(venv))
             console.info(f"the environment is {venv}")
+            if args.toolchain == "true":
+                _build_toolchain(venv)
         else:
             set_up(args.profile)
     except FleetError as error:
@@ -171,6 +180,17 @@ def set_up_shared(profile: str) -> Path:
         os.utime(into.stamp)
     _sweep(home, keep=name)
     return into.venv
+
+
+def _build_toolchain(venv: Path) -> None:
+    """Let the fleet in the working directory build its tools; what it says is shown as it comes."""
+    path = os.pathsep.join([str(venv / "bin"), os.environ.get("PATH", os.defpath)])
+    proc.run(
+        [venv / "bin/python", "-m", "pipelines", "toolchain"],
+        log=ROOT / "work/logs/toolchain.log",
+        env={"PATH": path},
+        on_line=console.info,
+    )
 
 
 def _given(venv: Path, profile: str) -> Path:

@@ -93,13 +93,16 @@ def main(  # noqa: PLR0913 - one for each option
     _require_declared(declared, models, host)
     head = _head(at, plan_file, models, host)
     remote, refused = _push(at, declared, models) if push else (None, None)
+    written = []
     for model in models:
         record = measured(at, declared, model, host=host, head=head, remote=remote)
         path = out / name_of(record)
         _write(path, record)
+        written.append(path.name)
         console.info(f"{path}: {wording.counted(len(record.files), 'record')} of {model}")
         for clause in record.failures:
             console.warn(wording.sentence(f"{model} on {host}: {clause}"))
+    runner.outputs(bundles=" ".join(written))
     if refused is not None:
         raise refused
     return 0

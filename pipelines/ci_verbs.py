@@ -7,6 +7,7 @@ here: each has its own word for a declaration that is wrong.
 
 from __future__ import annotations
 
+from argparse import BooleanOptionalAction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,7 +71,10 @@ def _bundle_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--host", required=True, metavar="HOST", help="key in hosts: of params.yaml")
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the bundles")
     verb.add_argument(
-        "--push", action="store_true", help="send the GGUFs to the default remote of DVC"
+        "--push",
+        action=BooleanOptionalAction,
+        default=False,
+        help="send the GGUFs to the default remote of DVC",
     )
     verb.add_argument(
         "--plan", type=Path, metavar="FILE", help="the plan; its commit is what was measured"
