@@ -30,8 +30,10 @@ def main() -> int:
         return 0
     repository = files.read(installed.ROOT)
     found = policy.judge(repository)
+    # What is no YAML would only be told again, by each in its own words.
+    programs = () if repository.broken else linters.ALL
     with ThreadPoolExecutor() as pool:
-        answers = pool.map(lambda name: _asked(name, repository), linters.ALL)
+        answers = pool.map(lambda name: asked(name, repository), programs)
         for findings, skipped in answers:
             found += findings
             if skipped:
@@ -48,7 +50,7 @@ def main() -> int:
     return 0
 
 
-def _asked(name: str, repository: Repository) -> tuple[list[Finding], str]:
+def asked(name: str, repository: Repository) -> tuple[list[Finding], str]:
     """Return what one program finds, and a line if it could not be asked."""
     try:
         return list(linters.ALL[name](repository)), ""

@@ -35,7 +35,7 @@ _YAML: Final = (".github/*.y*ml", ".github/*/*.y*ml", "actions/*/action.y*ml")
 # Where programs of the shell lie; each is known by its name or by its first line.
 _SHELL: Final = (".ci/*", ".github/**/*", "actions/**/*", "deploy/**/*", "examples/**/*")
 # Checks that are off unless they are named.
-_STRICTER: Final = "quote-safe-variables,check-unassigned-uppercase"
+_STRICTER: Final = "quote-safe-variables,avoid-nullary-conditions"
 _SHEBANG: Final = re.compile(rb"#!.*\b(ba)?sh\b")
 # What GitHub's service does not know yet, as it says it; a test tells when one is to go.
 NEWER_THAN_THE_SERVICE: Final = {"cache-mode": "Unexpected value 'cache-mode'"}
@@ -82,7 +82,7 @@ def schemas(repository: Repository) -> Iterator[Finding]:
             best = error.get("best_deep_match") or error
             path = best.get("path", "$")
             name = error["filename"]
-            text = f"{path.removeprefix('$.')}: {best.get('message', 'is no YAML')}."
+            text = f"{path}: {best.get('message', 'is no YAML')}."
             yield Finding(name, _line_of(repository, name, path), "schema", text,
                           f"{schema} says what may stand there.")  # fmt: skip
 
@@ -179,7 +179,7 @@ def _line_of(repository: Repository, name: str, path: str) -> int:
     """Line of a JSON path such as `$.jobs.plan.steps[0]` in a file that was read."""
     files = [*repository.workflows.values(), *repository.actions.values()]
     file = next((each for each in files if each.path == name), None)
-    parts = re.findall(r"[^.\[\]$]+", path)
+    parts = re.findall(r"[^.\[\]$']+", path)
     return file.line(*(int(p) if p.isdigit() else p for p in parts)) if file else 1
 
 

@@ -84,8 +84,8 @@ APP_TOKENS: Final[Mapping[tuple[str, str], Mapping[str, str]]] = {
 CHECKOUT_REFS: Final[Mapping[tuple[str, str], str]] = {}
 # Names of artifacts that jobs hand over, as patterns of Python.
 ARTIFACTS: Final = (r"plan", r"gate", r"bundle-.+")
-# Lines of an action that type no verb, since there is none yet.
-OTHER_LINES: Final[Mapping[str, str]] = {}
+# What actions/fleet does itself, before there is an environment in which a verb could run.
+BOOTSTRAP: Final = "bootstrap"
 
 # A pull request of this repository, not of a fork: whoever opened it may push here anyway.
 OWN_PULL_REQUEST: Final = "github.event.pull_request.head.repo.full_name == github.repository"
