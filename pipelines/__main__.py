@@ -213,7 +213,7 @@ def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
     schema.add_argument(
         "--write",
         action="store_true",
-        help="write params.schema.json, docs/params.md and release.schema.json",
+        help="write params.schema.json, release.schema.json and the pages that are generated",
     )
     schema.add_argument("--check", action="store_true", help="exit 2 if those files are stale")
 

@@ -1,10 +1,11 @@
 """
-params.schema.json, docs/params.md, release.schema.json, docs/verdict.md: what the code says.
+params.schema.json, docs/params.md, release.schema.json, docs/verdict.md, actions/README.md.
 
 An editor reads the first (the first line of params.yaml names it) and completes keys; people read
-the second; whoever reads releases without this template has the third; the last is the truth table
-of the verdict. All are generated, and `make check` fails when they are stale. The sentences about
-what is allowed are the ones that `pipelines.declaration` puts into its errors.
+the second; whoever reads releases without this template has the third; the fourth is the truth
+table of the verdict; the last is the page of the composite actions. All are generated, and `make
+check` fails when they are stale. The sentences about what is allowed are the ones that
+`pipelines.declaration` puts into its errors.
 """
 
 from __future__ import annotations
@@ -287,27 +288,30 @@ def _untitled(part: Any) -> Any:  # noqa: ANN401 - any JSON value
     return tidy
 
 
-def _files() -> dict[str, str]:
-    from pipelines import verdict_table  # noqa: PLC0415 - not for params.yaml
+def _files(root: Path) -> dict[str, str]:
+    from pipelines import action_pages, verdict_table  # noqa: PLC0415 - not for params.yaml
 
-    return {
+    files = {
         SCHEMA_FILE: generate(),
         DOCS_FILE: generate_docs(),
         RELEASE_FILE: generate_release(),
         VERDICT_FILE: verdict_table.page(),
     }
+    if (root / "actions").is_dir():
+        files[action_pages.PAGE_FILE] = action_pages.page(root)
+    return files
 
 
 def write(root: Path) -> None:
     """Write the files below `root`."""
-    for name, text in _files().items():
+    for name, text in _files(root).items():
         atomic.write_text(root / name, text)
 
 
 def in_sync(root: Path) -> list[str]:
     """Return the names of the generated files that are missing or stale."""
     stale = []
-    for name, text in _files().items():
+    for name, text in _files(root).items():
         try:
             current = (root / name).read_bytes()
         except OSError:
