@@ -31,6 +31,7 @@ from pipelines import (
     verdict_evidence,
     wording,
 )
+from pipelines import gate as gate_
 from pipelines.ci_records import OVER_BUDGET_LABEL, GateRecord, PlanProblem
 from pipelines.comment_model import Measured, Sources
 from pipelines.comment_post import Rendered
@@ -45,7 +46,7 @@ from pipelines.trees import Git, at_revision, at_working_tree, lay_over
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from pipelines.ci_records import Conclusion, ModelPlan, PlanRecord
+    from pipelines.ci_records import BundleRecord, Conclusion, ModelPlan, PlanRecord
     from pipelines.comment_post import Situation
     from pipelines.comment_tree import ModelComment, State
     from pipelines.params import Declaration, JudgeSlice, ReportSlice
@@ -95,6 +96,7 @@ class Side:
     Attributes:
         at: params.yaml and results/ as they are there.
         commit: 40 digits, or words for what is no commit.
+        primary: Host whose machine measured `at`; empty if nobody says.
         on: What second machines measured: for each host the paths of a tree whose results/M are
             those of results/M/on/HOST.
         times_s: How long each stage ran, by model, of what was measured for this.
@@ -102,6 +104,7 @@ class Side:
 
     at: Layout
     commit: str
+    primary: str = ""
     on: Mapping[str, Layout] = field(default_factory=dict)
     times_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -152,8 +155,38 @@ def build(  # noqa: PLR0913 - each is one independent fact
             for one in error.problems
         )  # fmt: skip
         return _of_problems(problems, common, () if problems else (error.message,))
-    slices = _slices(declared)
-    before = _declared(base)
+    if declared.hosts and not head.primary:
+        head = replace(head, primary=bundle.primary_host(declared))
+    return compose(
+        base, head, _slices(declared), _declared(base), common, git=git, day=day, models=models
+    )
+
+
+def compose(  # noqa: PLR0913 - each is one independent fact
+    base: Side | None,
+    head: Side,
+    slices: Mapping[str, JudgeSlice],
+    before: Mapping[str, JudgeSlice] | None,
+    common: Mapping[str, Any],
+    *,
+    git: Git | None = None,
+    day: str | None = None,
+    models: Sequence[str] = (),
+) -> Comment:
+    """
+    Compose a comment of what is declared.
+
+    Args:
+        base: As in `build`.
+        head: As in `build`.
+        slices: What each model is judged by at the head.
+        before: The same of the base; None if that cannot be read.
+        common: Fields of the comment that do not depend on a verdict.
+        git: As in `build`.
+        day: As in `build`.
+        models: As in `build`.
+    """
+    plan: PlanRecord | None = common.get("plan")
     concerned = _concerned(base, head, slices, before, plan)
     if models:
         concerned = [name for name in concerned if name in models]
@@ -240,7 +273,7 @@ def _stated(  # noqa: PLR0913 - each is one independent fact
 
 
 def _of_problems(
-    problems: Sequence[PlanProblem], common: dict[str, Any], failures: Sequence[str] = ()
+    problems: Sequence[PlanProblem], common: Mapping[str, Any], failures: Sequence[str] = ()
 ) -> Comment:
     count = wording.counted(len(problems), "problem") if problems else "a problem"
     return Comment(
@@ -254,7 +287,7 @@ def _of_problems(
     )
 
 
-def _of_models(models: tuple[ModelComment, ...], common: dict[str, Any]) -> Comment:
+def _of_models(models: tuple[ModelComment, ...], common: Mapping[str, Any]) -> Comment:
     if not models:
         return Comment(
             state="empty",
@@ -363,6 +396,7 @@ def _sources(  # noqa: PLR0913 - each is one independent fact
         before=base.at if base else None,
         day=day or verdict_evidence.today(),
         plan=plan,
+        primary=head.primary,
         others=tuple(
             Measured(host=host, at=at, declared=declared)
             for host, at in head.on.items()
@@ -529,41 +563,66 @@ def of_gate(
             state, head=gate.head or "", plan=plan, failures=gate.failures, base=gate.base or "",
             run_url=run_url,
         )  # fmt: skip
+    assert plan is not None, "there is no gate without a plan"
     git = Git(at.root)
     start = git.parse(gate.base) if gate.base else None
     base = Side(at=at_revision(at.root, start, into / "base"), commit=start) if start else None
-    head = _of_bundles(gate, params, git, at, into)
-    found = build(base, head, plan=plan, git=git, run_url=run_url)
-    return replace(found, failures=(*found.failures, *gate.failures))
-
-
-def _of_bundles(gate: GateRecord, params: str | None, git: Git, at: Layout, into: Path) -> Side:
-    """Lay what was measured over the base: the tree that a merge would bring."""
-    start = git.parse(gate.base) if gate.base else None
-    tree = at_revision(at.root, start, into / "head") if start else Layout(into / "head")
     if params is None:
-        data = git.show(git.commit(gate.head or "HEAD"), "params.yaml")
+        data = git.show(git.commit(plan.head), "params.yaml")
         params = (data or b"").decode(errors="replace")
-    lay_over(tree, {"params.yaml": params})
+    judged = gate_.judge_bundles(base.at if base else at, params, plan, gate.bundles)
+    whole = [one for one in gate.bundles if (one.model, one.host) in judged.judged]
+    head = _of_bundles(whole, params, plan.head, base.at if base else None, into)
+    shown = {one.model for one in whole} | {
+        one.model for one in plan.models if one.change == "removed"
+    }
+    found = build(base, head, plan=plan, git=git, run_url=run_url, models=sorted(shown) or [""])
+    failures = tuple(dict.fromkeys((*(one.text for one in judged.failures), *gate.failures)))
+    if not failures:
+        return replace(found, conclusion=judged.conclusion)
+    return _beside(found, failures, _worse(judged.conclusion, gate.conclusion))
+
+
+def _worse(ours: Conclusion, theirs: Conclusion) -> Conclusion:
+    """Return how a run with failures ends: neutral only if both say that it has to be repeated."""
+    return "neutral" if {ours, theirs} <= {"neutral", "success"} and "neutral" in {
+        ours, theirs
+    } else "failure"  # fmt: skip
+
+
+def _beside(found: Comment, failures: Sequence[str], conclusion: Conclusion) -> Comment:
+    """Let what went wrong stand before what could be judged all the same."""
+    again = conclusion == "neutral"
+    first = wording.shortened(wording.clause(failures[0]), 200)
+    judged = f"; {found.title}" if found.models else ""
+    return replace(
+        found,
+        state="judged" if found.models else "failed",
+        verdict="INVALID" if found.models else None,
+        conclusion=conclusion,
+        title=f"{'measure again' if again else 'not judged as a whole'}: {first}{judged}",
+        next_step="Re-run the jobs." if again else "Read the log of the run, then run it again.",
+        failures=tuple(failures),
+    )
+
+
+def _of_bundles(
+    bundles: Sequence[BundleRecord], params: str, head: str, base: Layout | None, into: Path
+) -> Side:
+    """Lay what was measured out as trees: that of the first machine, and one for each other."""
+    tree = lay_over(Layout(into / "head"), {"params.yaml": params})
     on: dict[str, Layout] = {}
     times_s: dict[str, dict[str, float]] = {}
-    for one in gate.bundles:
-        bundle.require_form(one, f"the bundle of {one.model} on {one.host}")
+    for one in bundles:
         where = tree if one.primary else on.setdefault(one.host, Layout(into / "on" / one.host))
-        _clear(where, one.model)
         lay_over(where, one.files)
+        # Of what was released before, only the base may speak.
+        release = base.release(one.model) if base else where.release(one.model)
+        if base and release.is_file():
+            where.release(one.model).write_bytes(release.read_bytes())
         took = times_s.setdefault(one.model, {})
         took |= {f"{one.host} {name}": wall_s for name, wall_s in one.times_s.items()}
-    return Side(at=tree, commit=gate.head or "", on=on, times_s=times_s)
-
-
-def _clear(where: Layout, model: str) -> None:
-    """Remove what the base knows of a model: what was measured stands alone, holes included."""
-    folder = where.model_record("fetch", model).parent
-    kept = {where.release(model), where.ledger(model)}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path not in kept:
-            path.unlink()
+    return Side(at=tree, commit=head, on=on, times_s=times_s)
 
 
 def rendered(situation: Situation, at: Layout) -> Rendered:

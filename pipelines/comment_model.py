@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
-from pipelines import comment_table, limits, records, report, wording
+from pipelines import comment_table, gate, limits, records, report, verdict_words, wording
 from pipelines.ci_records import TimesRecord
 from pipelines.comment_table import Changes, Then
 from pipelines.comment_tree import (
@@ -45,14 +45,13 @@ from pipelines.verify_records import VerifyRecord
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from pipelines.ci_records import ModelPlan
+    from pipelines.ci_records import GateModel, ModelPlan
     from pipelines.comment_tree import Cell, Outcome
     from pipelines.layout import Layout
     from pipelines.params import JudgeSlice
     from pipelines.report import Told
     from pipelines.trees import Git
-    from pipelines.verdict import HostFinal
-    from pipelines.verdict_words import Reason, Verdict
+    from pipelines.verdict_words import Reason
 
 MOST_POINTS: Final = 20
 _MOST_NAMES: Final = 6
@@ -96,6 +95,7 @@ class Sources:
         before: The tree of the base; None if there is none.
         day: In UTC, by which waivers count.
         plan: What the plan says of it; None if nobody planned.
+        primary: Host whose machine measured `now`; the first one if empty.
         others: What second machines measured.
         git: Where older records are; None if they are not asked for.
         base: Commit from which older records are counted back.
@@ -107,6 +107,7 @@ class Sources:
     before: Layout | None
     day: str
     plan: ModelPlan | None = None
+    primary: str = ""
     others: tuple[Measured, ...] = ()
     git: Git | None = None
     base: str = ""
@@ -122,7 +123,7 @@ def comment(given: Sources, mark_of: Mapping[str, str]) -> ModelComment:
     told = report.tell(given.declared, given.now, given.day)
     others = [(one, report.tell(one.declared, one.at, given.day)) for one in given.others]
     then = _then(told, given)
-    hosts, verdict, step = _verdict(told, [(one.host, each) for one, each in others])
+    hosts, verdict, step = _verdict(told, others, given)
     gates = tuple(_gates(told)) if told.report.is_measured else ()
     winner = told.report.winner
     found = ModelComment(
@@ -280,71 +281,34 @@ def _parts(found: Changes) -> list[str]:
 
 
 def _verdict(
-    told: Told, others: Sequence[tuple[str, Told]]
+    told: Told, others: Sequence[tuple[Measured, Told]], given: Sources
 ) -> tuple[tuple[HostLine, ...], str, str]:
-    """
-    Put the verdicts of all machines together.
-
-    A host that was measured on a machine of its own is judged by that; every other one by what the
-    first machine measured. What stands against the model as a whole is a line without a host.
-    """
-    if not told.report.is_measured:
-        return (), "UNMEASURED", f"`fleet repro {told.report.name}` measures it."
-    own = dict(others)
-    finals = {one.host: (one, told) for one in told.judged.hosts}
-    for host, each in own.items():
-        for one in each.judged.hosts:
-            if one.host == host:
-                finals[host] = (one, each)
-    lines: list[HostLine] = []
-    if not finals or told.judged.is_stale:
-        lines.append(
-            HostLine(
-                where="",
-                verdict=told.judged.verdict,
-                sentence=_tidy(told.judged.sentence, 2000),
-                next_step=_tidy(told.judged.next_step, 600),
-            )
-        )
-    else:
-        lines += _host_lines([one for one, _ in finals.values()], len(finals))
-    verdict = max(
-        (
-            _of_primary(told, own) if own else told.judged.verdict,
-            *(one.verdict for one in lines),
-        ),
-        key=VERDICTS.index,
-    )
-    step = next((one.next_step for one in lines if one.verdict == verdict), "")
-    if not step and verdict != "PROMOTE":
-        step = _tidy(told.judged.next_step, 600)
-    return tuple(lines), verdict, step if verdict != "PROMOTE" else ""
+    """Put the verdicts of all machines together, as the gate does."""
+    name = told.report.name
+    if not told.report.is_measured and not others:
+        return (), "UNMEASURED", f"`fleet repro {name}` measures it."
+    hosts = tuple(given.declared.hosts)
+    primary = given.primary or next(iter(hosts))
+    judged = {primary: told.judged} | {one.host: each.judged for one, each in others}
+    found = tuple(gate.of_hosts(name, hosts, primary, judged))
+    verdict = verdict_words.worst(*(one.verdict for one in found))
+    step = next((one.next_step for one in found if one.verdict == verdict), "")
+    return tuple(_host_lines(found)), verdict, step if verdict != "PROMOTE" else ""
 
 
-def _of_primary(told: Told, own: Mapping[str, Told]) -> Verdict:
-    """Return the worst verdict of the first machine, without hosts that were measured elsewhere."""
-    found: list[Verdict] = ["PROMOTE"]
-    found += [one.verdict for one in told.judged.hosts if one.host not in own]
-    found += [each.verdict for each in told.judged.reasons if each.counts and not each.host]
-    found += [each.judged.verdict for each in own.values() if not each.judged.hosts]
-    return max(found, key=VERDICTS.index)
-
-
-def _host_lines(finals: Sequence[HostFinal], count: int) -> Iterator[HostLine]:
+def _host_lines(found: Sequence[GateModel]) -> Iterator[HostLine]:
     """Yield a line for each host, or one for several of which the same is to be said."""
     together: dict[tuple[str, str, str], list[str]] = {}
-    for one in finals:
+    for one in found:
         step = one.next_step if one.verdict != "PROMOTE" else ""
         together.setdefault((one.verdict, one.sentence, step), []).append(one.host)
     for (verdict, sentence, step), hosts in together.items():
-        where = wording.listed(hosts) if len(together) > 1 else ""
-        if len(together) == 1 and count > 1:
-            where = wording.listed(hosts) if count <= _MOST_NAMES else f"all {count} hosts"
+        many = f"{len(hosts)} hosts" if len(hosts) > _MOST_NAMES else wording.listed(hosts)
         yield HostLine(
-            where=_tidy(where),
+            where=_tidy(many) if len(found) > 1 else "",
             verdict=verdict,
-            sentence=_tidy(sentence, 2000),
-            next_step=_tidy(step, 600),
+            sentence=sentence,
+            next_step=step,
         )
 
 
@@ -418,18 +382,18 @@ def _of_levels(told: Told) -> Iterator[GateLine]:
     for final in finals:
         if final.test is None or final.test.invalid:
             continue
-        for gate in final.test.gates:
-            if gate.host != final.host:
+        for level in final.test.gates:
+            if level.host != final.host:
                 continue
-            outcome = _OUTCOMES.get(gate.outcome, "HOLD")
-            share = gate.limit <= 1
+            outcome = _OUTCOMES.get(level.outcome, "HOLD")
+            share = level.limit <= 1
             yield GateLine(
-                name=f"load test: {_tidy(gate.name)}",
+                name=f"load test: {_tidy(level.name)}",
                 outcome=outcome,
-                value=_level(gate.value, share=share),
-                limit=_level(gate.limit, share=share),
+                value=_level(level.value, share=share),
+                limit=_level(level.limit, share=share),
                 host=_tidy(final.host) if many else "",
-                sentence="" if outcome == "PASS" else wording.sentence(_tidy(gate.sentence)),
+                sentence="" if outcome == "PASS" else wording.sentence(_tidy(level.sentence)),
             )
 
 

@@ -213,6 +213,11 @@ def plain(value: object) -> Markup:
     return Markup(broken)  # noqa: S704 - escaped just now
 
 
+def _together(value: str) -> Markup:
+    """Keep a number and its unit on one line."""
+    return Markup(text(value).replace(" ", "\u00a0"))  # noqa: S704 - escaped just now
+
+
 def _capital(value: str) -> str:
     return capital(wording.clause(value) if value.isupper() else value)
 
@@ -275,6 +280,7 @@ _COMMON: Final[dict[str, Any]] = {
     "took": _took,
     "cost": _cost,
     "plain": plain,
+    "together": _together,
     "safe": Markup,
     "part": render_report.part,
 }  # fmt: skip

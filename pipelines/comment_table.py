@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pipelines.verdict_evidence import Evidence
 
 NOISE: Final = "~"
-EQUAL: Final = "="
 # The conditions of `evidence.differing` on which a speed, a divergence, a memory depends.
 _OF_SPEED: Final = frozenset(
     {"hardware", "backend", "llama.cpp commit", "number of threads", "decode depth",
@@ -92,6 +91,13 @@ class Delta:
         text = compare_words.interval(self.mean, self.low, self.high)
         return f"{text} {NOISE}" if self.is_noise else text
 
+    @property
+    def cell(self) -> tuple[str, str]:
+        """The change and its interval, one above the other."""
+        text = compare_words.interval(self.mean, self.low, self.high)
+        change, _, ends = text.partition(" [")
+        return f"{change} {NOISE}" if self.is_noise else change, f"[{ends}"
+
 
 # --- one change -------------------------------------------------------------------------------
 
@@ -145,7 +151,7 @@ class Changes:
         decode: Of decode at the deepest depth.
         prefill: Of prefill.
         divergence: Of the mean divergence.
-        same_numbers: Names of the numbers that are equal to the last digit, since the file is.
+        is_same_divergence: Whether that is equal to the last digit, since the file is.
         why_not: Conditions that two records do not share, because of which nothing is said.
     """
 
@@ -262,14 +268,14 @@ def _changes_of(row: Row, known: Evidence, then: Then | None) -> Changes:
 
 
 def _standing(row: Row, known: Evidence, then: Then | None) -> str:
-    """Say what a quant is in the base: new, or the very same file."""
+    """Say what a quant is beside the base: new, or made anew; nothing of the very same file."""
     built = known.quantized.get(row.type)
     if then is None or not isinstance(built, QuantizeRecord):
         return ""
     before = then.built.get(row.type)
     if before is None:
-        return "new"
-    return "same file" if before.gguf.sha256 == built.gguf.sha256 else "new file"
+        return "new" if then.built else ""
+    return "" if before.gguf.sha256 == built.gguf.sha256 else "new file"
 
 
 def _embeds(told: ModelReport) -> bool:
@@ -296,15 +302,11 @@ def numbers(row: Row, found: Changes, *, embeds: bool) -> tuple[Cell, ...]:
             Cell(text=number(row.cosine_mean, 5)),
             Cell(text=number(_percent(row.same_nearest))),
         )
-    told = found.divergence.text if found.divergence else ""
     return (
         *sizes,
         _speed(row.decode_tok_s, found.decode),
         prefill,
-        Cell(
-            text=number(row.kld_mean_nats),
-            change=EQUAL if found.is_same_divergence and row.kld_mean_nats is not None else told,
-        ),
+        _with(number(row.kld_mean_nats), found.divergence),
         Cell(text=number(_percent(row.same_top))),
     )
 
@@ -312,7 +314,12 @@ def numbers(row: Row, found: Changes, *, embeds: bool) -> tuple[Cell, ...]:
 def _speed(measured: Measured | None, delta: Delta | None) -> Cell:
     if measured is None:
         return Cell(text=wording.ABSENT)
-    return Cell(text=wording.number(measured.value), change=delta.text if delta else "")
+    return _with(wording.number(measured.value), delta)
+
+
+def _with(text: str, delta: Delta | None) -> Cell:
+    change, interval = delta.cell if delta else ("", "")
+    return Cell(text=text, change=change, interval=interval)
 
 
 def _percent(share: float | None) -> float | None:
@@ -355,11 +362,11 @@ def notes(found: Sequence[Changes]) -> list[str]:
     """Say where the changes come from, and why there are none."""
     said = []
     if any(one.is_in_turns for one in found):
-        said.append("Small: change of speed against the base, both files in turns in one run.")
+        said.append("Small: change against the base, both files measured in turns in one run.")
     if any(one.is_separate for one in found):
         said.append(
-            "Small: change against the base, from separate runs on the same hardware; the interval "
-            "is from one end of one to the other end of the other."
+            "Small: change against the base, from separate runs under the same conditions; the "
+            "interval is from one end of one to the other end of the other."
         )
     if any(
         one is not None and one.is_noise
@@ -367,8 +374,8 @@ def notes(found: Sequence[Changes]) -> list[str]:
         for one in (each.decode, each.prefill, each.divergence)
     ):
         said.append(f"{NOISE} is inside the noise.")
-    if any(one.is_same_divergence for one in found):
-        said.append(f"{EQUAL} is the same number of the same file.")
+    if found and all(one.is_same_divergence for one in found):
+        said.append("Every file is that of the base, and so is its divergence.")
     odd = list(dict.fromkeys(what for one in found for what in one.why_not))
     if odd:
         said.append(

@@ -34,16 +34,18 @@ MAX_COLUMNS: Final = 9
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """
-    One cell: what is there now, small below it the change against the base, and a mark before it.
+    One cell: what is there now, small below it what changed, and a mark before it.
 
     Attributes:
         text: A number or a word.
-        change: `+0.4 % [-0.6, +1.4] ~`, `new`; empty if nothing can be said.
+        change: `+0.4 % ~`, `new`; empty if nothing can be said.
+        interval: In which the change lies: `[-0.6, +1.4]`.
         mark: An emoji; only cells that are gated have one.
     """
 
     text: str
     change: str = ""
+    interval: str = ""
     mark: str = ""
 
 

@@ -439,21 +439,43 @@ def _shown(
     lines = {one.model: one.line for one in plan.models}
     primary = bundles_.primary_host(declared)
     for model in declared.models:
-        for host in declared.hosts:
-            own = judged.get((model, host)) or judged.get((model, primary))
-            if own is None:
-                continue
-            reasons = [each for each in own.reasons if each.counts and each.host in {"", host}]
-            final = next((one for one in own.hosts if one.host == host), None)
-            found = worst("PROMOTE" if final else "INVALID", *(each.verdict for each in reasons))
-            yield GateModel(
-                model=model,
-                host=host,
-                verdict=found,
-                sentence=tidy(_said(found, final, own, reasons), _SENTENCE),
-                next_step=wording.sentence(tidy(_next(found, own, reasons), _SENTENCE)),
-                line=lines.get(model),
-            )
+        own = {host: found for (name, host), found in judged.items() if name == model}
+        yield from of_hosts(model, tuple(declared.hosts), primary, own, line=lines.get(model))
+
+
+def of_hosts(
+    model: str,
+    hosts: Sequence[str],
+    primary: str,
+    judged: Mapping[str, ModelVerdict],
+    *,
+    line: int | None = None,
+) -> Iterator[GateModel]:
+    """
+    Yield the verdict on a model for each host.
+
+    Args:
+        model: Its key.
+        hosts: Every declared one.
+        primary: The measured one by whose numbers hosts without a machine are judged.
+        judged: The verdicts on what was measured, by host.
+        line: Where the model is declared.
+    """
+    for host in hosts:
+        own = judged.get(host) or judged.get(primary)
+        if own is None:
+            continue
+        reasons = [each for each in own.reasons if each.counts and each.host in {"", host}]
+        final = next((one for one in own.hosts if one.host == host), None)
+        found = worst("PROMOTE" if final else "INVALID", *(each.verdict for each in reasons))
+        yield GateModel(
+            model=model,
+            host=host,
+            verdict=found,
+            sentence=tidy(_said(found, final, own, reasons), _SENTENCE),
+            next_step=wording.sentence(tidy(_next(found, own, reasons), _SENTENCE)),
+            line=line,
+        )
 
 
 def _said(
