@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipelines.errors import ParamsError
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
@@ -167,6 +169,45 @@ def _comment(at: Layout, args: argparse.Namespace) -> int:
     )
 
 
+def _health_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "use",
+        choices=("api", "probe", "issues"),
+        help="ask GitHub; look at this machine; keep one issue for each sick host",
+    )
+    verb.add_argument("--out", type=Path, metavar="FILE", help="of api, probe: gets the record")
+    verb.add_argument("--host", metavar="HOST", help="of probe: key in hosts: of params.yaml")
+    verb.add_argument(
+        "--probe-unknown",
+        action="store_true",
+        help="of api: name also hosts of which GitHub may not be asked",
+    )
+    verb.add_argument("--runners", type=Path, metavar="FILE", help="of issues: by api")
+    verb.add_argument("--probes", type=Path, metavar="DIR", help="of issues: records, by probe")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="of issues: say what would change; change nothing"
+    )
+    verb.add_argument("--json", action="store_true", help="print the record as JSON")
+
+
+def _health(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import runner_health  # noqa: PLC0415 - not for --help
+
+    if args.use == "api":
+        return runner_health.api(
+            at, out=args.out, probe_unknown=args.probe_unknown, as_json=args.json
+        )
+    if args.use == "probe":
+        return runner_health.probe(at, host=args.host, out=args.out, as_json=args.json)
+    if args.runners is None:
+        raise ParamsError(
+            "`fleet runner-health issues` needs what `api` found.", hint="--runners FILE"
+        )
+    return runner_health.issues(
+        at, runners=args.runners, probes=args.probes, dry_run=args.dry_run, as_json=args.json
+    )
+
+
 _VERBS = (
     _Verb(
         "bundle",
@@ -184,4 +225,10 @@ _VERBS = (
         _comment,
     ),
     _Verb("adopt", "put the records that a gate accepted into git", _adopt_options, _adopt),
+    _Verb(
+        "runner-health",
+        "say whether the machines that measure are there and well",
+        _health_options,
+        _health,
+    ),
 )

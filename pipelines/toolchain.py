@@ -198,6 +198,12 @@ def ensure(
     return toolchain
 
 
+def there(spec: ToolchainSpec, *, cache_root: Path | None = None) -> Toolchain | None:
+    """The toolchain `spec` declares if this machine has chosen one already; nothing is built."""
+    root = (cache_root or default_cache_root()).resolve() / "toolchain"
+    return _selected(root / "selected" / f"{_host_fingerprint(spec)}.json")
+
+
 def spec_of(declared: Declaration) -> ToolchainSpec:
     """The `toolchain` section of params.yaml as this module's own type."""
     section = declared.toolchain
