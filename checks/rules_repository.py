@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from checks import action_pages
 from checks.files import Finding
 from checks.policy import rule
 from pipelines import marked_yaml
@@ -57,15 +56,3 @@ def dependabot_cover(repository: Repository) -> Iterator[Finding]:
                 text = f"{ecosystem} takes what came out {days} days ago."
                 fix = f"Write cooldown: {{default-days: {_COOLDOWN_DAYS}}}."
                 yield Finding(DEPENDABOT, 1, "dependabot-cover", text, fix)
-
-
-@rule("action-pages")
-def action_pages_in_sync(repository: Repository) -> Iterator[Finding]:
-    """A page that says other inputs than the action has is worse than none."""
-    whole = all(action.data.get("description") for action in repository.actions.values())
-    stale = repository.actions and repository.text(action_pages.PAGE) != (
-        action_pages.page(repository) if whole else ""
-    )
-    if stale:
-        text = "It is not what the actions say."
-        yield Finding(action_pages.PAGE, 1, "action-pages", text, f"{action_pages.REWRITE}")
