@@ -56,6 +56,21 @@ def one_run_line(repository: Repository) -> Iterator[Finding]:
                 yield job.file.finding("one-run-line", (*step.loc, "run"), text, fix)
 
 
+@rule("setup-first")
+def setup_first(repository: Repository) -> Iterator[Finding]:
+    """An action of this repository lies in the checkout and runs in what setup made."""
+    for job in repository.jobs():
+        uses = [step.local or step.action for step in job.steps]
+        local = [step for step in job.steps if step.local]
+        if not local:
+            continue
+        begun = uses[: uses.index(local[0].local)]
+        if local[0].local != "setup" or "actions/checkout" not in begun:
+            text = f"Job {job.name} uses actions/{local[0].local} before checkout and setup."
+            fix = "Begin with actions/checkout, then ./actions/setup."
+            yield job.file.finding("setup-first", (*local[0].loc, "uses"), text, fix)
+
+
 @rule("verb-exists")
 def verb_exists(repository: Repository) -> Iterator[Finding]:
     """An action that types a verb that is gone fails on the operator's machine, not here."""
