@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from pipelines import (
     atomic,
     console,
+    dvc_state,
     hashing,
     marked_yaml,
     params,
@@ -445,18 +446,7 @@ def _cached(at: Layout, wanted: Wanted) -> Path | None:
     """Return where DVC would keep a file."""
     if wanted.md5 is None:
         return None
-    return _cache(at) / "files/md5" / wanted.md5[:2] / wanted.md5[2:]
-
-
-def _cache(at: Layout) -> Path:
-    """Return DVC's cache: `cache.dir` of its own configuration, else the default."""
-    import configparser  # noqa: PLC0415 - only here
-
-    config = configparser.ConfigParser(interpolation=None)
-    with contextlib.suppress(configparser.Error, OSError):
-        config.read([at.root / ".dvc/config", at.root / ".dvc/config.local"])
-    declared = config.get("cache", "dir", fallback="")
-    return (at.root / ".dvc" / declared) if declared else at.root / ".dvc/cache"
+    return dvc_state.cache_dir(at.root) / "files/md5" / wanted.md5[:2] / wanted.md5[2:]
 
 
 def _from_registry(
@@ -494,7 +484,7 @@ def _make_again(at: Layout, model: str, of: Contender) -> Path | None:
         if of.side.source != OURS:
             return None
         console.step(f"{key} is not here: it is brought or made")
-        _dvc(at.root, at, model, key, _cache(at))
+        _dvc(at.root, at, model, key, dvc_state.cache_dir(at.root))
         return at.gguf(model, key)
     console.step(f"{key} of {of.commit[:12]} is not here: it is brought or made again")
     git = _Git(at, model)
@@ -505,7 +495,7 @@ def _make_again(at: Layout, model: str, of: Contender) -> Path | None:
         git.run("-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", "--quiet",
                 str(tree.resolve()), of.commit, ok_codes=(0,))  # fmt: skip
         try:
-            cache = _cache(at).resolve()
+            cache = dvc_state.cache_dir(at.root).resolve()
             (tree / ".dvc/config.local").write_text(f"[cache]\n    dir = {cache}\n")
             _dvc(tree, at, model, key, cache)
             made = tree / "work" / model / "gguf" / f"{key}.gguf"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from pipelines import atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 # Importing DVC and opening the repository takes 0.4 s; hashing 256 MiB takes 0.3 to 0.5 s.
 WORTH_BYTES: Final = 256 << 20
@@ -70,19 +70,36 @@ def remember_all(md5s: Mapping[Path, str]) -> bool:
 
 
 def cache_dir(root: Path) -> Path:
-    """Return where DVC caches the artifacts of the checkout `root`, as its config files say."""
+    """
+    Return where DVC caches the artifacts of the checkout `root`, as its config files say.
+
+    Those of the checkout come before the user's and the machine's, in which a runner says where
+    the cache is that its jobs share (dvc/config.py, `LEVELS`).
+    """
     directory = root / ".dvc"
-    for name in ("config.local", "config"):
+    checkout = (directory / "config.local", directory / "config")
+    for path in (*checkout, *_outer_configs()):
         config = configparser.ConfigParser(interpolation=None, strict=False)
         try:
-            config.read(directory / name, encoding="utf-8")
+            config.read(path, encoding="utf-8")
             declared = config.get("cache", "dir", fallback="")
-        except (configparser.Error, UnicodeDecodeError):
+        except (configparser.Error, UnicodeDecodeError, OSError):
             continue  # DVC itself will say what is wrong with it.
         if declared:
             # DVC reads a relative path from the directory of the config file.
-            return directory / declared.strip("\"'")
+            return path.parent / declared.strip("\"'")
     return directory / "cache"
+
+
+def _outer_configs() -> Iterator[Path]:
+    """Yield DVC's configuration of the user, then that of the machine (dvc/dirs.py)."""
+    import platformdirs  # noqa: PLC0415 - only after the files of the checkout
+
+    for variable, usual in (
+        ("DVC_GLOBAL_CONFIG_DIR", platformdirs.user_config_dir),
+        ("DVC_SYSTEM_CONFIG_DIR", platformdirs.site_config_dir),
+    ):
+        yield Path(os.environ.get(variable) or usual("dvc", "iterative")) / "config"
 
 
 def _save(root: Path, md5s: Mapping[Path, str]) -> None:

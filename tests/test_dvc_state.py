@@ -205,3 +205,24 @@ def test_the_cache_is_where_dvcs_own_files_say(
     (tmp_path / ".dvc/config.local").write_text(local)
 
     assert dvc_state.cache_dir(tmp_path) == tmp_path / ".dvc" / expected
+
+
+def test_a_cache_that_a_machine_shares_is_found_by_dvcs_own_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner's checkouts do not last; what they share is declared outside of them."""
+    for variable in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+        (tmp_path / variable).mkdir()
+    repo = tmp_path / "repo"
+    (repo / ".dvc").mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", repo], check=True)
+    assert dvc_state.cache_dir(repo) == repo / ".dvc/cache"
+    (tmp_path / "DVC_SYSTEM_CONFIG_DIR/config").write_text("[cache]\n    dir = /srv/shared\n")
+    assert dvc_state.cache_dir(repo) == Path("/srv/shared")
+    mine = tmp_path / "DVC_GLOBAL_CONFIG_DIR"
+    (mine / "config").write_text("[cache]\n    dir = mine\n")
+    assert dvc_state.cache_dir(repo) == mine / "mine"
+    assert Path(repo, _dvc(repo, "cache", "dir").strip()).resolve() == mine / "mine"
+    (repo / ".dvc/config").write_text("[cache]\n    dir = /here\n")
+    assert dvc_state.cache_dir(repo) == Path("/here")
