@@ -253,7 +253,7 @@ def _dvc_cache(at: Layout) -> list[Finding]:
                 "warn",
                 "in the checkout, which is removed after each job",
                 "a folder that jobs share",
-                "dvc config --local cache.dir, as deploy/runner/README.md says: else every job "
+                "DVC_SYSTEM_CONFIG_DIR, as deploy/runner/README.md says: else every job "
                 "fetches and converts everything again.",
             )
         )

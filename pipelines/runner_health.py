@@ -117,7 +117,7 @@ def probe(at: Layout, *, host: str | None, out: Path | None, as_json: bool) -> i
         console.info(f"{_SIGNS[each.status]:8}{each.rule:20}{each.value}{limit}")
         if each.next_step and each.status != "ok":
             console.info(f"{'':28}next: {each.next_step}")
-    if record.status == "sick":
+    if console.in_actions():
         _warn(record.host, record.findings)
     if as_json:
         console.out(record.model_dump_json(indent=2))
