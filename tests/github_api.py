@@ -1180,7 +1180,7 @@ def _get_user(api: GitHubApi, call: Call) -> tuple[int, Any]:
     if call.token.is_bot:
         raise AnswerError(403, "Resource not accessible by integration")
     answer = call.operation.spec["responses"]["200"]["content"]["application/json"]
-    shown = next(iter(answer["examples"].values()))["value"]
+    shown = api.contract.resolved(next(iter(answer["examples"].values())))["value"]
     return 200, shown | {"login": call.token.login}
 
 
