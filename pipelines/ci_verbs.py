@@ -198,7 +198,7 @@ def _health(at: Layout, args: argparse.Namespace) -> int:
             at, out=args.out, probe_unknown=args.probe_unknown, as_json=args.json
         )
     if args.use == "probe":
-        return runner_health.probe(at, host=args.host, out=args.out, as_json=args.json)
+        return runner_health.probe(at, host=args.host or None, out=args.out, as_json=args.json)
     if args.runners is None:
         raise ParamsError(
             "`fleet runner-health issues` needs what `api` found.", hint="--runners FILE"
