@@ -47,7 +47,7 @@ class Workflow:
     What starts one workflow, and what its runs share.
 
     Attributes:
-        on: Its triggers, as they are written.
+        on: Its triggers, as they are written, without the descriptions of inputs.
         concurrency: Its `concurrency:`, as it is written.
         cache_mode: Its `cache-mode:`; None if it is not written, which is GitHub's default.
         jobs: Its jobs by name.
@@ -63,11 +63,12 @@ READS: Final[Rights] = {"contents": ("read", "takes the repository")}
 
 # The labels come from params.yaml through the plan; nothing else leaves GitHub's machines.
 SELF_HOSTED_IN: Final[Mapping[tuple[str, str], str]] = {
-    ("model-pr", "gpu"): "${{ fromJSON(matrix.runs_on) }}",
-    ("runner-health", "probe"): "${{ fromJSON(matrix.runs_on) }}",
+    ("model-pr", "gpu"): "${{ matrix.runs_on }}",
+    ("runner-health", "probe"): "${{ matrix.runs_on }}",
 }
-# Minutes that the declaration states: `plan.timeout_minutes`, held between 1 and 360 by its schema.
+# Minutes that the declaration states: `plan.timeout_minutes`, bounded by its schema.
 DECLARED_TIMEOUTS: Final = ("${{ matrix.timeout_minutes }}",)
+# Signs what it published; no other job needs to be anybody.
 ID_TOKEN_IN: Final[Mapping[str, tuple[str, ...]]] = {"publish": ("publish",)}
 # Branch protection asks for these names.
 REQUIRED_CHECKS: Final[Mapping[tuple[str, str], str]] = {
@@ -76,18 +77,184 @@ REQUIRED_CHECKS: Final[Mapping[tuple[str, str], str]] = {
 }
 # Rights of a token of the App, by the job that asks for one.
 APP_TOKENS: Final[Mapping[tuple[str, str], Mapping[str, str]]] = {
+    # One commit on the branch of the pull request, after which its checks start.
     ("model-pr", "adopt"): {"contents": "write"},
-    ("publish", "ledger"): {"contents": "write", "pull-requests": "write"},
-    ("rollback", "propose"): {"contents": "write", "pull-requests": "write"},
-    ("runner-health", "ask"): {"administration": "read"},
+    # A branch and its pull request: ledger and releases, `stable:`.
+    ("publish", "publish"): {"contents": "write", "pull-requests": "write"},
+    ("rollback", "rollback"): {"contents": "write", "pull-requests": "write"},
+    # Only an App may list runners; GITHUB_TOKEN has no such right.
+    ("runner-health", "ask"): {"actions": "read", "administration": "read", "contents": "read"},
 }
-CHECKOUT_REFS: Final[Mapping[tuple[str, str], str]] = {}
+# What people wrote, not the merge that GitHub made of it: records belong to the former.
+_WRITTEN: Final = "${{ github.event.pull_request.head.sha || github.sha }}"
+# Where another commit is taken than that of the event.
+CHECKOUT_REFS: Final[Mapping[tuple[str, str], str]] = {
+    ("model-pr", "plan"): _WRITTEN,
+    ("model-pr", "gpu"): _WRITTEN,
+    ("model-pr", "gate"): _WRITTEN,
+    ("model-pr", "adopt"): _WRITTEN,
+}
 # Names of artifacts that jobs hand over, as patterns of Python.
-ARTIFACTS: Final = (r"plan", r"gate", r"bundle-.+")
+ARTIFACTS: Final = (r"plan", r"gate", r"bundle-.+", r"runners", r"health-.+")
 # What actions/fleet does itself, before there is an environment in which a verb could run.
 BOOTSTRAP: Final = "bootstrap"
 
 # A pull request of this repository, not of a fork: whoever opened it may push here anyway.
 OWN_PULL_REQUEST: Final = "github.event.pull_request.head.repo.full_name == github.repository"
+# A branch may say anything of registries and releases; a tag can have the name of a branch.
+DEFAULT_BRANCH: Final = (
+    "github.ref == format('refs/heads/{0}', github.event.repository.default_branch)"
+)
 
-WORKFLOWS: Final[Mapping[str, Workflow]] = {}
+_APP_KEY: Final = "FLEET_APP_KEY"
+_LOGINS: Final = frozenset(
+    {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_USERNAME",
+     "MLFLOW_TRACKING_PASSWORD", "REGISTRY_USERNAME", "REGISTRY_PASSWORD"}
+)  # fmt: skip
+# Holds the key of the App for jobs that have no environment of a registry; deploys nothing.
+_BOT: Final = {"name": "bot", "deployment": False}
+# One measurement, or probe, of a host at a time.
+_ONE_PER_HOST: Final = {
+    "group": "gpu-${{ matrix.host }}",
+    "queue": "max",
+    "cancel-in-progress": False,
+}
+# Aliases are moved by one run at a time, whichever workflow it is of.
+_PUBLISHING: Final = {"group": "publish", "queue": "max", "cancel-in-progress": False}
+
+WORKFLOWS: Final[Mapping[str, Workflow]] = {
+    "ci": Workflow(
+        on={"push": {"branches": ["main"]}, "pull_request": None, "merge_group": None},
+        concurrency={"group": "ci-${{ github.ref }}", "cancel-in-progress": True},
+        cache_mode="none",
+        jobs={
+            "check": Job(permissions=READS),
+            "test": Job(permissions=READS),
+            "ok": Job(permissions={}, needs=("check", "test")),
+        },
+    ),
+    "model-pr": Workflow(
+        on={
+            "pull_request": {"types": ["opened", "synchronize", "reopened", "labeled"]},
+            "merge_group": None,
+        },
+        concurrency={
+            "group": "model-pr-${{ github.event.pull_request.number || github.ref }}",
+            "cancel-in-progress": "${{ github.event.action != 'labeled' || "
+            "github.event.label.name == 'over-budget' }}",
+        },
+        cache_mode="none",
+        jobs={
+            "plan": Job(permissions=READS),
+            # Runs the tools on files of strangers: reads, and hands over artifacts.
+            "gpu": Job(
+                permissions=READS,
+                needs=("plan",),
+                guards=(OWN_PULL_REQUEST,),
+                concurrency=_ONE_PER_HOST,
+            ),
+            # Judges what that one measured, so it runs no tool and may not write either.
+            "gate": Job(permissions=READS, needs=("plan", "gpu")),
+            "adopt": Job(
+                permissions={"contents": ("write", "one commit of records on the branch")},
+                needs=("gate",),
+                guards=(OWN_PULL_REQUEST,),
+                environment=_BOT,
+                secrets=frozenset({_APP_KEY}),
+            ),
+        },
+    ),
+    "report": Workflow(
+        on={"workflow_run": {"workflows": ["model PR"], "types": ["requested", "completed"]}},
+        concurrency={
+            "group": "report-${{ github.event.workflow_run.head_repository.full_name }}-"
+            "${{ github.event.workflow_run.head_branch }}",
+            "queue": "max",
+            "cancel-in-progress": False,
+        },
+        cache_mode="none",
+        jobs={
+            "comment": Job(
+                permissions={
+                    **READS,
+                    "actions": ("read", "takes the artifact of the run"),
+                    "checks": ("write", "the check run with annotations on params.yaml"),
+                    "pull-requests": ("write", "the comment"),
+                },
+            ),
+        },
+    ),
+    "publish": Workflow(
+        on={
+            "push": {
+                "branches": ["main"],
+                "paths": ["params.yaml", "dvc.lock", "modelfiles/**", "results/**"],
+            },
+            "workflow_dispatch": {
+                "inputs": {
+                    "model": {"type": "string", "default": ""},
+                    "reason": {"type": "string", "default": ""},
+                },
+            },
+        },
+        concurrency=_PUBLISHING,
+        cache_mode="none",
+        jobs={
+            "plan": Job(permissions=READS, guards=(DEFAULT_BRANCH,)),
+            "publish": Job(
+                permissions={
+                    "contents": ("write", "the branch with the ledger"),
+                    "pull-requests": ("write", "its pull request"),
+                    "id-token": ("write", "signs as this workflow"),
+                    "attestations": ("write", "keeps what was signed"),
+                },
+                needs=("plan",),
+                environment="${{ matrix.environment }}",
+                secrets=frozenset({_APP_KEY}) | _LOGINS,
+            ),
+        },
+    ),
+    "rollback": Workflow(
+        on={
+            "workflow_dispatch": {
+                "inputs": {
+                    "model": {"type": "string", "required": True},
+                    "to": {"type": "string", "required": True, "default": "previous"},
+                    "reason": {"type": "string", "required": True},
+                    "registry": {"type": "string", "default": ""},
+                    "environment": {"type": "string", "required": True, "default": "production"},
+                },
+            },
+        },
+        concurrency=_PUBLISHING,
+        cache_mode="none",
+        jobs={
+            "rollback": Job(
+                permissions={
+                    "contents": ("write", "the branch with `stable:` and ledger"),
+                    "pull-requests": ("write", "its pull request"),
+                },
+                guards=(DEFAULT_BRANCH,),
+                environment="${{ inputs.environment }}",
+                secrets=frozenset({_APP_KEY}) | _LOGINS,
+            ),
+        },
+    ),
+    "runner-health": Workflow(
+        on={"schedule": [{"cron": "17 */6 * * *"}], "workflow_dispatch": None},
+        concurrency={"group": "runner-health", "cancel-in-progress": False},
+        cache_mode="none",
+        jobs={
+            "ask": Job(
+                permissions={**READS, "actions": ("read", "jobs that wait, where there is no App")},
+                environment=_BOT,
+                secrets=frozenset({_APP_KEY}),
+            ),
+            "probe": Job(permissions=READS, needs=("ask",), concurrency=_ONE_PER_HOST),
+            "issues": Job(
+                permissions={**READS, "issues": ("write", "one issue for each sick host")},
+                needs=("ask", "probe"),
+            ),
+        },
+    ),
+}
