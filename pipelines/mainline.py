@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pipelines import console, hub, moves, wording
+from pipelines import console, hub, moves, runner, wording
 from pipelines.errors import GateError, ParamsError, RetryLaterError, StoreError
 from pipelines.github import commits
 from pipelines.github.client import GitHub, taken
@@ -110,11 +110,15 @@ def read_blob(gh: GitHub, sha: str) -> bytes:
 
 def default_branch(gh: GitHub) -> str:
     """
-    Return the name of the default branch.
+    Return the name of the default branch: the event that started a run tells, else GitHub.
 
     Raises:
         GitHubError, RetryLaterError: GitHub does not tell.
     """
+    repository = runner.event().get("repository")
+    told = repository.get("default_branch") if isinstance(repository, dict) else None
+    if isinstance(told, str) and told:
+        return told
     return str(taken(gh.get(f"/repos/{gh.repository}"), "default_branch", str))
 
 
