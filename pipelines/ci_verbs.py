@@ -68,6 +68,29 @@ def words(values: list[str]) -> tuple[str, ...]:
 # --- one pair for each verb: its options, and the call ----------------------------------------
 
 
+def _plan_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--base",
+        metavar="REV",
+        help="commit to compare with; default: that of the pull request, or the default branch",
+    )
+    verb.add_argument("--out", type=Path, metavar="FILE", help="file for the plan")
+    verb.add_argument("--json", action="store_true", help="print the plan as JSON")
+    verb.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="label of the pull request; `over-budget` lets a plan over its budget pass",
+    )
+
+
+def _plan(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import plan  # noqa: PLC0415 - not for --help
+
+    return plan.main(at, base=args.base, out=args.out, as_json=args.json, labels=args.label)
+
+
 def _bundle_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("models", nargs="+", metavar="MODEL", help="keys in params.yaml")
     verb.add_argument("--host", required=True, metavar="HOST", help="key in hosts: of params.yaml")
@@ -209,6 +232,12 @@ def _health(at: Layout, args: argparse.Namespace) -> int:
 
 
 _VERBS = (
+    _Verb(
+        "plan",
+        "say what a pull request changes, what has to run where and why, and what that costs",
+        _plan_options,
+        _plan,
+    ),
     _Verb(
         "bundle",
         "pack what was measured of models into one file each, for the gate",

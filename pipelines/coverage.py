@@ -329,7 +329,7 @@ class Coverage:
         if entry.get("cmd") != step.cmd:
             yield "its command is another one"
         told = _mapping(_mapping(entry, "params"), step.slice)
-        yield from _first(differences(told, self._slices[step.name]))
+        yield from _first(_read_otherwise(told, self._slices[step.name]))
         yield from _inputs(step, steps, held, before)
         yield from _outputs(step, held)
         if (md5 := held.locked(step, "deps").get(_MACHINE)) is not None and md5 != machine:
@@ -383,6 +383,18 @@ def _first(lines: list[str]) -> Iterator[str]:
     yield from lines[:_DIFFERENCES_SHOWN]
     if more := lines[_DIFFERENCES_SHOWN:]:
         yield f"{wording.counted(len(more), 'more change')}"
+
+
+def _read_otherwise(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Say in what the parameters of a step differ; a quant more or less by its type."""
+    old, new = _mapping(before, "quants"), _mapping(after, "quants")
+    lines = [f"{type_} is new" for key, type_ in new.items() if old.get(key) != type_]
+    lines += [f"{_shown(type_)} is gone" for key, type_ in old.items() if new.get(key) != type_]
+    lines += differences(
+        {name: value for name, value in before.items() if name != "quants" or not lines},
+        {name: value for name, value in after.items() if name != "quants" or not lines},
+    )
+    return lines
 
 
 def _inputs(step: Step, steps: list[Step], held: _Held, before: list[Step]) -> Iterator[str]:
