@@ -241,6 +241,8 @@ class GitHubApi:
         self.runners: dict[int, dict[str, Any]] = {}
         self.releases: dict[int, dict[str, Any]] = {}
         self.deprecations: dict[str, dict[str, Any]] = {}
+        self.jobs: dict[int, list[dict[str, Any]]] = {}
+        self.workflows: dict[str, str] = {}
         self.dispatched: list[dict[str, Any]] = []
         self.requests: list[Seen] = []
         self.violations: list[str] = []
@@ -979,6 +981,22 @@ def _list_runs(api: GitHubApi, call: Call) -> tuple[int, Any]:
         if wanted in {None, run.get("status"), run.get("conclusion")}
     ]
     return 200, {"total_count": len(found), "workflow_runs": found}
+
+
+@_route("get", f"{R}/actions/runs/{{run_id}}/jobs")
+def _list_jobs(api: GitHubApi, call: Call) -> tuple[int, Any]:
+    base = api.contract.example("job")
+    found = [
+        base | {"run_id": call.number("run_id")} | job for job in api.jobs[call.number("run_id")]
+    ]
+    return 200, {"total_count": len(found), "jobs": found}
+
+
+@_route("get", f"{R}/actions/workflows")
+def _list_workflows(api: GitHubApi, _call: Call) -> tuple[int, Any]:
+    base = api.contract.example("workflow")
+    found = [base | {"path": path, "state": state} for path, state in api.workflows.items()]
+    return 200, {"total_count": len(found), "workflows": found}
 
 
 @_route("get", f"{R}/actions/runners")
