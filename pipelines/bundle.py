@@ -94,6 +94,7 @@ def main(  # noqa: PLR0913 - one for each option
     head = _head(at, plan_file, models, host)
     remote, refused = _push(at, declared, models) if push else (None, None)
     written = []
+    names: list[str] = []
     for model in models:
         record = measured(at, declared, model, host=host, head=head, remote=remote)
         path = out / name_of(record)
@@ -103,6 +104,7 @@ def main(  # noqa: PLR0913 - one for each option
         for clause in record.failures:
             console.warn(wording.sentence(f"{model} on {host}: {clause}"))
     runner.outputs(bundles=" ".join(written))
+    runner.outputs(bundles=" ".join(names))
     if refused is not None:
         raise refused
     return 0

@@ -267,6 +267,13 @@ def _of_legs(plan: PlanRecord, measured: JobResult | None) -> Iterator[Failure]:
     if measured == "cancelled":
         yield Failure("The measuring jobs were cancelled.", again=True)
     elif measured == "skipped":
+        pull = runner.pull_request()
+        if pull is not None and pull.is_from_fork:
+            yield Failure(
+                "Nothing was measured: a branch of a fork never gets onto a self-hosted runner. "
+                "Somebody who may puts it onto a branch of this repository."
+            )
+            return
         yield Failure("Nothing was measured: the measuring jobs were skipped.", again=plan.allowed)
     else:
         yield Failure("A measuring job failed.")

@@ -22,7 +22,7 @@ from bundle_factory import (
     with_twin,
 )
 
-from pipelines import bundle, gate, records
+from pipelines import gate, lock_entries, records
 from pipelines.ci_records import GateRecord, ModelPlan, PlanProblem
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def test_a_model_that_is_not_declared_any_more_is_taken_out_of_the_lock(at: Layo
     told = yaml.safe_load(at.params.read_text())
     del told["models"][TWIN]
     told["quants"] = {key: one for key, one in told["quants"].items() if one["model"] != TWIN}
-    lock = bundle.lock_entries.merged((at.root / "dvc.lock").read_text(), known.lock)
+    lock = lock_entries.merged((at.root / "dvc.lock").read_text(), known.lock)
     (at.root / "dvc.lock").write_text(lock)
     at.params.write_text(yaml.safe_dump(told, sort_keys=False))
     gone = ModelPlan(model=TWIN, change="removed", covered=True)
