@@ -54,7 +54,9 @@ def deciding(repository: Repository) -> Iterator[Expression]:
         for loc, text in file.strings():
             condition = loc[-1] == "if"
             expression = condition or "${{" in text
-            if expression and (_DECIDING & set(loc) or "fromjson" in text.lower()):
+            carried = {"with", "env"} & set(loc)
+            decides = _DECIDING & set(loc) and not carried
+            if expression and (decides or "fromjson" in text.lower()):
                 yield Expression(
                     name=f"{file.name} {spell(_named(file, loc))}",
                     text=bare(text) if condition else _whole(text),
