@@ -408,8 +408,10 @@ def matrix(plan: PlanRecord) -> str:
                     "runs_on": list(leg.runs_on),
                     "primary": leg.primary,
                     "timeout_minutes": leg.timeout_minutes,
+                    # Of its artifact, whose name no other job of the run may have.
+                    "number": number,
                 }
-                for leg in legs
+                for number, leg in enumerate(legs, 1)
             ]
         },
         separators=(",", ":"),

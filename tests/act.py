@@ -42,7 +42,7 @@ REPOSITORY: Final = "o/r"
 TOKEN: Final = "token-of-the-test"
 HOSTED: Final = "ubuntu-24.04"
 _AUTHOR = ("-c", "user.name=Test", "-c", "user.email=test@example.invalid")
-_USES = re.compile(r"^\s*(?:- )?uses: ([\w.-]+/[\w.-]+)@(\S+)", re.MULTILINE)
+_USES = re.compile(r"\buses\"?: \"?([\w.-]+/[\w.-]+)@([\w.-]+)")
 _WITHIN_S: Final = 900.0
 
 
@@ -170,7 +170,9 @@ class Run:
         return [
             entry["msg"]
             for entry in self.log
-            if entry.get("level") == "error" and not _FAILED_STEP.search(entry["msg"])
+            if entry.get("level") == "error"
+            and "command" not in entry
+            and not _OF_A_FAILURE.match(entry["msg"])
         ]
 
     def calls(self, action: str | None = None) -> list[dict[str, Any]]:
@@ -197,8 +199,8 @@ class Run:
         ]
 
 
-# Of a step or job that failed; that is what `rc`, `jobs` and `steps` are for.
-_FAILED_STEP = re.compile(r"^(exitcode '|  ❌|Job '|Error: Job '|.*Job failed)")
+# A step or job failed: that is what `rc`, `jobs` and `steps` are for.
+_OF_A_FAILURE = re.compile(r"exit status \d+$|Error: Job '[^']*' failed$")
 
 
 # --- a run ------------------------------------------------------------------------------------
@@ -260,6 +262,7 @@ def act(  # noqa: PLR0913 - each option is one independent fact about a run
         "GITHUB_API_URL": api,
         "STUB_DIR": str(stub_dir),
         "STUB_ORIGIN": str(origin or root),
+        "STUB_PYTHON": sys.executable,
         # The environment and the toolchain of the tests: a job installs and builds nothing.
         "GGUF_FLEET_VENV": sys.prefix,
         "GGUF_FLEET_CACHE": str(toolchain.default_cache_root()),
@@ -367,7 +370,7 @@ def _lay_out(folder: Path, name: str, pin: Mapping[str, Any]) -> None:
                     "id": "stub",
                     "shell": "bash",
                     "env": {"INPUTS": "${{ toJSON(inputs) }}"},
-                    "run": f'python3 "$GITHUB_ACTION_PATH/stub.py" {name}',
+                    "run": f'"$STUB_PYTHON" -I "$GITHUB_ACTION_PATH/stub.py" {name}',
                 }
             ],
         },

@@ -1,0 +1,193 @@
+"""Composite actions: what they type, and that they work in a repository without the code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import act
+import pytest
+from ruamel.yaml import YAML
+from test_compare import QUICK
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pipelines.toolchain import Toolchain
+
+ROOT = Path(__file__).resolve().parent.parent
+ACTIONS = ROOT / "actions"
+CODE = "template/gguf-fleet"
+COMMIT = "1" * 40
+QUANT = "tiny-llama-Q8_0"
+# What a fleet is without the template's code.
+FLEET = (
+    "params.yaml", "dvc.yaml", "dvc.lock", "pipelines/dvc.yaml", "pipelines/dvc.lock", ".dvc",
+    ".dvcignore", ".gitignore", "corpora", "modelfiles", "results", "examples/tiny-llama",
+)  # fmt: skip
+
+
+def action_of(name: str) -> dict[str, Any]:
+    """Read the file of an action."""
+    found: dict[str, Any] = YAML(typ="safe").load(ACTIONS / name / "action.yml")
+    return found
+
+
+def workflow(steps: list[dict[str, Any]], *, before: str = "./") -> str:
+    """Return a workflow of one job: the checkout, the environment, and then these steps."""
+    pins = YAML(typ="safe").load(ROOT / ".github/pins.yaml")
+    checkout = f"actions/checkout@{pins['actions/checkout']['sha']}"
+    named = [
+        step if "uses" not in step else {**step, "uses": f"{before}{step['uses']}"}
+        for step in [{"id": "setup", "uses": "actions/setup"}, *steps]
+    ]
+    if before != "./":
+        named = [{**s, "uses": f"{s['uses']}@{COMMIT}"} if "uses" in s else s for s in named]
+    steps = [{"uses": checkout, "with": {"fetch-depth": 0}}, *named]
+    return json.dumps({"on": "push", "jobs": {"one": {"runs-on": act.HOSTED, "steps": steps}}})
+
+
+def unexplained_outputs(run: act.Run, job: str, step: str, action: str) -> set[str]:
+    """Return the outputs that an action declares and its step does not set, and the reverse."""
+    declared = set(action_of(action).get("outputs", {}))
+    return declared ^ set(run.outputs(job, f"{step}/fleet"))
+
+
+# --- a repository without the code ------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", name="elsewhere")
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) -> act.Run:
+    """A job of another repository that makes and measures a quant of its own fleet."""
+    assert tools.tool("llama-quantize").exists()
+    place = tmp_path_factory.mktemp("elsewhere")
+    code = act.fork(place)
+    fleet = place / "fleet"
+    for name in FLEET:
+        (fleet / name).parent.mkdir(parents=True, exist_ok=True)
+        if (code / name).is_dir():
+            shutil.copytree(code / name, fleet / name)
+        elif (code / name).exists():
+            shutil.copy(code / name, fleet / name)
+    shutil.rmtree(fleet / "results")
+    params = (fleet / "params.yaml").read_text()
+    for key, value in QUICK.items():
+        params = re.sub(rf"^( +){key}: .*$", rf"\g<1>{key}: {value}", params, flags=re.MULTILINE)
+    dropped = r"^    calibration: calibration\n|^  .*imatrix: true.*\n"
+    params = re.sub(dropped, "", params, flags=re.MULTILINE)
+    params = params.replace("\nbenchmark:\n", "\nbenchmark:\n  threads: 1\n")
+    (fleet / "params.yaml").write_text(params)
+    steps = [
+        {"id": "quantize", "uses": "actions/quantize", "with": {"models": QUANT}},
+        {"id": "benchmark", "uses": "actions/benchmark", "with": {"models": QUANT}},
+        {"id": "load", "uses": "actions/load-test", "with": {"models": QUANT}},
+        {"id": "compare", "uses": "actions/compare",
+         "with": {"models": "tiny-llama", "base": "${{ github.sha }}"}},
+        {"id": "look", "run": "ls work/tiny-llama/gguf results/tiny-llama/benchmark"},
+    ]  # fmt: skip
+    (fleet / ".github/workflows").mkdir(parents=True)
+    (fleet / ".github/workflows/one.yml").write_text(workflow(steps, before=f"{CODE}/"))
+    act.git(fleet, "init", "-q", "-b", "main")
+    act.git(fleet, "config", "uploadpack.allowAnySHA1InWant", "true")
+    act.commit(fleet, "fleet")
+    return act.act(
+        place / "run", fleet, "push", "one.yml", {"ref": "refs/heads/main"},
+        actions={f"{CODE}@{COMMIT}": code},
+    )  # fmt: skip
+
+
+@pytest.mark.toolchain
+@pytest.mark.timeout(600)
+def test_a_repository_without_the_code_measures_its_fleet(elsewhere: act.Run) -> None:
+    """The code is found where the action is, by verbs, by DVC and by every stage below it."""
+    assert elsewhere.jobs == {"one": "failure"}, elsewhere.text
+    results = {step.id: step.result for step in elsewhere.steps("one")}
+    assert results["quantize"] == results["benchmark"] == results["load"] == "success"
+    assert elsewhere.outputs("one", "quantize/fleet")["ran"].split()[-1] == f"quantize@{QUANT}"
+    assert elsewhere.outputs("one", "benchmark/fleet") == {"ran": f"machine benchmark@{QUANT}",
+                                                           "failed": ""}  # fmt: skip
+    assert elsewhere.outputs("one", "load/fleet")["failed"] == ""
+    assert elsewhere.errors == []
+
+
+@pytest.mark.toolchain
+@pytest.mark.timeout(600)
+def test_each_step_says_in_the_summary_what_ran(elsewhere: act.Run) -> None:
+    """The summary of the job is written by Python, a short table for each step."""
+    told = "\n".join(elsewhere.summaries("one"))
+
+    assert told.count("### fleet repro: ") == 3
+    assert f"| quantize@\u200b{QUANT} | done in " in told
+
+
+@pytest.mark.toolchain
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("step", "action"),
+    [("setup", "setup"), ("quantize", "quantize"), ("benchmark", "benchmark"),
+     ("load", "load-test")],
+)  # fmt: skip
+def test_the_outputs_of_an_action_are_those_that_it_declares(
+    elsewhere: act.Run, step: str, action: str
+) -> None:
+    """One that maps to nothing is empty for every caller, and nothing says so."""
+    assert unexplained_outputs(elsewhere, "one", step, action) == set()
+
+
+# --- the files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ACTIONS.iterdir() if path.is_dir()))
+def test_what_an_action_types_is_understood_by_the_command_line(name: str) -> None:
+    """Each option of its line exists, and every word that is needed is there."""
+    (step,) = action_of(name)["runs"]["steps"]
+    env: Mapping[str, str] = step["env"]
+    given = {key: _example(key, value) for key, value in env.items()}
+    fake = """
+import sys
+from pipelines import __main__, bootstrap
+if sys.argv[1] == "bootstrap":
+    bootstrap.set_up_shared = lambda profile: sys.exit(print("understood"))
+    sys.argv = sys.argv[1:]
+    bootstrap.main()
+args = __main__._parser().parse_args(sys.argv[1:])
+print("understood", args.verb)
+"""
+    line = step["run"].replace('"$GITHUB_ACTION_PATH/../fleet"', '"$PYTHON" -c "$FAKE"')
+
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", line],
+        env={"PYTHON": sys.executable, "FAKE": fake, "PYTHONPATH": str(ROOT), **given},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("understood")
+
+
+def _example(key: str, value: str) -> str:
+    """Return a value for a variable of an action: a hostile one where any text may stand."""
+    known = {
+        "FLEET_PROFILE": "base", "FLEET_TOOLCHAIN": "false", "FLEET_PLAN_RESULT": "success",
+        "FLEET_MEASURED": "skipped", "FLEET_USE": "probe", "FLEET_PUSH": "--no-push",
+    }  # fmt: skip
+    assert value.startswith("${{ inputs.")
+    return known.get(key, "a $(touch hacked) `id`; --help \n::error::x")
+
+
+def test_without_an_environment_the_step_says_which_one_is_missing(tmp_path: Path) -> None:
+    """Whoever forgot actions/setup reads that, and no traceback."""
+    done = subprocess.run(
+        [ACTIONS / "fleet", "check"],
+        env={"PATH": "/usr/bin:/bin", "GGUF_FLEET_VENV": str(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 7
+    assert done.stderr.startswith("::error::there is no Python environment in")
+    assert "actions/setup" in done.stderr
