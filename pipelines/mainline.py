@@ -130,6 +130,7 @@ class Mainline:
     """The default branch that a run has to keep to, and the ledger that waits beside it."""
 
     gh: GitHub
+    _main: Branch | None = field(default=None, repr=False)
     _waiting: Branch | None = field(default=None, repr=False)
     _is_read: bool = False
 
@@ -161,12 +162,11 @@ class Mainline:
             GitHubError, RetryLaterError: GitHub does not tell.
         """
         name = default_branch(self.gh)
-        branch = read_branch(self.gh, name)
-        there = {
-            path: sha
-            for path, sha in (branch.files if branch else {}).items()
-            if _decides(path, model)
-        }
+        # Asked for again at every model: what a commit holds, only once.
+        if self._main is None or commits.branch_head(self.gh, name) != self._main.commit:
+            self._main = read_branch(self.gh, name)
+        files = self._main.files if self._main else {}
+        there = {path: sha for path, sha in files.items() if _decides(path, model)}
         here = {path: hub.git_blob_sha1(at.root / path) for path in _deciding(model, at)}
         differing = sorted(path for path in {*here, *there} if here.get(path) != there.get(path))
         if differing:

@@ -11,14 +11,18 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import release_factory
+from github_api import Fault, GitHubApi
+from hosted_job import Hosted
 from release_checkout import MODEL, OTHER, PARAMS, REASON, Checkout
 
-from pipelines import declaration, registries, rollback, stable_line
-from pipelines.errors import MachineError, ParamsError, RetryLaterError
+from pipelines import declaration, publishing, registries, rollback, stable_line
+from pipelines.errors import GateError, MachineError, ParamsError, RetryLaterError
 from pipelines.params import Registry
 from pipelines.stores import open_store
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from registry_servers import S3Server
@@ -747,3 +751,164 @@ def test_where_no_single_line_can_be_added_the_error_gives_the_line_to_write(
 
     assert f"stable: {ID}" in caught.value.hint
     assert checkout.at.params.read_text() == text
+
+
+# --- from a hosted machine --------------------------------------------------------------------
+
+
+@pytest.fixture
+def hosted(checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosted]:
+    """A job on main; both registries hold two releases, and git knows of every move."""
+    for seed in (1, 2):
+        checkout.publish(seed, *BOTH)
+    with GitHubApi(tmp_path / "origin.git") as api:
+        yield Hosted(checkout, api, monkeypatch)
+
+
+def dispatched(hosted: Hosted, to: str = "previous", reason: str = REASON) -> Any:
+    """Type what the workflow types, in a fresh checkout of main."""
+    hosted.clone()
+    return hosted.checkout.fleet(
+        "rollback", MODEL, "--to", to, "--registry", "mirror", "--reason", reason, "--pr"
+    )
+
+
+def test_a_dispatch_moves_the_alias_and_opens_the_pull_request_that_agrees(hosted: Hosted) -> None:
+    """One registry; params.yaml and ledger by pull request; merged, nothing is left to do."""
+    new = hosted.checkout.alias("mirror").release
+
+    ran = dispatched(hosted)
+
+    assert ran.code == 0, ran.err
+    old = hosted.checkout.alias("mirror").release
+    assert hosted.checkout.alias("local").release == new
+    outputs = hosted.outputs()
+    assert (outputs["from"], outputs["to"], outputs["registries"]) == (new, old, "mirror")
+    assert outputs["pull_request"].startswith("https://")
+    (pull,) = hosted.open_pulls()
+    assert (pull["head"], pull["base"]) == (f"fleet/rollback-{MODEL}", "main")
+    hosted.merge()
+    hosted.clone()
+    assert declaration.load(hosted.checkout.at.params).models[MODEL].stable == old
+    assert (
+        hosted.checkout.ledger().last("mirror", "stable")
+        == (hosted.checkout.alias("mirror").moves[-1])
+    )
+    ran = dispatched(hosted, "latest")
+    assert ran.code == 0, ran.err
+    assert hosted.checkout.alias("mirror").release == new
+    hosted.merge()
+    hosted.clone()
+    assert declaration.load(hosted.checkout.at.params).models[MODEL].stable == "latest"
+
+
+def test_what_github_refuses_leaves_the_alias_where_it_was_moved(hosted: Hosted) -> None:
+    """403 at each write: the alias stands, the error says what to do, the same run ends it."""
+    dispatched(hosted)
+    old = hosted.checkout.alias("mirror").release
+    writes = [str(seen) for seen in hosted.api.requests if seen.is_write]
+    assert len(writes) == 4
+    for what in writes:
+        for pull in hosted.open_pulls():
+            hosted.api.close_pull(pull["number"])
+        hosted.api.git.git("update-ref", "-d", f"refs/heads/fleet/rollback-{MODEL}")
+        hosted.api.forget()
+        hosted.api.strike(Fault(kind="status", status=403, body={"message": "no"}), matches=what)
+
+        ran = dispatched(hosted)
+
+        assert ran.code == 8, what
+        assert hosted.checkout.alias("mirror").release == old
+        assert f"means {old[:12]} in mirror, but params.yaml on GitHub does not say so" in ran.err
+        assert "start this job again" in ran.err
+        assert "does not say so" in hosted.summary()
+        assert dispatched(hosted).code == 0
+        assert hosted.checkout.alias("mirror").release == old
+        assert len(hosted.open_pulls()) == 1
+
+
+def test_a_run_that_was_killed_before_its_pull_request_ends_it_when_started_again(
+    hosted: Hosted,
+) -> None:
+    """`previous` means by then what was left: the same run knows what it began, another asks."""
+    hosted.checkout.fleet(
+        "rollback", MODEL, "--to", "previous", "--registry", "mirror", "--reason", REASON
+    )
+    moved = hosted.checkout.alias("mirror")
+
+    assert dispatched(hosted).code == 0
+    assert hosted.checkout.alias("mirror") == moved
+    assert len(hosted.open_pulls()) == 1
+
+    hosted.run(2)
+    ran = dispatched(hosted)
+    assert ran.code == 8
+    assert "`previous` would take that back" in ran.err
+    assert f"--to {moved.release[:12]} --registry mirror" in ran.err
+    assert hosted.checkout.alias("mirror") == moved
+    assert dispatched(hosted, moved.release[:12]).code == 0
+
+
+def test_a_publish_run_between_rollback_and_merge_moves_nothing(hosted: Hosted) -> None:
+    """Main says `latest` still: what the rollback left is not published over it."""
+    dispatched(hosted)
+    held = hosted.checkout.alias("mirror")
+    hosted.clone()
+    hosted.checkout.publish(3)
+    made = hosted.checkout.release(3)
+    ledger = hosted.checkout.ledger()
+
+    with pytest.raises(GateError, match="was rolled back to"):
+        publishing.publish(
+            made, hosted.checkout.store("mirror"), ledger, stable="latest", by=release_factory.by()
+        )
+
+    assert hosted.checkout.alias("mirror") == held
+
+
+def test_a_reason_of_a_stranger_is_text_and_nothing_else(hosted: Hosted) -> None:
+    """No mention, link, table, comment of ours, output or command comes from it."""
+    reason = "$(id) `id` @team #1 | [x](http://x) <!-- fleet:end --> ::set-output name=a::b\nto=x"
+
+    ran = dispatched(hosted, reason=reason)
+
+    assert ran.code == 0, ran.err
+    (pull,) = hosted.open_pulls()
+    for text in (pull["body"], hosted.summary()):
+        assert "@team" not in text
+        assert "http://x" not in text
+        assert "<!-- fleet:end --> ::" not in text
+    assert pull["body"].count("<!-- fleet:end -->") == 1
+    assert set(hosted.outputs()) == {"from", "to", "registries", "pull_request"}
+    message = hosted.api.git.text("log", "-1", "--format=%B", f"fleet/rollback-{MODEL}")
+    assert "team" not in message
+    assert hosted.checkout.alias("mirror").moves[-1].why.startswith("$(id) `id` @team")
+
+
+@pytest.mark.parametrize(
+    "model", ["nobody", "../../etc", "tiny-llama; id", "-x", "tiny-llama\nlocal", ""]
+)
+def test_a_model_that_is_none_reaches_neither_registry_nor_github(
+    hosted: Hosted, model: str
+) -> None:
+    """Exit 2, nothing was asked of anybody."""
+    hosted.api.forget()
+
+    ran = hosted.checkout.fleet("rollback", model, "--to", "previous", "--reason", REASON, "--pr")
+
+    assert ran.code == 2
+    assert not hosted.api.requests
+    assert hosted.checkout.alias("mirror").sequence == 2
+
+
+def test_a_dry_run_asks_nothing_of_github(hosted: Hosted) -> None:
+    """No branch, no pull request, no output."""
+    hosted.api.forget()
+
+    ran = hosted.checkout.fleet(
+        "rollback", MODEL, "--to", "previous", "--reason", REASON, "--pr", "--dry-run"
+    )
+
+    assert ran.code == 0, ran.err
+    assert not hosted.api.requests
+    assert not (hosted.files / "output").exists()
