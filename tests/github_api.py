@@ -1111,15 +1111,17 @@ def _get_blob(api: GitHubApi, call: Call) -> tuple[int, Any]:
 @_route("post", f"{R}/git/trees")
 def _make_tree(api: GitHubApi, call: Call) -> tuple[int, Any]:
     entries: dict[str, str | None] = {}
+    texts: dict[str, bytes] = {}
     for each in call.body["tree"]:
         if ("content" in each) == ("sha" in each):
             raise AnswerError(422, "Must supply either tree.sha or tree.content")
         if "content" in each:
-            entries[each["path"]] = api.git.blob(each["content"].encode())
+            texts[each["path"]] = each["content"].encode()
         else:
             if each["sha"] and api.git.resolve(f"{each['sha']}^{{blob}}") is None:
                 raise AnswerError(422, "tree.sha is not a valid blob")
             entries[each["path"]] = each["sha"]
+    entries |= zip(texts, api.git.blobs(list(texts.values())), strict=True)
     sha = api.git.tree(call.body.get("base_tree"), entries)
     return 201, _shown_tree(api, sha, recursive=False)
 
@@ -1298,7 +1300,11 @@ class _ApiHandler(_Base):
             return
         if fault and kind in {"status", "html"}:
             seen.status = 200 if kind == "html" else fault.status
-            body = self._PAGE if kind == "html" else json.dumps(fault.body or {}).encode()
+            body = (
+                self._PAGE
+                if kind == "html"
+                else json.dumps({} if fault.body is None else fault.body).encode()
+            )
             kind_of = "text/html" if kind == "html" else "application/json"
             self.give(seen.status, body, {"Content-Type": kind_of, **fault.headers})
             return

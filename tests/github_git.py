@@ -89,16 +89,29 @@ class BareRepository:
         """Store content; return its name."""
         return self.git("hash-object", "-w", "--stdin", data=data).decode().strip()
 
+    def blobs(self, contents: list[bytes]) -> list[str]:
+        """Store contents; return their names. One program for all of them."""
+        stream = b"".join(
+            b"blob\nmark :%d\ndata %d\n%b\n" % (at, len(each), each)
+            for at, each in enumerate(contents, 1)
+        )
+        with tempfile.NamedTemporaryFile() as marks:
+            self.git("fast-import", "--quiet", f"--export-marks={marks.name}", data=stream)
+            lines = Path(marks.name).read_text(encoding="ascii").splitlines()
+        names = dict(line.split() for line in lines)
+        return [names[f":{at}"] for at in range(1, len(contents) + 1)]
+
     def tree(self, base: str | None, entries: dict[str, str | None]) -> str:
         """Return a tree with other blobs; None removes a path, which has to be there."""
         with tempfile.TemporaryDirectory() as folder:
             index = str(Path(folder) / "index")
             if base:
                 self.git("read-tree", base, GIT_INDEX_FILE=index)
-            listed = self.git("ls-files", "-z", GIT_INDEX_FILE=index).decode().split("\0")
+            listed = self.git("ls-files", "-z", GIT_INDEX_FILE=index).decode()
+            there = set(listed.split("\0"))
             lines = []
             for path, blob in entries.items():
-                if blob is None and path not in listed:
+                if blob is None and path not in there:
                     raise GitError("GitRPC::BadObjectState")
                 lines.append(f"100644 {blob}\t{path}" if blob else f"0 {'0' * 40}\t{path}")
             data = "".join(f"{line}\0" for line in lines).encode()

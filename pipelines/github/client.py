@@ -118,6 +118,7 @@ class GitHub:
         deadline_s: float = DEADLINE_S,
         answer_within_s: float = _ANSWER_WITHIN_S,
         sleep: Callable[[float], object] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Know where the repository is; nothing is asked yet.
@@ -130,6 +131,7 @@ class GitHub:
             deadline_s: Seconds for each call, with its repeats.
             answer_within_s: Seconds without a byte after which a connection is given up.
             sleep: For tests.
+            clock: For tests.
 
         Raises:
             ParamsError: One of them cannot be.
@@ -150,7 +152,8 @@ class GitHub:
         self._token = token
         self._deadline_s = deadline_s
         self._answer_within_s = answer_within_s
-        self._sleep = sleep
+        self.pause = sleep
+        self._clock = clock
         self._cache: dict[str, _Cached] = {}
         self._session: requests.Session | None = None
 
@@ -256,7 +259,7 @@ class GitHub:
             RetryLaterError: See `get`.
         """
         request = self._request("GET", path)
-        until_s = time.monotonic() + self._deadline_s
+        until_s = self._clock() + self._deadline_s
         # The address of the second host is good for a minute: it is asked for anew each time.
         for attempt in range(1, 100):
             reply = self._asked(request, follow=False, limit_bytes=limit_bytes)
@@ -265,9 +268,9 @@ class GitHub:
             try:
                 return self._foreign(reply.headers.get("Location", ""), path, limit_bytes)
             except _PassingError as error:
-                if time.monotonic() >= until_s or attempt == 5:  # noqa: PLR2004 - enough of them
+                if self._clock() >= until_s or attempt == 5:  # noqa: PLR2004 - enough of them
                     raise self._given_up(request, error, attempt) from error
-                self._sleep(min(until_s - time.monotonic(), _pause_s(attempt)))
+                self.pause(min(until_s - self._clock(), _pause_s(attempt)))
         raise AssertionError  # pragma: no cover
 
     # --- changing
@@ -354,7 +357,7 @@ class GitHub:
         self, request: _Request, *, follow: bool = True, limit_bytes: int = MAX_ANSWER_BYTES
     ) -> _Reply:
         """Make a request until it is answered, refused, or late."""
-        until_s = time.monotonic() + self._deadline_s
+        until_s = self._clock() + self._deadline_s
         attempt = 0
         while True:
             attempt += 1
@@ -362,7 +365,7 @@ class GitHub:
                 reply = self._followed(request, follow=follow, limit_bytes=limit_bytes)
                 return self._accepted(request, reply, follow=follow)
             except _PassingError as error:
-                left_s = until_s - time.monotonic()
+                left_s = until_s - self._clock()
                 pause_s = error.pause_s if error.pause_s is not None else _pause_s(attempt)
                 if error.uncertain and not request.repeatable:
                     raise UnknownOutcomeError(
@@ -375,7 +378,7 @@ class GitHub:
                     raise BusyError(f"{_named(request)}: {error.text}.", pause_s) from error
                 if error.pause_s is not None:
                     console.info(f"GitHub asks to wait {pause_s:.0f} s: {error.text}.")
-                self._sleep(pause_s)
+                self.pause(pause_s)
 
     def _followed(self, request: _Request, *, follow: bool, limit_bytes: int) -> _Reply:
         """Make one attempt; a redirect on the same host is followed, as of a renamed repository."""

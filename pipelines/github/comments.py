@@ -11,7 +11,6 @@ whoever sees them. The last to look sees all of them, so in the end there is one
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,8 +20,6 @@ from pipelines.github.client import Unsent, taken
 from pipelines.github.errors import BusyError, GitHubError, UnknownOutcomeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pipelines.github.client import GitHub
 
 BODY_CHARACTERS: Final = 65_536
@@ -75,7 +72,6 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
     *,
     create: bool = True,
     settle_s: float = SETTLE_S,
-    sleep: Callable[[float], object] = time.sleep,
 ) -> bool:
     """
     Leave exactly one comment of ours on a pull request: this one, unless there is a newer one.
@@ -88,7 +84,6 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
         order: Of this report.
         create: Make one where there is none; otherwise only one that is there is changed.
         settle_s: Seconds after a write until it is looked at once more.
-        sleep: For tests.
 
     Returns:
         Whether it is this one that stands there; False if a newer run's does, or none.
@@ -100,7 +95,7 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
     text = f"{marker_line(marker, order)}\n{body}"
     if len(text) > BODY_CHARACTERS:
         raise GitHubError(f"A comment of {len(text)} characters is too long for GitHub.")
-    own = _Writer(gh, number, marker, sleep)
+    own = _Writer(gh, number, marker)
     settled = False
     for _ in range(_ROUNDS):
         found = own.all()
@@ -114,7 +109,7 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
             if settled or not own.wrote:
                 return True
             settled = True
-            sleep(settle_s)
+            gh.pause(settle_s)
             continue
         if own.write(best, text) and gh.dry_run:
             return True
@@ -126,7 +121,7 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
 
 def remove_comments(gh: GitHub, number: int, marker: str) -> int:
     """Remove every comment of ours with a marker; return how many there were."""
-    own = _Writer(gh, number, marker, time.sleep)
+    own = _Writer(gh, number, marker)
     found = own.all()
     for each in found:
         own.remove(each)
@@ -136,13 +131,10 @@ def remove_comments(gh: GitHub, number: int, marker: str) -> int:
 class _Writer:
     """Comments of one marker on one pull request, under one login."""
 
-    def __init__(
-        self, gh: GitHub, number: int, marker: str, sleep: Callable[[float], object]
-    ) -> None:
+    def __init__(self, gh: GitHub, number: int, marker: str) -> None:
         self._gh = gh
         self._number = number
         self._login = identity.login(gh)
-        self._sleep = sleep
         self.wrote = False
         # At the very beginning: a comment that quotes ours is none of ours.
         self._line = re.compile(
@@ -173,7 +165,7 @@ class _Writer:
                 self._gh.patch(f"issues/comments/{there.id}", {"body": text}, patient=False)
             except BusyError as error:
                 # By then another run may have written a newer one.
-                self._sleep(error.pause_s)
+                self._gh.pause(error.pause_s)
                 return False
             except GitHubError as error:
                 if error.status in {_NOT_FOUND, _GONE}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from pipelines.github import comments, identity
@@ -103,7 +104,8 @@ def close_issue(gh: GitHub, *, marker: str, label: str, reason: str) -> int:
     for each in there:
         # Closed first: if the comment is lost, nobody is misled.
         gh.patch(f"issues/{each['number']}", {"state": "closed", "state_reason": "completed"})
-        comments.comment(gh, each["number"], reason)
+        with contextlib.suppress(UnknownOutcomeError):
+            comments.comment(gh, each["number"], reason)
     return len(there)
 
 
