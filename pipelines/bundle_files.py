@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pipelines.params import Declaration
 
 LOCK: Final = "lock.json"
-TIMES: Final = "times.json"
 
 
 def folder(bundle: BundleRecord) -> str:
@@ -80,7 +79,8 @@ def _of_bundle(at: Layout, declared: Declaration, bundle: BundleRecord) -> dict[
     for path, text in bundle.files.items():
         found[f"{into}/{path.removeprefix(f'{own}/')}"] = text.encode()
     found[f"{into}/{at.tools_record(bundle.model).name}"] = bundle.toolchain.encode() or None
-    found[f"{into}/{TIMES}"] = _times(at.root / into / TIMES, declared, bundle)
+    times = at.times(bundle.model).name
+    found[f"{into}/{times}"] = _times(at.root / into / times, declared, bundle)
     if not bundle.primary:
         found[f"{into}/{LOCK}"] = _json(_ordered(bundle, declared))
     for gone in _others(at, declared, bundle.model):
@@ -106,7 +106,7 @@ def _times(path: Path, declared: Declaration, bundle: BundleRecord) -> bytes | N
 def _others(at: Layout, declared: Declaration, model: str) -> Iterator[str]:
     """Yield what lies here of hosts that nobody measures any more."""
     known = measured_hosts(declared)[1:]
-    for each in sorted((at.root / "results" / model / "on").glob("*")):
+    for each in sorted(at.on_hosts(model).glob("*")):
         if each.name not in known and not each.is_symlink():
             yield from _files_below(at, each)
 
@@ -114,14 +114,10 @@ def _others(at: Layout, declared: Declaration, model: str) -> Iterator[str]:
 def _of_removed(at: Layout, model: str) -> Iterator[str]:
     """Yield the records of a model that is not declared; what was once served stays on record."""
     own = at.root / "results" / model
-    kept = {at.release(model), at.ledger(model)}
-    names = [*bundle_checks.kinds(model), f"results/{model}/{TIMES}"]
-    alone = [*(at.root / name for name in names), *at.of_model(model)]
-    for path in alone:
-        if path.is_relative_to(own) and path not in kept and path.is_file():
+    for path in [*(at.root / name for name in bundle_checks.kinds(model)), *at.of_model(model)]:
+        if path.is_relative_to(own) and path.is_file():
             yield path.relative_to(at.root).as_posix()
-    for each in sorted((own / "on").glob("*")):
-        yield from _files_below(at, each)
+    yield from _files_below(at, at.on_hosts(model))
 
 
 def _files_below(at: Layout, directory: Path) -> Iterator[str]:

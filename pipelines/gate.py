@@ -408,6 +408,9 @@ def _whole(
         failures += wrong
         bad |= {bundle.model} if wrong else set()
         found.setdefault(key, bundle)
+    for failure, models in _machines(found, expected):
+        failures.append(failure)
+        bad |= models
     for model, host in expected:
         if (model, host) not in found:
             again = expected[model, host]
@@ -416,6 +419,26 @@ def _whole(
     order = list(expected)
     whole = [one for key, one in found.items() if one.model not in bad and key in expected]
     return failures, sorted(whole, key=lambda one: order.index((one.model, one.host)))
+
+
+def _machines(
+    found: Mapping[tuple[str, str], BundleRecord], expected: Mapping[tuple[str, str], bool]
+) -> Iterator[tuple[Failure, set[str]]]:
+    """Yield each host for which this run measured on more than one kind of machine."""
+    for host in sorted({host for _, host in expected}):
+        seen: dict[str, list[str]] = {}
+        for (model, where), bundle in found.items():
+            if where == host and expected.get((model, where)):
+                seen.setdefault(bundle.machine_id, []).append(model)
+        if len(seen) > 1:
+            groups = [wording.first_few(models) for models in seen.values()]
+            yield (
+                Failure(
+                    f"{host} was measured on {len(seen)} kinds of machines: {'; '.join(groups)}. "
+                    "Labels of a host have to name one kind."
+                ),
+                {model for models in seen.values() for model in models},
+            )
 
 
 def _place(

@@ -119,6 +119,14 @@ class Layout:
         """What the tools were that made its records: `toolchain`, byte for byte, in git."""
         return self.root / "results" / model / "toolchain.json"
 
+    def times(self, model: str) -> Path:
+        """How long its stages took when they last ran, for the budget of a plan."""
+        return self.root / "results" / model / "times.json"
+
+    def on_hosts(self, model: str) -> Path:
+        """Directory of what other measured hosts than the first found: HOST/**."""
+        return self.root / "results" / model / "on"
+
     def compared(self, model: str) -> Path:
         """Which comparison there is of a model, as the probe finds it at every run."""
         return self.root / "work/compared" / f"{model}.json"
@@ -153,6 +161,8 @@ class Layout:
             self.frontier(model),
             self.comparison(model),
             self.tools_record(model),
+            self.times(model),
+            self.on_hosts(model),
             self.compared(model),
             self.observed(model),
             self.receipt(model),

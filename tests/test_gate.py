@@ -292,6 +292,45 @@ def test_without_a_plan_nothing_passes(
     assert (record.plan, new_records) == (None, False)
 
 
+def test_a_plan_of_an_older_commit_asks_for_the_newer_run(
+    at: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody pushed in between: the event names another head than the plan."""
+    repository = {"full_name": "octo/fleet"}
+    pull = {
+        "number": 1,
+        "head": {"sha": "d" * 40, "ref": "bump", "repo": repository},
+        "base": {"sha": BASE, "ref": "main", "repo": repository},
+    }
+    (tmp_path / "event.json").write_text(json.dumps({"pull_request": pull}))
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_EVENT_PATH", str(tmp_path / "event.json"))
+
+    record, new_records = judged(at, plan_of(at, LEG), bundle_of(at))
+
+    assert (record.conclusion, new_records) == ("neutral", False)
+    assert f"The plan is of {HEAD[:12]}" in record.failures[0]
+
+
+def test_what_a_fork_asks_for_is_not_measured_and_the_sentence_says_so(
+    at: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring again changes nothing; a person has to take the branch over."""
+    pull = {
+        "number": 1,
+        "head": {"sha": HEAD, "ref": "bump", "repo": {"full_name": "stranger/fleet"}},
+        "base": {"sha": BASE, "ref": "main", "repo": {"full_name": "octo/fleet"}},
+    }
+    (tmp_path / "event.json").write_text(json.dumps({"pull_request": pull}))
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_EVENT_PATH", str(tmp_path / "event.json"))
+
+    record, _ = judged(at, plan_of(at, LEG), measured="skipped")
+
+    assert record.conclusion == "failure"
+    assert any("a branch of a fork" in text for text in record.failures)
+
+
 def test_a_plan_over_its_budget_says_who_may_let_it_pass(at: Layout) -> None:
     """Nothing was measured, and that is no accident."""
     plan = plan_of(at, LEG, over=("90 GPU minutes, 60 are allowed",), allowed=False)
@@ -336,6 +375,18 @@ def test_an_input_that_changed_since_the_measurement_is_found_out(at: Layout) ->
 
     assert record.conclusion == "failure"
     assert any("corpora/prompts.yaml changed" in text for text in record.failures)
+
+
+def test_a_host_is_one_kind_of_machine(at: Layout) -> None:
+    """Two runners with the same labels and other hardware measure two different hosts."""
+    with_twin(at)
+    plan = plan_of(at, LEG, (TWIN, HOST))
+
+    record, new_records = judged(at, plan, bundle_of(at), bundle_of(at, TWIN, memory_gib=8))
+
+    assert record.conclusion == "failure"
+    assert f"{HOST} was measured on 2 kinds of machines" in record.failures[0]
+    assert (record.models, new_records) == ((), False)
 
 
 def test_a_disturbed_quant_that_nobody_chose_asks_for_another_run(at: Layout) -> None:
