@@ -314,7 +314,8 @@ def _of_models(models: tuple[ModelComment, ...], common: Mapping[str, Any]) -> C
 
 
 def _shares(models: Sequence[ModelComment]) -> str:
-    counts = {standing: sum(one.verdict == standing for one in models) for standing in _STANDINGS}
+    order = (*_STANDINGS[1:], _STANDINGS[0])
+    counts = {standing: sum(one.verdict == standing for one in models) for standing in order}
     return ", ".join(
         f"{count:,} {_STANDING_WORDS[standing]}" for standing, count in counts.items() if count
     )

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from pipelines import comment_table, gate, limits, records, report, verdict_words, wording
 from pipelines.ci_records import TimesRecord
-from pipelines.comment_table import Changes, Then
+from pipelines.comment_table import Then
 from pipelines.comment_tree import (
     Change,
     GateLine,
@@ -55,7 +55,10 @@ if TYPE_CHECKING:
 
 MOST_POINTS: Final = 20
 _MOST_NAMES: Final = 6
+# By which two sentences about the same limit are known as such.
+_SAME_CHARACTERS: Final = 40
 _TEXT_CHARACTERS: Final = 300
+_WHY_CHARACTERS: Final = 160
 _VERBS: Final = {
     "PROMOTE": "promote", "HOLD": "hold", "REJECT": "reject", "INVALID": "measure again",
 }  # fmt: skip
@@ -124,14 +127,19 @@ def comment(given: Sources, mark_of: Mapping[str, str]) -> ModelComment:
     others = [(one, report.tell(one.declared, one.at, given.day)) for one in given.others]
     then = _then(told, given)
     hosts, verdict, step = _verdict(told, others, given)
-    gates = tuple(_gates(told)) if told.report.is_measured else ()
     winner = told.report.winner
+    gates = tuple(_gates_of_all(told, others, given)) if told.report.is_measured else ()
+    # Of several hosts the winner of one is not what is wrong with another.
+    is_elsewhere = verdict != "PROMOTE" and len(hosts) > 1
+    has_why = winner is None or verdict == "INVALID" or is_elsewhere
+    why = _why(verdict, hosts) if has_why else ""
     found = ModelComment(
         name=name,
         verdict=verdict,
         verb=_VERBS.get(verdict, "not measured yet"),
-        winner=winner.type if winner else "",
-        was=_was(told, then, given),
+        winner=winner.type if winner and not why else "",
+        was=_was(told, then, given) if not why else "",
+        why=why,
         hosts=hosts,
         next_step=step,
         against=_against(told, then),
@@ -158,19 +166,27 @@ def comment(given: Sources, mark_of: Mapping[str, str]) -> ModelComment:
     return replace(found, rollback=way, rollback_note=note, row=row)
 
 
+def _why(verdict: str, hosts: Sequence[HostLine]) -> str:
+    """Say in a clause why nothing is chosen, or why what was measured is not to be believed."""
+    one = next((host for host in hosts if host.verdict == verdict), None)
+    if one is None:
+        return ""
+    where = f"on {one.where}, " if one.where else ""
+    said = verdict_words.without_verb(one.sentence, one.verdict)  # type: ignore[arg-type]
+    return f"{where}{wording.shortened(said, _WHY_CHARACTERS)}"
+
+
 def removed(name: str, before: Layout) -> ModelComment:
     """Say what becomes of a model that is declared no more."""
-    way, note = rollback(name, before)
-    has_release = bool(way)
+    way, _ = rollback(name, before)
     return ModelComment(
         name=name,
         verdict="REMOVED",
         verb="declared no more",
-        next_step="What was released stays in its registries until `fleet retire` takes it away."
-        if has_release
-        else "",
-        rollback=(),
-        rollback_note=note if has_release else "",
+        rollback_note="What was released of it stays in its registries until `fleet retire` takes "
+        "it away."
+        if way
+        else "Nothing of it was ever released.",
     )
 
 
@@ -262,19 +278,18 @@ def _against(told: Told, then: Then | None) -> str:
         then.compared, champion, told.evidence.quantized.get(winner.type)
     )
     found = comment_table.changes(now, then.read.get(then.winner), compared)
-    parts = _parts(found)
-    if not parts:
-        return ""
+    speeds = [
+        f"{name} {delta.text}"
+        for name, delta in (("decode", found.decode), ("prefill", found.prefill))
+        if delta is not None
+    ]
     how = "both in turns in one run" if found.is_in_turns else "from separate runs"
-    return f"Against {_tidy(then.winner)} of the base, {how}: {', '.join(parts)}."
-
-
-def _parts(found: Changes) -> list[str]:
-    named = (
-        ("decode", found.decode), ("prefill", found.prefill), ("divergence", found.divergence),
-    )  # fmt: skip
-    parts = [f"{name} {delta.text}" for name, delta in named if delta is not None]
-    return [*parts, *(["the same divergence"] if found.is_same_divergence and parts else [])]
+    parts = [f"{', '.join(speeds)}, {how}"] if speeds else []
+    if found.divergence:
+        parts.append(f"divergence {found.divergence.text}")
+    elif found.is_same_divergence and speeds:
+        parts.append("the same quality")
+    return f"Against {_tidy(then.winner)} of the base: {'; '.join(parts)}." if parts else ""
 
 
 # --- the verdict ------------------------------------------------------------------------------
@@ -315,11 +330,24 @@ def _host_lines(found: Sequence[GateModel]) -> Iterator[HostLine]:
 # --- the gates of the winner ------------------------------------------------------------------
 
 
-def _gates(told: Told) -> Iterator[GateLine]:
+def _gates_of_all(
+    told: Told, others: Sequence[tuple[Measured, Told]], given: Sources
+) -> Iterator[GateLine]:
+    """Yield the gates of every machine, each for the hosts that are judged by it."""
+    elsewhere = {one.host for one, _ in others}
+    yield from _gates(told, frozenset(given.declared.hosts) - elsewhere)
+    for one, each in others:
+        for line in _gates(each, frozenset({one.host})):
+            yield replace(line, host=one.host)
+
+
+def _gates(told: Told, hosts: frozenset[str]) -> Iterator[GateLine]:
     """Yield every gate of the winner: declared limits, levels of the load test, proofs."""
-    yield from _of_limits(told)
-    yield from _of_levels(told)
-    counting = [each for each in told.judged.reasons if each.counts]
+    on_limits, on_levels = tuple(_of_limits(told)), tuple(_of_levels(told, hosts))
+    yield from on_limits
+    yield from on_levels
+    counting = [each for each in told.judged.reasons
+                if each.counts and (not each.host or each.host in hosts)]  # fmt: skip
     for rule, name in _OTHER_GATES.items():
         against = [each for each in counting if each.rule == rule]
         value = _proven(told, rule)
@@ -327,14 +355,11 @@ def _gates(told: Told) -> Iterator[GateLine]:
             yield from (_of_reason(each, name) for each in against)
         elif value:
             yield GateLine(name=name, outcome="PASS", value=value[0], limit=value[1])
-    # Of limits and levels there is a line already, if there is something to judge at all.
-    has_limits = any(True for _ in _of_limits(told))
-    has_levels = any(True for _ in _of_levels(told))
+    missed = [one.sentence.rstrip(".") for one in (*on_limits, *on_levels) if one.sentence]
     for each in counting:
-        told_already = (each.rule == "gates" and has_limits) or (
-            each.rule == "load-test" and has_levels and _is_of_level(each, told)
-        )
-        if each.rule in _CHAIN_GATES and not told_already:
+        # Of a limit or level there is a line already.
+        is_told = any(each.clause.startswith(text[:_SAME_CHARACTERS]) for text in missed)
+        if each.rule in _CHAIN_GATES and not is_told:
             yield _of_reason(each, _CHAIN_GATES[each.rule])
 
 
@@ -345,7 +370,8 @@ def _of_reason(each: Reason, name: str) -> GateLine:
         value=each.value,
         limit=each.limit,
         host=each.host,
-        sentence=wording.sentence(each.clause),
+        # The sentence of the verdict says why nothing was chosen.
+        sentence="" if each.rule == "choose" else wording.sentence(each.clause),
     )
 
 
@@ -373,9 +399,9 @@ def _of_limits(told: Told) -> Iterator[GateLine]:
         )
 
 
-def _of_levels(told: Told) -> Iterator[GateLine]:
+def _of_levels(told: Told, hosts: frozenset[str]) -> Iterator[GateLine]:
     """Yield what the load test judged, for each host that is served."""
-    finals = [one for one in told.judged.hosts if one.test is not None]
+    finals = [one for one in told.judged.hosts if one.test is not None and one.host in hosts]
     many = len(finals) > 1
     if told.judged.is_stale:
         return
@@ -399,14 +425,6 @@ def _of_levels(told: Told) -> Iterator[GateLine]:
 
 def _level(value: float, *, share: bool) -> str:
     return wording.percent(value, 3) if share else wording.mib(value)
-
-
-def _is_of_level(each: Reason, told: Told) -> bool:
-    """Tell whether a reason of the load test is one of the levels that have a line."""
-    return any(
-        one.outcome != "PASS" and one.sentence and each.clause.startswith(one.sentence[:40])
-        for one in _of_levels(told)
-    )
 
 
 def _proven(told: Told, rule: str) -> tuple[str, str] | None:
@@ -567,14 +585,14 @@ def rollback(name: str, at: Layout) -> tuple[tuple[str, ...], str]:
         where = wording.listed([_tidy(one) for one in stable])
         return (
             (f'fleet rollback {name} --to {short(releases[0])} --reason "..."',),
-            f"What is stable now in {where} comes back, without being made again.",
+            f"what is stable now in {where}; nothing is made again.",
         )
     return (
         tuple(
             f'fleet rollback {name} --to {short(release)} --registry {registry} --reason "..."'
             for registry, release in stable.items()
         ),
-        "What is stable now in each registry comes back, without being made again.",
+        "what is stable now in each registry; nothing is made again.",
     )
 
 

@@ -9,8 +9,10 @@ What does not fit is left out in this order, and the comment says so:
     3. history
     4. quants that passed without being chosen
     5. everything folded
-    6. sentences of the verdicts, changes and gates; the headline of each model stays
-    7. models: those that are not promoted stay longest, the rest is counted
+    6. table, changes and gates of single models, of the promoted ones first; the headline of each
+       model and the table of the winners stay
+    7. the table of the winners
+    8. models: those that are not promoted stay longest, the rest is counted
 
 The job summary holds the same text with more room.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from markupsafe import Markup
@@ -30,7 +32,7 @@ from pipelines.publishing_words import shown_size
 from pipelines.verdict_words import capital
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from jinja2 import Template
 
@@ -52,10 +54,12 @@ OUTCOME_MARKS: Final = {"PASS": "✅", "HOLD": "⏸️", "FAIL": "❌", "INVALID
 
 
 _GOOD: Final = frozenset({"PROMOTE", "REMOVED"})
+_BRIEF_CHARACTERS: Final = 300
 _SEE: Final = "see the job summary"
 _BLANK_LINES: Final = re.compile(r"\n{3,}")
 # What GitHub takes for a commit, and longer digests.
 _HEX: Final = re.compile(r"(?<![A-Za-z0-9])[0-9a-f]{7,64}(?![A-Za-z0-9])")
+_SIX: Final = re.compile(r"[0-9a-f]{6}(?=.)")
 # Backticks after they were escaped, around what needs no escape.
 _COMMAND: Final = re.compile(r"&#96;([A-Za-z0-9 ._/:=\"'-]{1,200})&#96;")
 _CODE: Final = re.compile(r"(`[^`]*`)")
@@ -63,19 +67,27 @@ _CODE: Final = re.compile(r"(`[^`]*`)")
 
 @dataclass(frozen=True, kw_only=True)
 class Detail:
-    """What is shown; see the list at the top of this module."""
+    """
+    What is shown; see the list at the top of this module.
+
+    `opened` is the number of models that have more than a headline, `models` of those that have
+    one; None is all of them.
+    """
 
     requests: bool = True
     charts: bool = True
     history: bool = True
     losers: bool = True
     folded: bool = True
-    sentences: bool = True
+    opened: int | None = None
+    has_table: bool = True
     models: int | None = None
 
     @property
     def left_out(self) -> str:
         """What is missing, in words; empty if nothing is."""
+        if self.opened is not None:
+            return "the details, and most of several models"
         if not self.folded:
             return "the details"
         parts = {
@@ -94,9 +106,9 @@ STEPS: Final = (
     Detail(requests=False, charts=False, history=False),
     Detail(requests=False, charts=False, history=False, losers=False),
     Detail(requests=False, charts=False, history=False, losers=False, folded=False),
-    Detail(requests=False, charts=False, history=False, losers=False, folded=False,
-           sentences=False),
-)  # fmt: skip
+)
+# Without anything that only one model has.
+_HEADLINES: Final = replace(STEPS[-1], opened=0)
 
 
 def render(comment: Comment, *, marker: str = "", limit: int = LIMIT) -> str:
@@ -112,25 +124,41 @@ def render(comment: Comment, *, marker: str = "", limit: int = LIMIT) -> str:
         Markdown that ends with a line end.
     """
     head = f"{marker}\n" if marker else ""
-    text = ""
-    for detail in STEPS:
+
+    def made(detail: Detail) -> str | None:
         text = head + _rendered(comment, detail)
-        if len(text) <= limit:
+        return text if len(text) <= limit else None
+
+    for detail in STEPS:
+        if (text := made(detail)) is not None:
             return text
-    # Sizes of models differ: halve what is shown until it fits, then add as long as it does.
-    least, most = 0, len(comment.models)
-    while most - least > 1:
-        middle = (least + most) // 2
-        tried = head + _rendered(comment, replace(STEPS[-1], models=middle))
-        if len(tried) <= limit:
-            least, text = middle, tried
-        else:
-            most = middle
-    text = text if least else head + _rendered(comment, replace(STEPS[-1], models=0))
-    if len(text) <= limit:
-        return text
+    count = len(comment.models)
+    steps = (
+        lambda many: replace(_HEADLINES, opened=many),
+        lambda _: replace(_HEADLINES, has_table=False),
+        lambda many: replace(_HEADLINES, has_table=False, models=many),
+    )
+    for step in steps:
+        if (text := _most(lambda many, step=step: made(step(many)), count)) is not None:
+            return text
+    # What is left has no end of its own: the problems of a declaration.
+    text = head + _rendered(comment, replace(_HEADLINES, has_table=False, models=0))
     end = f"\n\n{_SEE}\n"
     return text[: max(text.rfind("\n", 0, limit - len(end)), 0)] + end
+
+
+def _most(made: Callable[[int], str | None], count: int) -> str | None:
+    """Return what fits with as many models as do; None if not even none of them does."""
+    best = made(0)
+    least, most = 0, count
+    # Sizes of models differ, but one more never makes it shorter.
+    while best is not None and most - least > 1:
+        middle = (least + most) // 2
+        if (tried := made(middle)) is None:
+            most = middle
+        else:
+            least, best = middle, tried
+    return best
 
 
 def summary(comment: Comment) -> str:
@@ -149,6 +177,7 @@ def _rendered(comment: Comment, detail: Detail) -> str:
         alone=alone,
         many=alone is None and bool(models),
         models=shown,
+        opened=_worst_first(models, len(models) if detail.opened is None else detail.opened),
         counted_out=_counted_out(models, shown) if missing else "",
         left_out=detail.left_out if models else "",
         see=f"; {_SEE}",
@@ -195,8 +224,12 @@ def text(value: object) -> str:
 
     A commit would become a link, which inside code it does not, and is copied whole from there.
     """
-    if isinstance(value, Markup):
-        return str(value)
+    return str(value) if isinstance(value, Markup) else _escaped(str(value))
+
+
+# A fleet says the same words often, and one comment is rendered several times until it fits.
+@lru_cache(maxsize=1 << 16)
+def _escaped(value: str) -> str:
     escaped = render_report.escape_markdown(value)
     escaped = _COMMAND.sub(lambda found: f"`{found[1]}`", escaped)
     parts = _CODE.split(escaped)
@@ -209,7 +242,8 @@ def text(value: object) -> str:
 def plain(value: object) -> Markup:
     """Make text fit for a place where GitHub reads HTML and no Markdown: a `<summary>`."""
     escaped = render_report.escape_markdown(value)
-    broken = _HEX.sub(lambda found: f"{found[0][:3]}\u200b{found[0][3:]}", escaped)
+    # Six digits are no commit yet.
+    broken = _HEX.sub(lambda found: _SIX.sub("\\g<0>\u200b", found[0]), escaped)
     return Markup(broken)  # noqa: S704 - escaped just now
 
 
@@ -274,6 +308,7 @@ _COMMON: Final[dict[str, Any]] = {
     "history": comment_charts.history,
     "number": wording.number,
     "capital": _capital,
+    "brief": lambda value: wording.shortened(value, _BRIEF_CHARACTERS),
     "short": _short,
     "stages": _stages,
     "where": _where,

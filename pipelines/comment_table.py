@@ -375,7 +375,7 @@ def notes(found: Sequence[Changes]) -> list[str]:
     ):
         said.append(f"{NOISE} is inside the noise.")
     if found and all(one.is_same_divergence for one in found):
-        said.append("Every file is that of the base, and so is its divergence.")
+        said.append("Every file is that of the base, and so is its quality.")
     odd = list(dict.fromkeys(what for one in found for what in one.why_not))
     if odd:
         said.append(

@@ -86,7 +86,7 @@ class GateLine:
     One gate of a winner: what was found and what was due.
 
     Attributes:
-        name: `max_kld_mean_nats`, `ttft`, `conversion`.
+        name: `max_kld_mean_nats`, `load test: ttft`, `conversion`.
         outcome: What follows; HOLD and INVALID are those of the verdict.
         value: With its unit.
         limit: With its unit.
@@ -161,6 +161,7 @@ class ModelComment:
         verb: What the verdict does with it: `promote`, `hold`, `measure again`.
         winner: Type of the quant that is shown first; empty if none is chosen.
         was: What that is in the base: `was Q8_0`, `as before`, `new`; empty if nothing is chosen.
+        why: Why nothing is chosen, or not to be believed, as a clause; empty otherwise.
         hosts: The verdict in words, for each host.
         next_step: What to do, as a sentence; empty where nothing is.
         against: The winner against that of the base, as a sentence; empty if there is none.
@@ -183,6 +184,7 @@ class ModelComment:
     verb: str
     winner: str = ""
     was: str = ""
+    why: str = ""
     hosts: tuple[HostLine, ...] = ()
     next_step: str = ""
     against: str = ""
@@ -209,7 +211,12 @@ class ModelComment:
         """The verdict in a few words: `promote Q4_K_M (was Q8_0): 7 of 7 gates pass`."""
         was = f"({self.was})" if self.was else ""
         text = " ".join(filter(None, (self.verb, self.winner, was)))
-        return f"{text}: {self.gates_words}" if self.gates_words else text
+        return f"{text}: {self.reason}" if self.reason else text
+
+    @property
+    def reason(self) -> str:
+        """What the headline ends with: how many gates hold, or why nothing is chosen."""
+        return self.why or self.gates_words
 
     @property
     def gates_words(self) -> str:
