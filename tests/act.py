@@ -61,13 +61,13 @@ def commit(root: Path, message: str = "change") -> str:
     return git(root, "rev-parse", "HEAD")
 
 
-def fork(place: Path, *, leave_out: Sequence[str] = ()) -> Path:
+def fork(place: Path, *, leave_out: Sequence[str] = ("bench/", "docs/", "tests/")) -> Path:
     """Return a git repository with one commit on `main`: the files of this checkout."""
     root = place / "fork"
     listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in listed:
         source = ROOT / name
-        if name and source.is_file() and not name.startswith(("bench/", *leave_out)):
+        if name and source.is_file() and not name.startswith(tuple(leave_out)):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, root / name)
     git(root, "init", "-q", "-b", "main")
