@@ -215,7 +215,7 @@ def read(root: Path) -> Repository:
 def _read(found: Repository, path: Path) -> Yaml | None:
     name = path.relative_to(found.root).as_posix()
     try:
-        document = marked_yaml.read(path)
+        document = _parsed(path)
     except ParamsError as error:
         problems = [(problem.line, problem.text) for problem in error.problems]
     else:
@@ -227,6 +227,20 @@ def _read(found: Repository, path: Path) -> Yaml | None:
     fix = "Correct the place that is named."
     found.broken += [Finding(name, line, "plain-yaml", text, fix) for line, text in problems]
     return None
+
+
+# Tests read a hundred copies that differ in one file.
+_PARSED: Final[dict[bytes, Document]] = {}
+
+
+def _parsed(path: Path) -> Document:
+    """Parse a file, unless one with the same text was."""
+    text = path.read_bytes() if path.is_file() and not path.is_symlink() else None
+    if text is None:
+        return marked_yaml.read(path)
+    if text not in _PARSED:
+        _PARSED[text] = marked_yaml.read(path)
+    return _PARSED[text]
 
 
 def bare(condition: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -156,6 +157,7 @@ def _at(file: Yaml, loc: tuple[str, ...]) -> Any:  # noqa: ANN401 - any YAML val
     return value
 
 
+@functools.cache
 def _verbs() -> frozenset[str]:
     """Verbs of the command line, from its own parser."""
     from pipelines.__main__ import _parser  # noqa: PLC0415 - what `fleet --help` prints

@@ -21,7 +21,9 @@ _ACTOR: Final = re.compile(
     r"\bgithub\.(actor|triggering_actor|actor_id|event\.sender|event\.pull_request\.user)\b"
 )
 _MATRIX_OF: Final = re.compile(r"fromJSON\(needs\.([a-z-]+)\.outputs\.([a-z_-]+)\)", re.IGNORECASE)
-_SECRET: Final = re.compile(r"\bsecrets\s*(?:\.\s*([A-Za-z0-9_-]+)|\[)")
+# `secrets.NAME`; anything else that names them, as `toJSON(secrets)`, takes all.
+_SECRET: Final = re.compile(r"\bsecrets\b(?:\s*\.\s*([A-Za-z0-9_-]+))?")
+_EXPRESSION: Final = re.compile(r"\$\{\{(.*?)\}\}", re.DOTALL)
 
 
 def _known(repository: Repository) -> Iterator[tuple[Job, tables.Job]]:
@@ -247,7 +249,8 @@ def secret_only_in(repository: Repository) -> Iterator[Finding]:
     for workflow in repository.workflows.values():
         for loc, text in workflow.strings():
             job = str(loc[1]) if loc[0] == "jobs" and len(loc) > 1 else ""
-            for match in _SECRET.finditer(text if "${{" in text or loc[-1] == "if" else ""):
+            parts = [text] if loc[-1] == "if" else _EXPRESSION.findall(text)
+            for match in _SECRET.finditer(" ; ".join(parts)):
                 name = match[1] or "all of them"
                 if name not in allowed.get((workflow.name, job), ()):
                     say = f"The secret {name} is used by {f'job {job}' if job else 'every job'}, which the tables do not allow."  # noqa: E501 - one sentence

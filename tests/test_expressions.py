@@ -128,7 +128,7 @@ FILES: Final = '["checksums.txt", "checksums.2.txt"]'
 TWO: Final = {"steps": {"publish": {"outputs": {"checksums": FILES}}}}
 ONE: Final = {"steps": {"publish": {"outputs": {"checksums": '["checksums.txt"]'}}}}
 EMPTY: Final = {"steps": {"publish": {"outputs": {"checksums": "[]"}}}}
-UNSAID: Final = {"steps": {"publish": {"outputs": {}}}}
+UNSAID: Final[dict[str, Any]] = {"steps": {"publish": {"outputs": {}}}}
 
 _GPU: Final = "model-pr jobs.gpu.if"
 _ADOPT: Final = "model-pr jobs.adopt.if"
