@@ -109,7 +109,7 @@ def test_of_all_kinds_of_events_only_those_that_may_measure_pass(
                 known = {env["GITHUB_REPOSITORY"]: None}
                 if reason(example, env, repositories=known) is None:
                     taken.add((event, example.get("action"), file))
-    activities = ("labeled", "opened", "ready_for_review", "reopened", "synchronize", "unlabeled")
+    activities = ("labeled", "opened", "reopened", "synchronize")
     assert taken == {
         *(("pull_request", each, "model-pr.yml") for each in activities),
         ("workflow_dispatch", None, "model-pr.yml"),

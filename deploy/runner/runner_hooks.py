@@ -41,10 +41,8 @@ if TYPE_CHECKING:
 # What a job may be started by. `pull_request_target` and `workflow_run` run beside secrets what a
 # stranger may have written, a merge group holds commits of forks, `push` comes from any branch.
 EVENTS: Final = ("pull_request", "workflow_dispatch", "schedule")
-# Activities of a pull request after which there is something new to measure, or leave to.
-ACTIVITIES: Final = (
-    "opened", "synchronize", "reopened", "ready_for_review", "labeled", "unlabeled",
-)  # fmt: skip
+# Activities of a pull request after which there is something to measure, or leave to do so.
+ACTIVITIES: Final = ("opened", "synchronize", "reopened", "labeled")
 # GitHub sends no payload above 25 MB; that of a pull request has some 30 KB and its text.
 PAYLOAD_LIMIT_BYTES: Final = 8 << 20
 CONFIG_LIMIT_BYTES: Final = 1 << 20
