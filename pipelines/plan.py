@@ -584,5 +584,5 @@ def _lines(plan: PlanRecord) -> Iterator[str]:
         if len(own) > _CHANGES_SHOWN:
             yield f"  {'':{width}}    and {len(own) - _CHANGES_SHOWN} more"
         if one.runs:
-            yield f"  {'':{width}}  on {_where(plan, one.model)}: {', '.join(_costs(one))}"
+            yield f"  {'':{width}}  on {_where(plan, one.model)}: {_costs_of(one.budget)}"
     yield from (f"  unknown: {line}" for line in plan.budget.unknown)
