@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pipelines.comment_tree import History, Point
     from pipelines.report_tree import ModelReport, Row
 
+# Mermaid's own is next to white. This one is seen on light and on dark ground.
+COLOUR: Final = '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#0969da"}}}}%%'
 _FOREIGN: Final = re.compile(r"[^A-Za-z0-9 ._,/-]")
 _LABEL_CHARACTERS: Final = 60
 # Points at the very edge are cut in half.
@@ -49,11 +51,12 @@ def pareto(told: ModelReport) -> Chart | None:
         return None
     memories = [row.memory_mib or 0.0 for row in shown]
     nats = [math.log(max(row.kld_mean_nats or 0.0, _LEAST_NATS)) for row in shown]
+    least, most = _ends(memories, "MiB")
     lines = [
         "quadrantChart",
         f"    title {_label(told.name)}: what memory buys",
-        f'    x-axis "{_ends(memories, "MiB")[0]}" --> "{_ends(memories, "MiB")[1]}"',
-        f'    y-axis "{_worst(shown)} nats from f16" --> "{_best(shown)} nats"',
+        f'    x-axis "less memory ({least})" --> "more ({most})"',
+        f'    y-axis "far from f16 ({_worst(shown)} nats)" --> "close ({_best(shown)} nats)"',
     ]
     for row, memory, logarithm in zip(shown, memories, nats, strict=True):
         x, y = _place(memory, memories), 1 - _place(logarithm, nats)
@@ -76,11 +79,13 @@ def history(past: History) -> Chart:
     """Draw the decode speed over the records of the default branch, and this one at the end."""
     values = [one.value_tok_s for one in past.points]
     low, high = min(values), max(values)
+    numbers = ", ".join(str(index) for index in range(1, len(values) + 1))
     room = max((high - low) * 0.25, abs(high) * 0.01)
     lines = [
+        COLOUR,
         "xychart-beta",
         f'    title "{_label(past.type)}, {_label(past.what)}"',
-        f'    x-axis "record, the newest at the right" 1 --> {len(values)}',
+        f'    x-axis "record, the newest at the right" [{numbers}]',
         f'    y-axis "tok/s" {_value(low - room)} --> {_value(high + room)}',
         f"    line [{', '.join(_value(one) for one in values)}]",
     ]

@@ -422,4 +422,10 @@ def of_fleet(rows: Sequence[tuple[Cell, ...]]) -> Table:
         heads=FLEET_HEADS,
         numbers=frozenset(range(2, len(FLEET_HEADS) - 1)),
         rows=tuple(TableRow(cells=row) for row in rows),
+        notes=(
+            "Small: change against the base; how it was measured stands with each model.",
+            f"{NOISE} is inside the noise.",
+        )
+        if any(cell.interval for row in rows for cell in row)
+        else (),
     )

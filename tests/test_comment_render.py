@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import comment, comment_render
+from pipelines import comment, comment_charts, comment_render
 from pipelines.comment_render import LIMIT, STEPS, SUMMARY_LIMIT, render
 
 if TYPE_CHECKING:
@@ -186,7 +186,8 @@ HOSTILE = (
     "0123456789abcdef0123456789abcdef01234567 and abcdef1", "https://evil.example www.evil.example",
     "mailto:a@b.example a@b.example", "<!-- fleet:report -->", "$$x$$ ~~y~~ **z** _w_ [^1]",
     "::error::x ##[group]", ":tada: :octocat:", "<a href='//x'>", "&lt;img&gt; &amp;", "\\",
-    "]()", "| --- |\n| x |", "    indented", "- [ ] task", "1. one", "> quote", "===", "---", "\x1b[31mred",
+    "]()", "| --- |\n| x |", "    indented", "- [ ] task", "1. one", "> quote", "===",
+    "---", "\x1b[31mred",
 )  # fmt: skip
 # What our own template puts in.
 OWN_HTML = frozenset({
@@ -244,7 +245,8 @@ def objections(text: str) -> list[str]:
             found.append(token.info)
             continue
         elif token.type == "fence":
-            found += re.findall(r"(?m)%%|^\s*click|https?:|<|`|@", token.content)
+            told = token.content.replace(comment_charts.COLOUR, "")
+            found += re.findall(r"(?m)%%|^\s*click|https?:|<|`|@", told)
             continue
         elif token.type == "code_block":
             found.append(token.content)
