@@ -186,6 +186,15 @@ class Run:
         """Return the folder of an artifact."""
         return self.stub_dir / "artifacts" / name
 
+    def artifact_files(self, name: str) -> dict[str, bytes]:
+        """Return what an artifact holds, as GitHub would zip it."""
+        root = self.artifact(name)
+        return {
+            path.relative_to(root).as_posix(): path.read_bytes()
+            for path in sorted(root.rglob("*"))
+            if path.is_file()
+        }
+
     def said(self, job: str) -> str:
         """Return what the steps of a job printed."""
         return "".join(e.get("raw_output", "") for e in self._of(job, {}))

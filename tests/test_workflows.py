@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from pipelines.toolchain import Toolchain
 
 GATE = "gates: {max_kld_mean_nats: 0.005,"
 
@@ -39,7 +38,7 @@ def _root(template: Path, tmp_path: Path) -> Path:
 @pytest.fixture(name="api")
 def _api(tmp_path: Path) -> Iterator[GitHubApi]:
     """GitHub; what it does not know fails the test."""
-    with GitHubApi(tmp_path / "github.git") as api:
+    with GitHubApi(tmp_path / "github.git", repository=act.REPOSITORY) as api:
         api.tokens[act.TOKEN] = api.tokens[api.token]
         yield api
 
@@ -121,3 +120,123 @@ def test_a_fork_reaches_no_machine_of_the_operator(root: Path, tmp_path: Path) -
     assert run.errors == []
     gate = json.loads((run.artifact("gate") / "gate.json").read_text())
     assert gate["conclusion"] != "success"
+
+
+# --- report.yml -------------------------------------------------------------------------------
+
+
+def reported(
+    root: Path, action: str, conclusion: str | None, *, run_id: int = 77
+) -> dict[str, Any]:
+    """Return the event of a run of model-pr.yml that began or ended."""
+    event: dict[str, Any] = github_events.workflow_run(action, conclusion=conclusion)["event"]
+    event["workflow_run"].update(
+        id=run_id, run_attempt=1, head_sha=act.git(root, "rev-parse", "bump"), head_branch="bump",
+        display_title="Bump @team $(id)",
+    )  # fmt: skip
+    return event
+
+
+def test_a_pull_request_has_one_comment_from_its_request_to_its_verdict(
+    root: Path, tmp_path: Path, api: GitHubApi
+) -> None:
+    """`requested` says that it is measuring; `completed` replaces that by what the gate found."""
+    edit(root, "context_tokens: 512", "context_tokens: many")
+    measured = pull_request(tmp_path, root)
+    act.git(root, "push", "-q", str(api.git.path), "main", "bump")
+    number = api.add_pull("bump")
+    api.runs[77] = {"id": 77, "head_sha": act.git(root, "rev-parse", "HEAD")}
+    act.git(root, "checkout", "-q", "main")
+
+    def report(action: str, conclusion: str | None) -> act.Run:
+        return act.act(
+            tmp_path / action, root, "workflow_run", "report.yml",
+            reported(root, action, conclusion), api=api.url, origin=api.git.path,
+        )  # fmt: skip
+
+    asked = report("requested", None)
+    before = [comment["body"] for comment in api.comments_of(number)]
+    api.add_artifact(77, "gate", measured.artifact_files("gate"))
+    ended = report("completed", "failure")
+    after = [comment["body"] for comment in api.comments_of(number)]
+
+    assert (asked.jobs, ended.jobs) == ({"comment": "success"},) * 2, asked.text + ended.text
+    assert (len(before), len(after)) == (1, 1)
+    assert "easuring" in before[0]
+    assert "context_tokens" in after[0]
+    (check,) = api.check_runs.values()
+    assert check["conclusion"] == "failure"
+    assert asked.errors == ended.errors == []
+
+
+# --- runner-health.yml ------------------------------------------------------------------------
+
+
+def test_a_runner_that_is_online_is_probed_and_one_that_is_not_gets_an_issue(
+    root: Path, tmp_path: Path, api: GitHubApi
+) -> None:
+    """GitHub is asked first; a job for a machine that is off would wait for a day."""
+    here = "    runs_on: [self-hosted, gpu]\n"
+    edit(root, here, f"{here}  away: {{memory_mib: 4096, runs_on: [self-hosted, far]}}\n")
+    act.git(root, "push", "-q", str(api.git.path), "bump:main")
+    api.add_runner("here", ["self-hosted", "gpu"], status="online")
+    api.add_runner("there", ["self-hosted", "far"], status="offline")
+
+    run = act.act(
+        tmp_path / "run", root, "schedule", "runner-health.yml", api=api.url, origin=api.git.path,
+        variables={"FLEET_APP_CLIENT_ID": "Iv1.x"}, secrets={"FLEET_APP_KEY": "key-of-the-app"},
+        env={"STUB_APP_TOKEN": "ghs_of-an-app"}, labels=(act.HOSTED, "self-hosted"),
+    )  # fmt: skip
+
+    assert run.jobs == {"ask": "success", "probe": "success", "issues": "success"}, run.text
+    assert [leg["host"] for leg in run.legs("probe")] == ["local"]
+    assert run.errors == []
+    titles = [issue["title"] for issue in api.issues.values()]
+    assert any("away" in title for title in titles)
+    (token,) = run.calls("actions/create-github-app-token")
+    assert token["inputs"]["permission-administration"] == "read"
+    assert "permission-contents" not in token["inputs"] or (
+        token["inputs"]["permission-contents"] == "read"
+    )
+
+
+# --- publish.yml, rollback.yml ----------------------------------------------------------------
+
+
+def test_where_no_registry_has_an_environment_nothing_is_published(
+    root: Path, tmp_path: Path, api: GitHubApi
+) -> None:
+    """Nobody is asked to approve a run that has nothing to do."""
+    act.git(root, "checkout", "-q", "main")
+    act.git(root, "push", "-q", str(api.git.path), "main")
+
+    run = act.act(
+        tmp_path / "run", root, "push", "publish.yml",
+        {"ref": "refs/heads/main"}, api=api.url, origin=api.git.path,
+    )  # fmt: skip
+
+    assert run.jobs == {"plan": "success"}, run.text
+    assert run.outputs("plan", "plan")["any"] == "false"
+    assert run.errors == []
+
+
+@pytest.mark.parametrize("branch", ["main", "bump"])
+def test_a_rollback_of_a_model_that_is_not_there_changes_nothing(
+    root: Path, tmp_path: Path, api: GitHubApi, branch: str
+) -> None:
+    """A wrong name is said, hostile as it may be; from another branch nothing runs at all."""
+    act.git(root, "push", "-q", str(api.git.path), "main", "bump")
+    act.git(root, "checkout", "-q", branch)
+    hostile = "$(touch /tmp/fleet-hacked) `id` @team"
+    inputs = {"model": hostile, "to": "previous", "reason": "::error::x", "environment": "x"}
+
+    run = act.act(
+        tmp_path / "run", root, "workflow_dispatch", "rollback.yml",
+        {"inputs": inputs, "ref": f"refs/heads/{branch}"}, api=api.url, origin=api.git.path,
+        env={"GITHUB_REF": f"refs/heads/{branch}"},
+    )  # fmt: skip
+
+    assert run.jobs == ({"rollback": "failure"} if branch == "main" else {}), run.text
+    assert not [seen for seen in api.requests if seen.is_write]
+    if branch == "main":
+        assert any("is not declared" in each.text for each in run.annotations("error")), run.text
