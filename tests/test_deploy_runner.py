@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import importlib.util
 import itertools
@@ -13,14 +14,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
+import yaml
 
 from checks import installed
-from pipelines import orphans
+from pipelines import health_probe, orphans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -817,3 +821,208 @@ def test_temporary_files_of_the_users_own_are_removed_and_no_others(machine: Mac
     machine.write(dedicated_user=True, temp=[str(shared)])
     assert machine.completed().returncode == 0
     assert {each.name for each in shared.iterdir()} == {"roots", "dotnet-diagnostic-7"}
+
+
+# --- what else goes onto the machine ----------------------------------------------------------
+
+
+def test_the_example_lets_in_what_the_workflows_send_there_and_nothing_else() -> None:
+    """Files, events, activities and branches of runner.json are those of .github/workflows."""
+    told = json.loads((DEPLOYED / "runner.json").read_text())
+    assert (
+        hooks._wrong(hooks.Config(**{k: v for k, v in told.items() if k != "schema_version"}))
+        is None
+    )
+    wanted = {}
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text())
+        on = workflow[True]  # YAML 1.1 reads `on` so
+        if any("matrix.runs_on" in str(job["runs-on"]) for job in workflow["jobs"].values()):
+            wanted[path.name] = sorted(set(on) & set(hooks.EVENTS))
+            activities = (on.get("pull_request") or {}).get("types", hooks.ACTIVITIES)
+            assert sorted(activities) == sorted(hooks.ACTIVITIES)
+    assert {name: sorted(events) for name, events in told["workflows"].items()} == wanted
+    environment = dict(
+        line.split("=", 1) for line in (DEPLOYED / "runner.env").read_text().splitlines()
+    )
+    readme = (DEPLOYED / "README.md").read_text()
+    for variable, name in health_probe.HOOKS.items():
+        assert environment[variable] == f"/etc/gguf-fleet/{name}"
+    for each in DEPLOYED.rglob("*"):
+        if each.is_file() and each.name != "README.md" and "__pycache__" not in each.parts:
+            assert each.name in readme, each
+    assert any(Path(each) == Path(environment["GGUF_FLEET_CACHE"]) for each in told["keep"])
+
+
+@pytest.mark.parametrize("name", ["gguf-fleet-runner", "gguf-fleet-runner-jit", "gguf-fleet-gpu"])
+def test_a_unit_is_one_that_systemd_takes(name: str, tmp_path: Path) -> None:
+    """Every key is known; a program that is not on this machine is all that it may miss."""
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("systemd-analyze is not installed")
+    unit = tmp_path / f"{name}.service"
+    shutil.copy(DEPLOYED / "systemd" / unit.name, unit)
+    done = subprocess.run(
+        [analyze, "verify", "--man=no", unit], capture_output=True, text=True, check=False
+    )
+    said = [line for line in done.stderr.splitlines() if unit.name in line]
+    assert all("is not executable" in line for line in said), said
+
+
+def test_the_two_units_give_a_job_the_same_rights() -> None:
+    """They differ in how a runner is registered; never root, never a new privilege."""
+    rights = []
+    for name in ("gguf-fleet-runner", "gguf-fleet-runner-jit"):
+        text = (DEPLOYED / f"systemd/{name}.service").read_text()
+        rights.append(text[text.index("# A job that is stopped") :])
+        assert "\nUser=gguf-runner\n" in text
+    assert rights[0] == rights[1]
+    for line in ("NoNewPrivileges=yes", "CapabilityBoundingSet=", "ProtectSystem=strict"):
+        assert f"\n{line}\n" in rights[0]
+    # Either would make this another machine to every record that is compared.
+    assert not re.search(r"^(MemoryMax|CPUQuota|AllowedCPUs)=", rights[0], re.MULTILINE)
+
+
+class Registrar(BaseHTTPRequestHandler):
+    """GitHub, as far as a registration asks it."""
+
+    seen: ClassVar[list[tuple[str, str, Any]]] = []
+    answers: ClassVar[dict[str, tuple[int, Any]]] = {}
+
+    def _answer(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length)) if length else None
+        self.seen.append((f"{self.command} {self.path}", self.headers["Authorization"], body))
+        status, answer = self.answers.get(self.path, (404, {}))
+        data = json.dumps(answer).encode()
+        self.send_response_only(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = _answer  # noqa: N815 - http.server's names
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_registration_is_for_one_job_of_one_repository(tmp_path: Path) -> None:
+    """Signed by the App's key, asked for with one right, left where only root reads it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    key, public = tmp_path / "app.pem", tmp_path / "public.pem"
+    subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", "rsa", "-in", key, "-pubout", "-out", public], check=True, capture_output=True
+    )
+    repo = "/repos/octo/fleet"
+    Registrar.seen.clear()
+    Registrar.answers = {
+        f"{repo}/installation": (200, {"id": 7}),
+        "/app/installations/7/access_tokens": (201, {"token": "ghs_one-hour"}),
+        f"{repo}/actions/runners/generate-jitconfig": (201, {"encoded_jit_config": "abc="}),
+    }
+    server = HTTPServer(("127.0.0.1", 0), Registrar)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = {
+        "api_url": f"http://127.0.0.1:{server.server_port}",
+        "repository": "octo/fleet",
+        "client_id": "Iv23test",
+        "key": str(key),
+        "labels": ["self-hosted", "gpu", "desk"],
+        "name": "desk",
+    }
+    config, out = tmp_path / "jit.json", tmp_path / "jit.env"
+
+    def run(**changes: object) -> subprocess.CompletedProcess[str]:
+        config.write_text(json.dumps({**settings, **changes}))
+        argv = ["/usr/bin/python3", "-I", str(DEPLOYED / "jit_register.py"), str(config), str(out)]
+        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+
+    try:
+        done = run()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert out.read_text() == "ACTIONS_RUNNER_INPUT_JITCONFIG=abc=\n"
+        assert out.stat().st_mode & 0o777 == 0o600
+        found, minted, made = Registrar.seen
+        head, claims, signature = found[1].removeprefix("Bearer ").split(".")
+        (tmp_path / "signature").write_bytes(base64.urlsafe_b64decode(signature + "=="))
+        subprocess.run(
+            ["openssl", "dgst", "-sha256", "-verify", public, "-signature", tmp_path / "signature"],
+            input=f"{head}.{claims}".encode(), check=True, capture_output=True,
+        )  # fmt: skip
+        told = json.loads(base64.urlsafe_b64decode(claims + "=="))
+        assert told["iss"] == "Iv23test"
+        assert told["exp"] - told["iat"] <= 600
+        assert minted[2] == {"repositories": ["fleet"], "permissions": {"administration": "write"}}
+        assert made[1] == "Bearer ghs_one-hour"
+        assert made[2]["labels"] == settings["labels"]
+        assert re.fullmatch(r"desk-[0-9a-f]{8}", made[2]["name"])
+        for broken, words in (
+            ({"repository": "octo"}, "jit.json"),
+            ({"api_url": "http://example.org"}, "jit.json"),
+            ({"labels": []}, "jit.json"),
+            ({"key": str(tmp_path / "none.pem")}, "openssl cannot sign"),
+        ):
+            refused = run(**broken)
+            assert refused.returncode == 1
+            assert words in refused.stderr
+        Registrar.answers["/app/installations/7/access_tokens"] = (422, {})
+        assert "access_tokens: 422" in run().stderr
+        Registrar.answers = {f"{repo}/installation": (200, [])}
+        assert "no object" in run().stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "ghs_" not in done.stdout + done.stderr
+
+
+def test_a_fresh_runner_has_nothing_of_the_one_before_and_cannot_change_its_template(
+    machine: Machine,
+) -> None:
+    """jit-prepare.sh itself, with other folders, and a registration that is a stand-in."""
+    template = machine.root / "template"
+    (template / "bin").mkdir(parents=True)
+    (template / "bin/Runner.Listener").write_text("runner")
+    script = (DEPLOYED / "jit-prepare.sh").read_text()
+    script = script.replace("user=gguf-runner", f"user={machine.user}")
+    script = script.replace("/srv/gguf-fleet/template", str(template))
+    script = script.replace("/srv/gguf-fleet/runner", str(machine.root / "runner"))
+    script = script.replace("/run/gguf-fleet", str(machine.root / "run"))
+    path = program(machine, "jit-prepare.sh", "")
+    path.write_text(script)
+    (machine.root / "jit_register.py").write_text(
+        "import sys, pathlib; pathlib.Path(sys.argv[2]).write_text('A=1')"
+    )
+    outside = machine.root / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    for _ in range(2):
+        subprocess.run([path], check=True, timeout=60, cwd="/")
+        fresh = machine.root / "runner"
+        assert {each.name for each in fresh.iterdir()} == {"bin"}
+        assert fresh.stat().st_uid == (fresh / "bin").stat().st_uid == machine.user
+        assert (fresh / "bin/Runner.Listener").stat().st_ino == (
+            template / "bin/Runner.Listener"
+        ).stat().st_ino
+        machine.as_user(
+            f"cd {fresh}; echo evil 2>/dev/null > bin/Runner.Listener || true; "
+            f"rm -f bin/Runner.Listener; echo evil > bin/Runner.Listener; "
+            f"mkdir -p _work/x; ln -s {outside} _work/x/out; ln -s {outside} link"
+        )
+        assert (template / "bin/Runner.Listener").read_text() == "runner"
+        assert template.stat().st_uid == 0
+    assert (outside / "precious").exists()
+    assert (machine.root / "run/jit.env").read_text() == "A=1"
+
+
+def test_the_scripts_are_clean() -> None:
+    """By bash itself, and by shellcheck where it is."""
+    beside = Path(sys.executable).with_name("shellcheck")
+    checker = str(beside) if beside.exists() else shutil.which("shellcheck")
+    for script in DEPLOYED.glob("*.sh"):
+        subprocess.run(["/bin/bash", "-n", script], check=True)
+        assert os.access(script, os.X_OK), script
+        if checker is not None:
+            done = subprocess.run([checker, script], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout
