@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import console, marked_yaml
-from pipelines.errors import ParamsError
+from pipelines.errors import ParamsError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,7 +34,8 @@ class Finding:
         line: Line in it, from 1.
         rule: Name of the rule, or of the program, that says so.
         text: What is wrong, as a sentence.
-        fix: What to do, as a sentence; may be empty.
+        fix: What to do, as a sentence; empty where the text says it.
+        column: Column in that line, from 1, where it is known.
     """
 
     file: str
@@ -42,11 +43,19 @@ class Finding:
     rule: str
     text: str
     fix: str = ""
+    column: int = 1
+
+    @property
+    def problem(self) -> Problem:
+        """The same as every other part of the fleet tells what is wrong in a file."""
+        text = self.text if self.text.endswith((".", ")", "?", "!")) else f"{self.text}."
+        then = f" Next: {self.fix}" if self.fix else ""
+        said = console.clean(f"[{self.rule}] {text}{then}")
+        return Problem(self.file, self.line, self.column, said)
 
     def __str__(self) -> str:
         """Render as compilers do, so that editors can jump to it."""
-        then = f" Next: {self.fix}" if self.fix else ""
-        return console.clean(f"{self.file}:{self.line}: [{self.rule}] {self.text}{then}")
+        return str(self.problem)
 
 
 @dataclass(frozen=True)

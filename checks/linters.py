@@ -42,17 +42,18 @@ NEWER_THAN_THE_SERVICE: Final = {"cache-mode": "Unexpected value 'cache-mode'"}
 
 
 def actionlint(repository: Repository) -> Iterator[Finding]:
-    """Types of expressions, events, cron, calls of local actions; the shell in `run:`."""
+    """Types of expressions, events, cron, calls of local actions."""
     workflows = sorted(w.path for w in repository.workflows.values())
     if not workflows:
         return
     program = installed.go_program(*installed.ACTIONLINT)
     config = repository.root / ".github/actionlint.yaml"
-    argv = [program, "-config-file", config, "-shellcheck", _installed("shellcheck"),
-            "-pyflakes", "", "-format", "{{json .}}", *workflows]  # fmt: skip
+    # The shell is asked below, with more checks, also in actions.
+    argv = [program, "-config-file", config, "-shellcheck", "", "-pyflakes", "",
+            "-format", "{{json .}}", *workflows]  # fmt: skip
     for found in _json(_run(argv, repository.root, ok_codes=(0, 1))) or []:
         yield Finding(found["filepath"], found["line"], "actionlint", found["message"],
-                      f"Correct it at column {found['column']}.")  # fmt: skip
+                      column=found["column"])  # fmt: skip
 
 
 def zizmor(repository: Repository) -> Iterator[Finding]:
@@ -95,7 +96,7 @@ def yamllint(repository: Repository) -> Iterator[Finding]:
     done = _run(argv, repository.root, ok_codes=(0, 1, 2))
     for line in done.splitlines():
         if match := re.fullmatch(r"(.+?):(\d+):\d+: \[\w+\] (.+)", line):
-            yield Finding(match[1], int(match[2]), "yamllint", f"{match[3]}.")
+            yield Finding(match[1], int(match[2]), "yamllint", match[3])
 
 
 def shellcheck(repository: Repository) -> Iterator[Finding]:
@@ -134,8 +135,8 @@ def language_service(repository: Repository) -> Iterator[Finding]:
     question = {"files": files, "local": actions, "actions": _metadata(repository.pins)}
     for found in node.ask("validate.mjs", question):
         if not any(known in found["message"] for known in NEWER_THAN_THE_SERVICE.values()):
-            yield Finding(found["file"], found["line"], "language-service", f"{found['message']}.",
-                          f"Correct it at column {found['column']}.")  # fmt: skip
+            yield Finding(found["file"], found["line"], "language-service", found["message"],
+                          column=found["column"])  # fmt: skip
 
 
 ALL: Final = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -209,6 +210,41 @@ def test_a_machine_without_go_and_node_says_what_was_skipped(
         assert findings == []
         assert skipped.startswith(f"{linter} was skipped: ")
         assert why in skipped
+
+
+def test_in_ci_a_program_that_is_missing_is_an_error_never_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A green check has to mean that everything was looked at."""
+    monkeypatch.setattr(installed, "home", lambda: tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["checks"])
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(installed.MissingError, match="was skipped"):
+        checks.__main__.main()
+
+
+@pytest.mark.parametrize("actions", [False, True])
+def test_what_is_wrong_is_told_on_its_line_here_and_in_a_pull_request(
+    sample: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    actions: bool,
+) -> None:
+    """An editor jumps to `file:line:column`; GitHub shows an annotation."""
+    path = sample / SAMPLE
+    path.write_text(path.read_text(encoding="utf-8").replace("permissions: {}\nconc", "conc"))
+    monkeypatch.setattr(installed, "ROOT", sample)
+    monkeypatch.setattr(sys, "argv", ["checks"])
+    monkeypatch.setenv("GITHUB_ACTIONS", "true" if actions else "")
+
+    assert checks.__main__.main() == 1
+
+    said = capsys.readouterr().err
+    assert f"{SAMPLE}:1:1: [permissions-exact] A workflow has no rights of its own" in said
+    assert "Next: Write `permissions: {}` above the jobs." in said
+    assert (f"::error file={SAMPLE},line=1,col=1::[permissions-exact]" in said) == actions
 
 
 @pytest.fixture(autouse=True)

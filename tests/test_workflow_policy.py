@@ -276,3 +276,10 @@ def test_a_guard_counts_only_where_nothing_can_go_around_it(
 ) -> None:
     """What is joined by `||`, or stands in a string or in parentheses, guards nothing."""
     assert rules_jobs.conjuncts(condition) == parts
+
+
+def test_the_page_about_checks_lists_every_rule_as_it_is() -> None:
+    """Who looks a rule up finds the reason that the code gives."""
+    page = (ROOT / "docs/workflow-checks.md").read_text(encoding="utf-8")
+    listed = [line for line in page.splitlines() if line.startswith("| `")]
+    assert listed == [f"| `{rule.name}` | {rule.why} |" for rule in policy.rules().values()]
