@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from pipelines import (
     console,
     params,
+    publish_hosts,
     publish_to,
     release_gates,
     runner,
@@ -120,9 +121,14 @@ def due(
         )
 
     slice_ = params.publish_slice(declared, model)
-    judged = release_gates.judge(verdict_evidence.collect(slice_, at))
-    if judged.reasons:
-        return told(f"may not be published: {judged.reasons[0]}", is_due=False)
+    today = verdict_evidence.today()
+    judged = release_gates.judge(verdict_evidence.collect(slice_, at, day=today))
+    against = (
+        *judged.reasons,
+        *publish_hosts.refusals(declared, slice_, at, today=today),
+    )
+    if against:
+        return told(f"may not be published: {against[0]}", is_due=False)
     if runner.event_name() == "workflow_dispatch":
         return told("asked for by hand", is_due=True)
     last = _last_move(at, model, registry, mainline)

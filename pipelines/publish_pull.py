@@ -55,8 +55,14 @@ _BATCH_BYTES: Final = 1 << 30
 # More than the metadata of any GGUF: what `gguf_header` keeps of one, and as much for its arrays.
 _HEADER_BYTES: Final = 128 << 20
 _ANY_CODE: Final = tuple(range(256))
-# How DVC says that an object is not in its remote (dvc/repo/checkout.py, dvc/repo/fetch.py).
-_MISSING_WORDS: Final = ("missing-files", "Missing cache files", "missing cache files")
+# How DVC says that an object is not in its remote: of a whole output, and of a file in a folder
+# (dvc/repo/checkout.py; then what the file system or s3fs says).
+_MISSING_WORDS: Final = (
+    "missing-files",
+    "Missing cache files",
+    "[Errno 2] No such file",
+    "specified key does not exist",
+)
 _TAIL_CHARACTERS: Final = 300
 
 
@@ -132,6 +138,7 @@ def bring(slice_: PublishSlice, at: Layout, store: Store, brought: Brought) -> N
     _require_same_measurement(needed, at)
     total_bytes = sum(each.digest.size_bytes for each in needed)
     disk.require(at.root, 2 * total_bytes, f"the release of {slice_.model}, in DVC's cache, too,")
+    at.log("publish", slice_.model).unlink(missing_ok=True)  # programs append; a log is of one run
     what = f"{wording.counted(len(needed), 'file')} of {slice_.model} ({shown_size(total_bytes)})"
     console.info(f"bringing {what} from DVC's remote")
     done_bytes = 0
@@ -263,8 +270,12 @@ def _locked_outs(lock: Path) -> dict[str, str]:
 
 
 def _batches(needed: list[Wanted]) -> Iterator[list[Wanted]]:
+    """Put files together that one call of DVC brings; texts, which it may lack, alone."""
+    yield from ([each] for each in needed if each.is_text)
     batch: list[Wanted] = []
     for each in needed:
+        if each.is_text:
+            continue
         if batch and sum(one.digest.size_bytes for one in (*batch, each)) > _BATCH_BYTES:
             yield batch
             batch = []
@@ -276,25 +287,32 @@ def _batches(needed: list[Wanted]) -> Iterator[list[Wanted]]:
 def _bring_batch(batch: list[Wanted], slice_: PublishSlice, at: Layout, brought: Brought) -> None:
     cache = dvc_state.cache_dir(at.root) / "files/md5"
     objects = [cache / each.digest.md5[:2] / each.digest.md5[2:] for each in batch]
-    new = [path for path in objects if not path.exists()]
-    names = [each.path.relative_to(at.root).as_posix() for each in batch]
-    done = _dvc_pull(names, slice_.model, at)
-    brought.files += [each.path for each in batch if each.path.exists()]
-    brought.objects += new
+    brought.objects += [path for path in objects if not path.exists()]
+    brought.files += [each.path for each in batch]
+    done: proc.Completed | None = None
+    if not _from_repository(batch, slice_, at):
+        done = _dvc_pull(_absent(batch, at), slice_.model, at)
+        # DVC gives up at the first object that it cannot have: each is asked for alone then.
+        for name in _absent(batch, at) if len(batch) > 1 else ():
+            done = _dvc_pull([name], slice_.model, at)
     for each in batch:
-        if not each.path.exists() and each.is_text:
-            _from_source(each, slice_, at, brought)
-    lost = [name for name, each in zip(names, batch, strict=True) if not each.path.exists()]
+        if each.is_text and not each.path.exists():
+            _from_hub(each, slice_)
+    lost = _absent(batch, at)
     if lost:
+        assert done is not None, "what the repository gave is there"
         raise _not_brought(lost, done, slice_, at)
     for each in batch:
         _require(each, at)
         brought.size_bytes += each.digest.size_bytes
 
 
+def _absent(batch: list[Wanted], at: Layout) -> list[str]:
+    return [each.path.relative_to(at.root).as_posix() for each in batch if not each.path.exists()]
+
+
 def _dvc_pull(names: list[str], model: str, at: Layout) -> proc.Completed:
     """Ask DVC for files; what it could not bring is seen by what is not there."""
-    at.log("publish", model).unlink(missing_ok=True)  # programs append; a log is of one run
     own_bin = str(Path(sys.executable).parent)
     env = {
         "PATH": os.pathsep.join([own_bin, os.environ.get("PATH", os.defpath)]),
@@ -337,22 +355,27 @@ def _not_brought(
 # --- texts that nobody has to send ------------------------------------------------------------
 
 
-def _from_source(wanted: Wanted, slice_: PublishSlice, at: Layout, brought: Brought) -> None:
-    """Take a licence text from where `fetch` took it: the repository, or the pinned revision."""
+def _from_repository(batch: list[Wanted], slice_: PublishSlice, at: Layout) -> bool:
+    """Take a licence text of a `path:` source from git; tell whether it was that of the record."""
     kind, _, place = slice_.source.partition(":")
+    wanted = batch[0]
+    there = at.root / place / wanted.digest.name
+    if kind != "path" or not wanted.is_text or not there.is_file():
+        return False
+    if hashing.digest(there).sha256 != wanted.digest.sha256:
+        return False
     wanted.path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "path":
-        there = at.root / place / wanted.digest.name
-        if there.is_file():
-            with atomic.replacing(wanted.path) as part:
-                shutil.copyfile(there, part)
-    else:
-        file = hub.RemoteFile(
-            name=wanted.digest.name,
-            size_bytes=wanted.digest.size_bytes,
-            sha256=wanted.digest.sha256,
-        )
-        repo = hub.HubRepo(place, slice_.revision)
-        repo.bring(file, wanted.path, lambda _: None)
-    if wanted.path.exists():
-        brought.files.append(wanted.path)
+    with atomic.replacing(wanted.path) as part:
+        shutil.copyfile(there, part)
+    return True
+
+
+def _from_hub(wanted: Wanted, slice_: PublishSlice) -> None:
+    """Take a licence text from the pinned revision of the Hub, as `fetch` did."""
+    kind, _, repo = slice_.source.partition(":")
+    if kind != "hf":
+        return
+    digest = wanted.digest
+    file = hub.RemoteFile(name=digest.name, size_bytes=digest.size_bytes, sha256=digest.sha256)
+    wanted.path.parent.mkdir(parents=True, exist_ok=True)
+    hub.HubRepo(repo, slice_.revision).bring(file, wanted.path, lambda _: None)

@@ -28,6 +28,7 @@ from pipelines import (
     console,
     hashing,
     params,
+    publish_hosts,
     publish_pull,
     publish_words,
     records,
@@ -381,7 +382,8 @@ def to_publish(
         FleetError: What has to be brought cannot be; see `publish_pull.bring`.
     """
     today = verdict_evidence.today()
-    composed = _held(slice_, at, shelves, store, today)
+    against = publish_hosts.refusals(shelves.declared, slice_, at, today=today)
+    composed = Refused(reasons=against) if against else _held(slice_, at, shelves, store, today)
     if composed is None:
         if brought is not None:
             publish_pull.bring(slice_, at, store, brought)

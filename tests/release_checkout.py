@@ -92,6 +92,10 @@ class Checkout:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.chdir(root)
 
+    def of(self, root: Path) -> Checkout:
+        """Return another checkout, and stand in it."""
+        return Checkout(root, self._monkeypatch, self._capsys)
+
     @property
     def at(self) -> Layout:
         """Its paths, absolute."""

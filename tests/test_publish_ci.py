@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -266,17 +267,36 @@ def test_bytes_that_are_not_those_of_the_record_are_not_published(checkout: Chec
     assert not (checkout.root / "production/releases").exists()
 
 
-def test_a_licence_that_is_not_in_the_remote_comes_from_the_source(checkout: Checkout) -> None:
-    """A remote that was given the GGUFs alone is enough: `path:` sources are in git."""
+def test_a_remote_with_ggufs_and_matrix_is_enough(checkout: Checkout) -> None:
+    """No file of upstream's is there, nor their list: licences come from the pinned source."""
+    lock = (checkout.root / "dvc.lock").read_text()
+    lists = re.findall(
+        rf"path: work/{MODEL}/source\n +hash: md5\n +md5: ([0-9a-f]{{32}}\.dir)", lock
+    )
+    assert len(lists) == 1
     for path in objects(checkout.root.parent / "storage"):
-        if path.suffix == ".dir" or path.read_bytes().startswith(b"Apache"):
+        is_list = path.parent.name + path.name == lists[0]
+        if is_list or path.read_bytes().startswith(b"Apache"):
             path.unlink()
-    # The matrix is a folder of DVC's, too.
+
+    ran = checkout.fleet("publish", MODEL, "--to", "production", "--pull")
+
+    assert ran.code == 0, ran.err
+    assert checkout.fleet("verify-registry", "production").code == 0
+
+
+def test_a_source_without_the_licence_that_was_fetched_is_refused(checkout: Checkout) -> None:
+    """Another text under its name is not published for the one that was read."""
+    for path in objects(checkout.root.parent / "storage"):
+        if path.read_bytes().startswith(b"Apache"):
+            path.unlink()
+    (checkout.root / "examples" / MODEL / "LICENSE").write_text("Another licence.\n")
+
     ran = checkout.fleet("publish", MODEL, "--to", "production", "--pull")
 
     assert ran.code == 8
-    assert "imatrix.gguf" in ran.err
-    assert "LICENSE" not in ran.err
+    assert f"DVC's remote does not have work/{MODEL}/source/LICENSE" in ran.err
+    assert not (checkout.root / "production/releases").exists()
 
 
 def test_a_dry_run_brings_nothing(checkout: Checkout) -> None:
@@ -303,6 +323,29 @@ def test_a_verdict_that_is_no_promote_is_refused_and_nothing_is_brought(
     assert f"{MODEL} is not published" in ran.err
     assert not (checkout.root / "production/releases").exists()
     assert not (checkout.root / "work" / MODEL / "gguf").exists()
+
+
+def test_a_host_that_measured_for_itself_has_its_own_word(
+    tmp_path: Path, stocked: Checkout
+) -> None:
+    """Its own records are PROMOTE: published. They are not: refused, and not asked for."""
+    hosts = {"local": {"memory_mib": 2048}, "big": {"memory_mib": 4096}}
+    root = tmp_path / "two-hosts"
+    at = finished(root, hosts=hosts)
+    declared = {name: {**spec, "runs_on": ["self-hosted", name]} for name, spec in hosts.items()}
+    text = re.sub(r"hosts: .*", f"hosts: {json.dumps(declared)}", params_of(MODEL))
+    at.params.write_text(text + REGISTRIES)
+    below = at.release(MODEL).parent
+    shutil.copytree(below, root / "kept")
+    shutil.copytree(root / "kept", below / "on/big")
+    other = stocked.of(root)
+    assert other.fleet("publish", "--to", "production").code == 0
+
+    (below / "on/big/load-test.json").unlink()
+    ran = other.fleet("publish", "--to", "production")
+    assert ran.code == 5
+    assert "Host big, by its own measurement" in ran.err
+    assert other.fleet("publish", "--plan", "--json").json["matrix"] == {"include": []}
 
 
 # --- environments, checksums ------------------------------------------------------------------
