@@ -243,7 +243,11 @@ class _Run:
         if options.dry_run:
             return
         runner.outputs(
-            published=" ".join(dict.fromkeys(model for model, _ in self.done)),
+            published=" ".join(
+                model
+                for model in self.models
+                if all((model, name) in self.done for name in registries)
+            ),
             moved=" ".join(dict.fromkeys(model for model, _ in moved)),
             checksums=json.dumps([str(path) for path in files]),
             pull_request=proposed.url if proposed and proposed.url else "",
