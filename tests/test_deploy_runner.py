@@ -20,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import github_openapi
+import node_tools
 import pytest
 import yaml
 
@@ -1026,3 +1028,19 @@ def test_the_scripts_are_clean() -> None:
         if checker is not None:
             done = subprocess.run([checker, script], capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout
+
+
+def test_the_settings_of_the_page_are_calls_that_github_knows() -> None:
+    """Path, method and body of each `gh api` of docs/security.md, against GitHub's description."""
+    contract = github_openapi.load(node_tools.openapi())
+    page = (ROOT / "docs/security.md").read_text()
+    calls = re.findall(
+        r"gh api --method (\w+) (repos/\S+)(?: --input - <<'JSON'\n(.*?)\n\s*JSON)?",
+        page,
+        re.DOTALL,
+    )
+    assert len(calls) == page.count("gh api --method") > 8
+    for method, path, body in calls:
+        operation = contract.operation(method, "/" + path.format(owner="octo", repo="fleet"))
+        assert operation is not None, path
+        assert list(operation.problems_of("", body.encode())) == [], path
