@@ -219,6 +219,7 @@ def test_in_ci_a_program_that_is_missing_is_an_error_never_a_line(
     monkeypatch.setattr(installed, "home", lambda: tmp_path)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     monkeypatch.setattr(sys, "argv", ["checks"])
+    monkeypatch.setattr(linters, "ALL", {"language-service": linters.language_service})
     monkeypatch.setenv("CI", "true")
     with pytest.raises(installed.MissingError, match="was skipped"):
         checks.__main__.main()
@@ -236,6 +237,7 @@ def test_what_is_wrong_is_told_on_its_line_here_and_in_a_pull_request(
     path = sample / SAMPLE
     path.write_text(path.read_text(encoding="utf-8").replace("permissions: {}\nconc", "conc"))
     monkeypatch.setattr(installed, "ROOT", sample)
+    monkeypatch.setattr(linters, "ALL", {"yamllint": linters.yamllint})
     monkeypatch.setattr(sys, "argv", ["checks"])
     monkeypatch.setenv("GITHUB_ACTIONS", "true" if actions else "")
 
