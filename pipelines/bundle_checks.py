@@ -297,11 +297,12 @@ def _slices(entries: Mapping[str, _Entry], declared: Declaration) -> Iterator[st
         stage, _, key = name.partition("@")
         due = json.loads(wanted[stage, key].model_dump_json())
         found = next(iter(entry.params.values()))
-        if found != due:
+        # As text: to Python, true is equal to 1.
+        if json.dumps(found, sort_keys=True) != json.dumps(due, sort_keys=True):
             differing = sorted({*found, *due} - {k for k in found if found[k] == due.get(k, ...)})
             yield (
                 f"{name} was run with other parameters than params.yaml declares "
-                f"({wording.first_few(differing)})"
+                f"({wording.first_few(differing) or 'true for 1'})"
             )
 
 

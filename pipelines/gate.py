@@ -176,7 +176,9 @@ def gate(
         found = [*_read_all(bundles, plan, failures)]
         found += _held_by_git(at, declared, plan, failures)
         failures += _of_legs(plan, measured)
-        judgement = judge_bundles(at, text, plan, found, others=failures)
+        with tempfile.TemporaryDirectory(prefix="fleet-base-") as folder:
+            base = _base(at, plan, Path(folder))
+            judgement = judge_bundles(base, text, plan, found, others=failures)
         judgement, changed = _covered(at, declared, plan, found, judgement)
     except (FleetError, UnicodeDecodeError, OSError) as error:
         said = error.message if isinstance(error, FleetError) else str(error)
@@ -195,6 +197,15 @@ def gate(
         failures=_sentences(judgement.failures),
     )
     return record, bool(changed) and may_be_adopted
+
+
+def _base(at: Layout, plan: PlanRecord, into: Path) -> Layout:
+    """Return the tree of the base: of what was released before, no branch may speak for itself."""
+    try:
+        start = trees.Git(at.root).parse(plan.base) if plan.base else None
+    except FleetError:
+        start = None
+    return trees.at_revision(at.root, start, into) if start else at
 
 
 def _failed(plan: PlanRecord | None, failures: Sequence[Failure]) -> GateRecord:

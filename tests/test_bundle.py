@@ -411,10 +411,14 @@ def test_other_parameters_than_the_declared_ones_are_said(at: Layout) -> None:
     lock = json.loads(json.dumps(good.lock))
     slice_ = lock[ENTRY]["params"][f"work/params/choose/{MODEL}.json"]
     slice_["gates"]["max_kld_mean_nats"] = 9.0
+    lock[f"fetch@{MODEL}"]["params"][f"work/params/fetch/{MODEL}.json"]["spare"] = 1
+    lock[f"convert@{MODEL}"]["params"][f"work/params/convert/{MODEL}.json"]["recipe"] = True
 
     told = _told(at, good.model_copy(update={"lock": lock}))
 
-    assert any("other parameters than params.yaml declares (gates)" in text for text in told)
+    for name, which in (("choose", "gates"), ("fetch", "spare"), ("convert", "true for 1")):
+        assert any(f"{name}@{MODEL} was run with other parameters than params.yaml declares "
+                   f"({which})" in text for text in told)  # fmt: skip
 
 
 def test_numbers_of_two_machines_are_no_measurement(at: Layout) -> None:

@@ -423,6 +423,7 @@ def test_whoever_shows_it_judges_the_same_data_again(at: Layout, tmp_path: Path)
     again = gate.judge_bundles(at, at.params.read_text(), plan, told.bundles)
 
     assert (again.verdict, again.conclusion) == ("REJECT", "failure")
+    assert again.judged[LEG].verdict == "REJECT"
     assert again.models == record.models
 
 
