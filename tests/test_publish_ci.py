@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from github_api import Fault, GitHubApi
 from hosted_job import Hosted
-from publish_factory import change_load_test, finished
+from publish_factory import LICENSE, change, change_load_test, finished
 from record_factory import MODEL
 from release_checkout import Checkout
+from test_hub import REPO, Hub, serving
 from test_release_verbs import params_of
 
 from pipelines import checksums, declaration, params, records, release
@@ -297,6 +299,36 @@ def test_a_source_without_the_licence_that_was_fetched_is_refused(checkout: Chec
     assert ran.code == 8
     assert f"DVC's remote does not have work/{MODEL}/source/LICENSE" in ran.err
     assert not (checkout.root / "production/releases").exists()
+
+
+def test_the_licence_of_a_model_of_the_hub_comes_from_its_pinned_revision(
+    checkout: Checkout,
+) -> None:
+    """The remote has no file of upstream's; one small text is asked of the Hub, and verified."""
+    at = checkout.at
+    change(at.model_record("fetch", MODEL), FetchRecord, source=f"hf:{REPO}")
+    text = at.params.read_text().replace(f"path:examples/{MODEL}", f"hf:{REPO}")
+    at.params.write_text(text)
+    for path in objects(checkout.root.parent / "storage"):
+        if path.read_bytes().startswith(b"Apache"):
+            path.unlink()
+    argv = ["publish", MODEL, "--to", "production", "--pull"]
+    env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+
+    with serving(Hub({"LICENSE": LICENSE.encode()})) as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines", *argv],
+            cwd=checkout.root,
+            env={**os.environ, **env, "HF_ENDPOINT": hub.url, "HF_HOME": str(checkout.root / "hf")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    assert done.returncode == 0, done.stderr
+    assert hub.bodies_of("LICENSE") == 1
+    assert checkout.fleet("verify-registry", "production").code == 0
 
 
 def test_a_dry_run_brings_nothing(checkout: Checkout) -> None:
