@@ -159,20 +159,36 @@ def post(
         return None
     number, is_open = int(pull["number"]), pull.get("state") == "open"
     situation = _situation(gh, run, number)
-    try:
-        rendered = render(situation)
-    except FleetError as error:
-        if situation.gate is None:
-            raise
-        situation = replace(situation, state="unusable", gate=None, problem=error.message)
-        rendered = render(situation)
+    rendered, broken = _rendered(render, situation)
     # Rendering and reading take time; what is said is said of this commit only.
     again = gh.get(f"pulls/{number}")
     if _head_sha(again) != run.head:
         console.info(f"#{number} was changed in the meantime: the run of its new commit reports.")
         return None
     runner.summary(rendered.markdown)
-    return rendered if _said(gh, situation, rendered, is_open=is_open, settle_s=settle_s) else None
+    said = _said(gh, situation, rendered, is_open=is_open, settle_s=settle_s)
+    if broken is not None:
+        raise broken
+    return rendered if said else None
+
+
+def _rendered(
+    render: Callable[[Situation], Rendered], situation: Situation
+) -> tuple[Rendered, Exception | None]:
+    """
+    Return the text, and what is wrong with us, not with the run, if something is.
+
+    Whatever a gate.json does to who renders it, "measuring" is not what stays there.
+    """
+    try:
+        return render(situation), None
+    except Exception as error:
+        if situation.gate is None:
+            raise
+        known = isinstance(error, FleetError)
+        problem = error.message if isinstance(error, FleetError) else type(error).__name__
+        situation = replace(situation, state="unusable", gate=None, problem=problem)
+        return render(situation), None if known else error
 
 
 def _said(

@@ -38,7 +38,9 @@ _LONG: Final = {
     "/repos/{owner}/{repo}/compare/{basehead}": "basehead",
 }
 _NEWER: Final = {
-    "/repos/{owner}/{repo}/actions/runners/deprecations/{version}": {"get": {"parameters": []}}
+    "/repos/{owner}/{repo}/actions/runners/deprecations/{version}": {
+        "get": {"parameters": [], "responses": {"200": {}, "404": {}}}
+    }
 }
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from pipelines import console
 from pipelines.errors import FleetError
 from pipelines.github.client import taken
+from pipelines.github.errors import GitHubError, TooLargeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +82,15 @@ def read_json(gh: GitHub, artifact: dict[str, Any], member: str) -> dict[str, An
     size_bytes = taken(artifact, "size_in_bytes", int)
     if size_bytes > MAX_ZIP_BYTES:
         raise ArtifactError(f"The artifact {name} has {size_bytes} bytes; ours have not so many.")
-    data = gh.download(f"actions/artifacts/{taken(artifact, 'id', int)}/zip", MAX_ZIP_BYTES)
+    number = taken(artifact, "id", int)
+    try:
+        data = gh.download(f"actions/artifacts/{number}/zip", MAX_ZIP_BYTES)
+    except TooLargeError as error:
+        raise ArtifactError(f"The artifact {name} has more than {MAX_ZIP_BYTES} bytes.") from error
+    except GitHubError as error:
+        if error.status in {404, 410}:
+            raise ArtifactError(f"The artifact {name} is gone.") from error
+        raise
     told = artifact.get("digest")
     found = f"sha256:{hashlib.sha256(data).hexdigest()}"
     if told and told != found:

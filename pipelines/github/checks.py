@@ -85,7 +85,7 @@ def upsert_check(gh: GitHub, head: str, name: str, check: CheckRun, order: Order
         GitHubError: It is refused.
         RetryLaterError: It cannot be done now.
     """
-    for _ in range(3):
+    for _ in range(4):
         there = _latest(gh, head, name)
         if there is not None and there.order > order:
             return False

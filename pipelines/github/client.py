@@ -32,7 +32,7 @@ from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from pipelines import __version__, console, wording
 from pipelines.errors import FleetError, ParamsError, RetryLaterError
-from pipelines.github.errors import BusyError, GitHubError, UnknownOutcomeError
+from pipelines.github.errors import BusyError, GitHubError, TooLargeError, UnknownOutcomeError
 from pipelines.github.scopes import hint_of
 
 if TYPE_CHECKING:
@@ -469,7 +469,7 @@ class GitHub:
         while chunk := answer.raw.read1(_PIECE_BYTES, decode_content=False):
             data += chunk
             if len(data) > limit_bytes:
-                raise GitHubError(
+                raise TooLargeError(
                     f"{_shown(answer.url)} has more than {limit_bytes} bytes; it was not read.",
                     status=answer.status_code,
                 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pipelines.errors import RetryLaterError
 from pipelines.github import identity
@@ -186,9 +186,3 @@ class _Writer:
     def remove(self, each: _Own) -> None:
         """Remove one; that somebody else did is fine."""
         self._gh.delete(f"issues/comments/{each.id}")
-
-
-def comment(gh: GitHub, number: int, body: str) -> dict[str, Any]:
-    """Add a comment that stands for itself: why an issue was closed. Raises: see `GitHub.post`."""
-    made = gh.post(f"issues/{number}/comments", {"body": body[:BODY_CHARACTERS]})
-    return made if isinstance(made, dict) else {}

@@ -29,6 +29,8 @@ _FILE: Final = "100644"
 _TREE_BYTES: Final = 4 << 20
 _TREE_ENTRIES: Final = 500
 _UNPROCESSABLE: Final = 422
+# Of what cannot be repeated blindly; each after a look.
+_ATTEMPTS: Final = 4
 _CONFLICT: Final = 409
 _PLAIN: Final = re.compile(r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*")
 
@@ -54,17 +56,21 @@ def create_branch(gh: GitHub, branch: str, sha: str) -> None:
         MovedError: It is there, at another commit.
         GitHubError, RetryLaterError: See `client.GitHub.post`.
     """
-    try:
-        gh.post("git/refs", {"ref": f"refs/heads/{branch}", "sha": sha})
-    except (GitHubError, UnknownOutcomeError) as error:
-        if isinstance(error, GitHubError) and error.status != _UNPROCESSABLE:
-            raise
-        found = branch_head(gh, branch)
-        if found == sha:
-            return
-        if found is None:
-            raise
-        raise _moved(branch, found, sha) from error
+    request = {"ref": f"refs/heads/{branch}", "sha": sha}
+    for attempt in range(_ATTEMPTS):
+        try:
+            gh.post("git/refs", request)
+        except (GitHubError, UnknownOutcomeError) as error:
+            if isinstance(error, GitHubError) and error.status != _UNPROCESSABLE:
+                raise
+            found = branch_head(gh, branch)
+            if found is None and isinstance(error, UnknownOutcomeError) and attempt + 1 < _ATTEMPTS:
+                continue  # it was not done
+            if found is None:
+                raise
+            if found != sha:
+                raise _moved(branch, found, sha) from error
+        return
 
 
 def move_branch(gh: GitHub, branch: str, sha: str, *, force: bool = False) -> None:

@@ -25,6 +25,10 @@ class GitHubError(StoreError):
         self.path = path
 
 
+class TooLargeError(GitHubError):
+    """An answer has more bytes than any that makes sense; it was not read to its end."""
+
+
 class MovedError(GitHubError):
     """
     A branch is not where it was: somebody pushed in between. Nothing of theirs was touched.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
-from pipelines.github import comments, identity
+from pipelines.github import identity
 from pipelines.github.client import Unsent, taken
 from pipelines.github.errors import UnknownOutcomeError
 from pipelines.github.pulls import BODY_CHARACTERS
@@ -58,7 +57,7 @@ def upsert_issue(gh: GitHub, *, marker: str, label: str, title: str, body: str) 
         RetryLaterError: It cannot be done now.
     """
     text = f"{marker_line(marker)}\n{body}"[:BODY_CHARACTERS]
-    for _ in range(3):
+    for _ in range(4):
         there = open_issues(gh, label, marker)
         if there:
             break
@@ -102,10 +101,10 @@ def close_issue(gh: GitHub, *, marker: str, label: str, reason: str) -> int:
     """
     there = open_issues(gh, label, marker)
     for each in there:
-        # Closed first: if the comment is lost, nobody is misled.
-        gh.patch(f"issues/{each['number']}", {"state": "closed", "state_reason": "completed"})
-        with contextlib.suppress(UnknownOutcomeError):
-            comments.comment(gh, each["number"], reason)
+        # State and reason in one request: there is no issue that was closed without a word.
+        body = f"{each['body']}\n\n{reason}"
+        fields = {"state": "closed", "state_reason": "completed", "body": body[:BODY_CHARACTERS]}
+        gh.patch(f"issues/{each['number']}", fields)
     return len(there)
 
 

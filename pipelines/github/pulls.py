@@ -19,6 +19,8 @@ BEGIN: Final = "<!-- fleet:begin -->"
 END: Final = "<!-- fleet:end -->"
 _OURS: Final = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 _UNPROCESSABLE: Final = 422
+# Of what cannot be repeated blindly; each after a look.
+_ATTEMPTS: Final = 4
 
 
 def find_by_head(
@@ -105,15 +107,19 @@ def merged(there: str | None, body: str) -> str:
 
 def _opened(gh: GitHub, *, head: str, base: str, title: str, body: str) -> dict[str, Any]:
     request = {"title": title, "head": head, "base": base, "body": merged(None, body)}
-    try:
-        made = gh.post("pulls", request)
-    except (GitHubError, UnknownOutcomeError) as error:
-        if isinstance(error, GitHubError) and error.status != _UNPROCESSABLE:
-            raise
-        # Somebody else opened it, or we did and did not hear of it.
-        found = find_by_head(gh, head)
-        if found is None:
-            raise
-        return found
-    taken(made, "number", int)
-    return made if isinstance(made, dict) else {}
+    for attempt in range(_ATTEMPTS):
+        try:
+            made = gh.post("pulls", request)
+        except (GitHubError, UnknownOutcomeError) as error:
+            if isinstance(error, GitHubError) and error.status != _UNPROCESSABLE:
+                raise
+            # Somebody else opened it, or we did and did not hear of it.
+            found = find_by_head(gh, head)
+            if found is not None:
+                return found
+            if isinstance(error, GitHubError) or attempt + 1 == _ATTEMPTS:
+                raise
+        else:
+            taken(made, "number", int)
+            return made if isinstance(made, dict) else {}
+    raise AssertionError  # pragma: no cover - the last attempt returns or raises
