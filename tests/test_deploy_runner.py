@@ -532,11 +532,22 @@ def test_nothing_of_the_job_decides_about_the_job(machine: Machine, pull: dict[s
     ],
 )
 def test_a_configuration_that_is_wrong_lets_nothing_in(
-    machine: Machine, pull: dict[str, Any], changes: dict[str, object], words: str
+    machine: Machine, changes: dict[str, object], words: str
 ) -> None:
     """A typing error closes the machine; it never opens it."""
     machine.write(**changes)
-    assert words in annotation(machine.started_by(pull))
+    with pytest.raises(hooks.RefusedError, match=words):
+        hooks.read_config(machine.root / "runner.json")
+
+
+def test_a_wrong_configuration_is_said_in_the_log_of_the_job(
+    machine: Machine, pull: dict[str, Any]
+) -> None:
+    """In the one line that a refusal has; also where it is no JSON at all."""
+    machine.write(repositorys={})
+    assert "runner.json has an unknown key: repositorys" in annotation(machine.started_by(pull))
+    (machine.root / "runner.json").write_text("{")
+    assert "runner.json is not JSON" in annotation(machine.started_by(pull))
 
 
 def test_a_configuration_that_a_job_could_have_written_counts_for_nothing(
@@ -739,7 +750,7 @@ def test_the_workspace_is_emptied_whatever_is_in_it(machine: Machine) -> None:
 
 def test_a_tree_deeper_than_any_path_is_removed(machine: Machine) -> None:
     """Deeper than recursion and than PATH_MAX; beside it a trash that a job prepared."""
-    depth = 5_000
+    depth = 1_500
     (machine.root / "dig.py").write_text(
         f"import os\nfor _ in range({depth}):\n    os.mkdir('d' * 50)\n    os.chdir('d' * 50)\n"
     )
