@@ -249,10 +249,21 @@ def _was(told: Told, then: Then | None, given: Sources) -> str:
         return "nothing was chosen before"
     if then.winner != winner.type:
         return f"was {_tidy(then.winner)}"
-    now, before = told.evidence.quantized.get(winner.type), then.built.get(winner.type)
-    if isinstance(now, QuantizeRecord) and before and now.gguf.sha256 == before.gguf.sha256:
+    return _was_same_type(winner.type, told, then, given)
+
+
+def _was_same_type(type_: str, told: Told, then: Then, given: Sources) -> str:
+    """Say how the file of a type that was chosen before differs from the one of then."""
+    now, before = told.evidence.quantized.get(type_), then.built.get(type_)
+    if before is None or not isinstance(now, QuantizeRecord):
+        return f"was {type_}"
+    if now.gguf.sha256 == before.gguf.sha256:
         return "as before"
-    return f"was {winner.type} at {_short(_revision(given.before, given.declared.model))}"
+    name = given.declared.model
+    then_revision, revision = _revision(given.before, name), _revision(given.now, name)
+    if then_revision == revision:
+        return f"was {type_}, another file"
+    return f"was {type_} at {_short(then_revision)}"
 
 
 def _revision(at: Layout | None, name: str) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from markupsafe import Markup
@@ -133,18 +133,20 @@ def render(comment: Comment, *, marker: str = "", limit: int = LIMIT) -> str:
         if (text := made(detail)) is not None:
             return text
     count = len(comment.models)
-    steps = (
-        lambda many: replace(_HEADLINES, opened=many),
-        lambda _: replace(_HEADLINES, has_table=False),
-        lambda many: replace(_HEADLINES, has_table=False, models=many),
-    )
-    for step in steps:
-        if (text := _most(lambda many, step=step: made(step(many)), count)) is not None:
+    bare = replace(_HEADLINES, has_table=False)
+    for name, detail in (("opened", _HEADLINES), ("opened", bare), ("models", bare)):
+        if (text := _most(partial(_with, made, detail, name), count)) is not None:
             return text
     # What is left has no end of its own: the problems of a declaration.
-    text = head + _rendered(comment, replace(_HEADLINES, has_table=False, models=0))
+    text = head + _rendered(comment, replace(bare, models=0))
     end = f"\n\n{_SEE}\n"
     return text[: max(text.rfind("\n", 0, limit - len(end)), 0)] + end
+
+
+def _with(made: Callable[[Detail], str | None], detail: Detail, name: str, many: int) -> str | None:
+    """Render with so many models opened, or shown at all."""
+    opened = replace(detail, opened=many) if name == "opened" else replace(detail, models=many)
+    return made(opened)
 
 
 def _most(made: Callable[[int], str | None], count: int) -> str | None:

@@ -57,8 +57,8 @@ _ENTITIES = str.maketrans(
 _LOOSE_UNDERSCORE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _UNITS = re.compile(r"(?<=\d) (?=%|tok/s|nats|MiB|GiB|tokens|quants)|(?<=at depth) (?=\d)")
 _LINK = re.compile(r"(?i)(:)(?=//)|(www)(?=\.)|(mailto|xmpp)(?=:)|\b(GH-)(?=\d)")
-# GitHub draws some of these as images.
-_EMOJI = re.compile(r":(?=[a-z0-9_+-]+:)")
+# GitHub draws some of these as images; the second colon may be the one that follows the text.
+_EMOJI = re.compile(r":(?=[a-z0-9_+-]+(?::|$))")
 
 
 def escape_markdown(value: object) -> str:

@@ -7,6 +7,7 @@ difference before you commit it.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import tempfile
@@ -452,12 +453,18 @@ STATES: Final[dict[str, Callable[[Path], Comment]]] = {
 }  # fmt: skip
 
 
+@functools.cache
+def state(name: str) -> Comment:
+    """Return the comment of a state; made once."""
+    with tempfile.TemporaryDirectory() as folder:
+        return STATES[name](Path(folder))
+
+
 def main(names: Sequence[str]) -> None:
     """Write golden files again."""
     GOLDEN.mkdir(parents=True, exist_ok=True)
     for name in names or STATES:
-        with tempfile.TemporaryDirectory() as folder:
-            text = comment_render.render(STATES[name](Path(folder)))
+        text = comment_render.render(state(name))
         (GOLDEN / f"{name}.md").write_text(text, encoding="utf-8")
 
 
