@@ -9,10 +9,12 @@ and everything else is what a run leaves.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +99,28 @@ def bundle_of(at: Layout, model: str = MODEL, host: str = HOST, **facts: Any) ->
         host: That was measured.
         facts: What the machine is, beside `FACTS`.
     """
-    declared = declaration.load(at.params)
+    made = _made(at.params.read_text(), model, host, json.dumps({**FACTS, **facts}))
+    return BundleRecord.model_validate_json(made)
+
+
+@functools.cache
+def _held() -> str:
+    """Return the bundle that git holds of tiny-llama."""
     origin = Layout(ROOT)
-    held = bundle.from_git(
-        origin, declaration.load(origin.params), MODEL, host=HOST, head=HEAD
-    ).model_dump()
-    own = {**FACTS, **facts}
+    declared = declaration.load(origin.params)
+    return bundle.from_git(origin, declared, MODEL, host=HOST, head=HEAD).model_dump_json()
+
+
+@functools.cache
+def _made(params_text: str, model: str, host: str, facts: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "params.yaml"
+        path.write_text(params_text)
+        declared = declaration.load(path)
+    own = json.loads(facts)
     hw_id = machine.facts_id(own)
-    text = json.dumps(held)
-    text = text.replace(held["machine_id"], hw_id).replace(MODEL, model)
-    fields = json.loads(text)
+    held = _held()
+    fields = json.loads(held.replace(json.loads(held)["machine_id"], hw_id).replace(MODEL, model))
     fields["files"] = _for_hosts(fields["files"], declared, model)
     fields |= {
         "model": model,
@@ -116,7 +130,7 @@ def bundle_of(at: Layout, model: str = MODEL, host: str = HOST, **facts: Any) ->
         "machine": json.dumps({"schema_version": 1, "hw_id": hw_id, **own}, indent=2) + "\n",
         "times_s": {f"fetch@{model}": 1.5, f"choose@{model}": 0.5},
     }
-    return relocked(BundleRecord(**fields), declared)
+    return relocked(BundleRecord(**fields), declared).model_dump_json()
 
 
 def _for_hosts(files: dict[str, str], declared: Declaration, model: str) -> dict[str, str]:

@@ -24,13 +24,13 @@ from bundle_factory import (
 
 from pipelines import atomic, bundle, bundle_checks, declaration, hashing, lock_entries, machine
 from pipelines.bundle import BundleError
+from pipelines.layout import Layout
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
-    from pipelines.layout import Layout
 
 RECORD = f"results/{MODEL}/choice.json"
 ENTRY = f"choose@{MODEL}"
@@ -43,9 +43,9 @@ def at(tmp_path: Path) -> Layout:
 
 
 @pytest.fixture
-def data(at: Layout) -> dict[str, Any]:
+def data() -> dict[str, Any]:
     """The JSON of a good bundle, to spoil."""
-    found: dict[str, Any] = json.loads(bundle_of(at).model_dump_json())
+    found: dict[str, Any] = json.loads(bundle_of(Layout(ROOT)).model_dump_json())
     return found
 
 
