@@ -2,8 +2,8 @@
 What a runner finds on itself: card, disk, caches, tools, hooks, user, clock.
 
 Every look is a finding, also one that failed: a probe that ends half-way would hide the rest. No
-look changes anything but two files of a few bytes, which are removed. Nothing is installed, built
-or fetched. It runs as the runner's user, in the checkout of a job.
+look leaves anything but a log and the folders that DVC makes anyway. Nothing is installed, built or
+fetched. It runs as the runner's user, in the checkout of a job.
 """
 
 from __future__ import annotations
