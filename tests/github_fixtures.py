@@ -43,8 +43,12 @@ def client(api: GitHubApi, clock: Clock | None = None, **options: Any) -> GitHub
     """Return a client of a stand-in that gives up soon."""
     clock = clock or Clock()
     token = options.pop("token", api.token)
-    options = {"answer_within_s": 0.3, "sleep": clock.sleep, "clock": clock} | options
-    return GitHub(api.repository, token, api_url=api.url, **options)
+    chosen: dict[str, Any] = {
+        "answer_within_s": 0.3,
+        "sleep": clock.sleep,
+        "clock": clock,
+    } | options
+    return GitHub(api.repository, token, api_url=api.url, **chosen)
 
 
 def patient_client(api: GitHubApi) -> GitHub:

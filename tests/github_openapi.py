@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, unquote
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped] # it has no types
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -500,7 +500,8 @@ def test_a_check_run_that_is_refused_does_not_keep_the_comment_away(api: GitHubA
 
 def test_an_event_of_another_kind_is_refused(api: GitHubApi) -> None:
     """`fleet comment` in the wrong workflow."""
-    for told in ({}, {"workflow_run": []}, payload("push"), event(api, head_sha="main")):
+    wrong: list[dict[str, Any]] = [{}, {"workflow_run": []}, payload("push")]
+    for told in [*wrong, event(api, head_sha="main")]:
         with pytest.raises(MachineError, match="no workflow_run"):
             post(api, told)
 
@@ -511,7 +512,7 @@ def at(api: GitHubApi, pattern: str, act: Callable[[], object]) -> None:
     """Do something once, as the first request that fits arrives."""
     import re  # noqa: PLC0415 - here alone
 
-    arrived, done = api.arrived, []
+    arrived, done = api.arrived, list[Seen]()
 
     def watching(seen: Seen) -> Fault | None:
         if not done and re.match(pattern, str(seen)):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
+import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from github_api import Fault, GitHubApi, Token
 from github_fixtures import Clock, client, serving
+from github_git import BareRepository
+from node_tools import openapi
 
 from pipelines.errors import FleetError, ParamsError, RetryLaterError
 from pipelines.github.client import GitHub
@@ -16,7 +23,6 @@ from pipelines.github.errors import BusyError, GitHubError, UnknownOutcomeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -409,3 +415,37 @@ def test_the_stand_in_refuses_what_github_does_not_know(tmp_path: Path) -> None:
     assert "does not know" in found[1]
     assert "head_sha" in found[2]
     assert json.dumps(found)
+
+
+def test_the_stand_in_runs_as_a_process_of_its_own(tmp_path: Path) -> None:
+    """For workflows that are run by another program: state in a file, artifacts by PUT."""
+    openapi()
+    git, state = tmp_path / "o.git", tmp_path / "state.json"
+    repository = BareRepository.create(git)
+    repository.commit("main", {"params.yaml": "a: 1\n"})
+    repository.commit("feature", {"params.yaml": "a: 2\n"})
+    root = Path(__file__).resolve().parent.parent
+    argv = [sys.executable, "tests/github_api.py", "--git", str(git), "--state", str(state)]
+    with subprocess.Popen(
+        [*argv, "--pulls", '[{"branch": "feature"}]'],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            gh = GitHub("octo/fleet", "ghs_of-a-job", api_url=url)
+            gh.post("issues/1/comments", {"body": "hello"})
+            with urllib.request.urlopen(
+                urllib.request.Request(f"{url}/_stand-in/artifacts/gate?run=7", b"PK", method="PUT")
+            ) as answer:
+                made = json.loads(answer.read())["id"]
+            assert gh.download(f"actions/artifacts/{made}/zip", 10) == b"PK"
+        finally:
+            process.terminate()
+
+    left = json.loads(state.read_text())
+    assert [each["body"] for each in left["comments"]] == ["hello"]
+    assert left["violations"] == []

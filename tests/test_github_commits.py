@@ -33,7 +33,7 @@ def head_of(api: GitHubApi, branch: str = "feature") -> str:
 
 def at(api: GitHubApi, pattern: str, act: Callable[[], object]) -> None:
     """Do something once, as the first request that fits arrives."""
-    arrived, done = api.arrived, []
+    arrived, done = api.arrived, list[Seen]()
 
     def watching(seen: Seen) -> Fault | None:
         if not done and re.match(pattern, str(seen)):
