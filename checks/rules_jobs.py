@@ -210,6 +210,27 @@ def needs_exact(repository: Repository) -> Iterator[Finding]:
             yield job.file.finding("needs-exact", (*job.loc, "needs"), text, fix)
 
 
+@rule("steps-exact")
+def steps_exact(repository: Repository) -> Iterator[Finding]:
+    """What a job with these rights does is part of why it has them; a step left out is missed."""
+    for job, known in _known(repository):
+        actual = tuple(step.action or step.run.strip() for step in job.steps)
+        if actual != known.steps:
+            text = f"Job {job.name} does {_said(actual)}; the tables say {_said(known.steps)}."
+            fix = "Put back what the tables say, or change both with the reason."
+            yield job.file.finding("steps-exact", (*job.loc, "steps"), text, fix)
+
+
+@rule("no-container")
+def no_container(repository: Repository) -> Iterator[Finding]:
+    """An image is a program of others without a pin in the table, and may ask for the machine."""
+    for job in repository.jobs():
+        for key in job.data.keys() & {"container", "services"}:
+            text = f"Job {job.name} has a {key}."
+            fix = "Run on the machine itself; what it needs comes by setup."
+            yield job.file.finding("no-container", (*job.loc, key), text, fix)
+
+
 @rule("required-check-name")
 def required_check_name(repository: Repository) -> Iterator[Finding]:
     """Branch protection waits for checks by name; one that was renamed stays pending for ever."""
@@ -319,4 +340,4 @@ def _said(value: Any) -> str:  # noqa: ANN401 - any YAML value
     if value is None or value in ((), ""):
         return "nothing"
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return text if len(text) <= 160 else f"{text[:159]}…"  # noqa: PLR2004 - about two lines
+    return text if len(text) <= 400 else f"{text[:399]}…"  # noqa: PLR2004 - about four lines

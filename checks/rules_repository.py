@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from checks.files import Finding
@@ -25,6 +26,7 @@ _WATCHED: Final = {
     "npm": frozenset({"/tests/node"}),
 }
 _COOLDOWN_DAYS: Final = 7
+_IGNORE: Final = re.compile(r"#\s*(zizmor|shellcheck|yamllint|actionlint)[\s:]+(ignore|disable)")
 
 
 @rule("codeowners-cover")
@@ -56,3 +58,14 @@ def dependabot_cover(repository: Repository) -> Iterator[Finding]:
                 text = f"{ecosystem} takes what came out {days} days ago."
                 fix = f"Write cooldown: {{default-days: {_COOLDOWN_DAYS}}}."
                 yield Finding(DEPENDABOT, 1, "dependabot-cover", text, fix)
+
+
+@rule("no-inline-ignore")
+def no_inline_ignore(repository: Repository) -> Iterator[Finding]:
+    """An exception beside the fault hides it from everybody who does not read that line."""
+    for file in [*repository.workflows.values(), *repository.actions.values()]:
+        for number, line in enumerate(repository.text(file.path).splitlines(), start=1):
+            if match := _IGNORE.search(line):
+                text = f"A comment switches off what {match[1]} says."
+                fix = "Correct the cause, or make the exception with its reason in .github/."
+                yield Finding(file.path, number, "no-inline-ignore", text, fix)

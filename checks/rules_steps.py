@@ -193,8 +193,12 @@ def artifact_bounded(repository: Repository) -> Iterator[Finding]:
                                         "Add retention-days.")  # fmt: skip
         if step.action in {_UPLOAD, _DOWNLOAD}:
             name = str(given.get("name", given.get("pattern", "")))
-            if not any(re.fullmatch(known, name) for known in tables.ARTIFACTS):
+            path = next((p for n, p in tables.ARTIFACTS.items() if re.fullmatch(n, name)), None)
+            if path is None:
                 text = f"The artifact {name!r} is not one of those that jobs hand over."
+                yield step.file.finding("artifact-bounded", (*step.loc, "with"), text, fix)
+            elif step.action == _UPLOAD and given.get("path") != path:
+                text = f"The artifact {name!r} holds {given.get('path')}; it is made of {path}."
                 yield step.file.finding("artifact-bounded", (*step.loc, "with"), text, fix)
         if step.action == _DOWNLOAD and {"github-token", "run-id", "repository"} & given.keys():
             text = "An artifact of another run is taken as if it were this one's."

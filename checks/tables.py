@@ -26,6 +26,7 @@ class Job:
 
     Attributes:
         permissions: Rights of its token, each with its reason.
+        steps: Actions that it uses, and lines that it runs, in order.
         needs: Jobs that it waits for.
         guards: Conditions that its `if:` joins with `&&`, as they are written.
         environment: Its `environment:`, as it is written; holds approval and secrets.
@@ -34,6 +35,7 @@ class Job:
     """
 
     permissions: Rights
+    steps: tuple[str, ...]
     needs: tuple[str, ...] = ()
     guards: tuple[str, ...] = ()
     environment: Any = None
@@ -94,8 +96,15 @@ CHECKOUT_REFS: Final[Mapping[tuple[str, str], str]] = {
     ("model-pr", "gate"): _WRITTEN,
     ("model-pr", "adopt"): _WRITTEN,
 }
-# Names of artifacts that jobs hand over, as patterns of Python.
-ARTIFACTS: Final = (r"plan", r"gate", r"bundle-.+", r"runners", r"health-.+")
+# Artifacts that jobs hand over: patterns of their names to the only path that is packed. Reports;
+# GGUFs go by the DVC remote.
+ARTIFACTS: Final[Mapping[str, str]] = {
+    r"plan": "plan.json",
+    r"gate": "gate.json",
+    r"bundle-.+": "bundles",
+    r"runners": "runners.json",
+    r"health-.+": "health-${{ matrix.host }}.json",
+}
 # What actions/fleet does itself, before there is an environment in which a verb could run.
 BOOTSTRAP: Final = "bootstrap"
 
@@ -105,6 +114,19 @@ OWN_PULL_REQUEST: Final = "github.event.pull_request.head.repo.full_name == gith
 DEFAULT_BRANCH: Final = (
     "github.ref == format('refs/heads/{0}', github.event.repository.default_branch)"
 )
+
+# What `make test` wants and GitHub's machines have not.
+_INSTALL: Final = (
+    "sudo apt-get update --quiet && sudo apt-get install --yes --quiet "
+    "--no-install-recommends docker-registry nginx-light zstd ninja-build"
+)
+_CHECKOUT: Final = "actions/checkout"
+_SETUP: Final = "./actions/setup"
+_TAKE: Final = "actions/download-artifact"
+_HAND_OVER: Final = "actions/upload-artifact"
+_APP: Final = "actions/create-github-app-token"
+_ATTEST: Final = "actions/attest"
+_HEALTH: Final = "./actions/runner-health"
 
 _APP_KEY: Final = "FLEET_APP_KEY"
 _LOGINS: Final = frozenset(
@@ -128,9 +150,20 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
         concurrency={"group": "ci-${{ github.ref }}", "cancel-in-progress": True},
         cache_mode="none",
         jobs={
-            "check": Job(permissions=READS),
-            "test": Job(permissions=READS),
-            "ok": Job(permissions={}, needs=("check", "test")),
+            "check": Job(permissions=READS, steps=(_CHECKOUT, "make check")),
+            "test": Job(
+                permissions=READS,
+                steps=(
+                    _CHECKOUT,
+                    _INSTALL,
+                    "make test",
+                ),
+            ),
+            "ok": Job(
+                permissions={},
+                steps=('test "$RESULTS" = "success success"',),
+                needs=("check", "test"),
+            ),
         },
     ),
     "model-pr": Workflow(
@@ -145,18 +178,34 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
         },
         cache_mode="none",
         jobs={
-            "plan": Job(permissions=READS),
+            "plan": Job(permissions=READS, steps=(_CHECKOUT, _SETUP, "./actions/plan", _HAND_OVER)),
             # Runs the tools on files of strangers: reads, and hands over artifacts.
             "gpu": Job(
                 permissions=READS,
+                steps=(
+                    _CHECKOUT,
+                    _SETUP,
+                    _TAKE,
+                    "./actions/quantize",
+                    "./actions/benchmark",
+                    "./actions/compare",
+                    "./actions/load-test",
+                    "./actions/bundle",
+                    _HAND_OVER,
+                ),
                 needs=("plan",),
                 guards=(OWN_PULL_REQUEST,),
                 concurrency=_ONE_PER_HOST,
             ),
             # Judges what that one measured, so it runs no tool and may not write either.
-            "gate": Job(permissions=READS, needs=("plan", "gpu")),
+            "gate": Job(
+                permissions=READS,
+                steps=(_CHECKOUT, _SETUP, _TAKE, _TAKE, "./actions/gate", _HAND_OVER),
+                needs=("plan", "gpu"),
+            ),
             "adopt": Job(
                 permissions={"contents": ("write", "one commit of records on the branch")},
+                steps=(_CHECKOUT, _SETUP, _TAKE, _APP, "./actions/adopt"),
                 needs=("gate",),
                 guards=(OWN_PULL_REQUEST,),
                 environment=_BOT,
@@ -181,6 +230,7 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
                     "checks": ("write", "the check run with annotations on params.yaml"),
                     "pull-requests": ("write", "the comment"),
                 },
+                steps=(_CHECKOUT, _SETUP, "./actions/comment"),
             ),
         },
     ),
@@ -200,7 +250,11 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
         concurrency=_PUBLISHING,
         cache_mode="none",
         jobs={
-            "plan": Job(permissions=READS, guards=(DEFAULT_BRANCH,)),
+            "plan": Job(
+                permissions=READS,
+                steps=(_CHECKOUT, _SETUP, 'actions/fleet publish --plan -- "$FLEET_MODEL"'),
+                guards=(DEFAULT_BRANCH,),
+            ),
             "publish": Job(
                 permissions={
                     "contents": ("write", "the branch with the ledger"),
@@ -208,6 +262,8 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
                     "id-token": ("write", "signs as this workflow"),
                     "attestations": ("write", "keeps what was signed"),
                 },
+                # The second attestation is for what is more than one takes.
+                steps=(_CHECKOUT, _SETUP, _APP, "./actions/publish", _ATTEST, _ATTEST),
                 needs=("plan",),
                 environment="${{ matrix.environment }}",
                 secrets=frozenset({_APP_KEY}) | _LOGINS,
@@ -234,6 +290,7 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
                     "contents": ("write", "the branch with `stable:` and ledger"),
                     "pull-requests": ("write", "its pull request"),
                 },
+                steps=(_CHECKOUT, _SETUP, _APP, "./actions/rollback"),
                 guards=(DEFAULT_BRANCH,),
                 environment="${{ inputs.environment }}",
                 secrets=frozenset({_APP_KEY}) | _LOGINS,
@@ -247,12 +304,19 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
         jobs={
             "ask": Job(
                 permissions={**READS, "actions": ("read", "jobs that wait, where there is no App")},
+                steps=(_CHECKOUT, _SETUP, _APP, _HEALTH, _HAND_OVER),
                 environment=_BOT,
                 secrets=frozenset({_APP_KEY}),
             ),
-            "probe": Job(permissions=READS, needs=("ask",), concurrency=_ONE_PER_HOST),
+            "probe": Job(
+                permissions=READS,
+                steps=(_CHECKOUT, _SETUP, _HEALTH, _HAND_OVER),
+                needs=("ask",),
+                concurrency=_ONE_PER_HOST,
+            ),
             "issues": Job(
                 permissions={**READS, "issues": ("write", "one issue for each sick host")},
+                steps=(_CHECKOUT, _SETUP, _TAKE, _TAKE, _HEALTH),
                 needs=("ask", "probe"),
             ),
         },
