@@ -96,9 +96,12 @@ def main(
     plan = plan_of(declared, targets, until=until)
 
     def prepare() -> None:
-        # A run of named targets says nothing about the rest of the fleet.
-        for line in [] if targets else retire.retire(at, declared):
-            console.info(f"retired: {line}")
+        # A run of named targets says nothing about the rest of the fleet. The records of a part
+        # of the chain are judged elsewhere, so quants that their model no longer has must go first.
+        named = None if not targets else [name for name in targets if name in declared.models]
+        if named is None or until is not None:
+            for line in retire.retire(at, declared, only=named):
+                console.info(f"retired: {line}")
         disk.check_disk(declared, at)
         withdraw_invalid(at, declared, plan)
         tools = toolchain.ensure(toolchain.spec_of(declared))

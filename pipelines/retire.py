@@ -27,7 +27,7 @@ from pipelines import atomic, console, dvc_state, params, wording
 from pipelines.declaration import TAKEN_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
     from pathlib import Path
 
     from pipelines.layout import Layout
@@ -62,7 +62,7 @@ class _Gone:
         return f"{told}. DVC's cache keeps the {size} until `dvc gc --workspace`."
 
 
-def retire(at: Layout, declared: Declaration) -> list[str]:
+def retire(at: Layout, declared: Declaration, *, only: Collection[str] | None = None) -> list[str]:
     """
     Remove what models and quants left that params.yaml does not declare.
 
@@ -72,15 +72,21 @@ def retire(at: Layout, declared: Declaration) -> list[str]:
     Args:
         at: The checkout.
         declared: Its declaration, checked.
+        only: Models whose quants are looked at, and nothing else; None for everything.
 
     Returns:
         One line for each model or quant of which something was removed.
     """
-    gone = {each.name: each for each in (*_models(at, declared), *_quants(at, declared))}
+    found = (
+        (*_models(at, declared), *_quants(at, declared))
+        if only is None
+        else _quants(at, declared, only)
+    )
+    gone = {each.name: each for each in found}
     for each in gone.values():
         for path in each.paths:
             _remove(path, at, each)
-    _forget(at, declared, gone)
+    _forget(at, declared, gone, only_these=only is not None)
     for each in gone.values():
         _remove_empty(each, at, declared)
     return [str(each) for each in gone.values() if each.removed or each.entries_count]
@@ -107,11 +113,13 @@ def _models(at: Layout, declared: Declaration) -> Iterator[_Gone]:
             yield _Gone(name, at.of_model(name))
 
 
-def _quants(at: Layout, declared: Declaration) -> Iterator[_Gone]:
+def _quants(
+    at: Layout, declared: Declaration, only: Collection[str] | None = None
+) -> Iterator[_Gone]:
     """Yield every type that a model's folders could hold and that is not declared for it."""
     wanted = {(quant.model, quant.type) for quant in declared.quants.values()}
     models = {path.name for path in _folders(at)} | set(declared.models)
-    for model in sorted(models):
+    for model in sorted(models if only is None else models & set(only)):
         for type_ in _TYPES:
             key = f"{model}-{type_}"
             if (model, type_) not in wanted and key not in declared.quants:
@@ -175,13 +183,17 @@ def _remove_empty(gone: _Gone, at: Layout, declared: Declaration) -> None:
 # --- dvc.lock ---------------------------------------------------------------------------------
 
 
-def _forget(at: Layout, declared: Declaration, gone: dict[str, _Gone]) -> None:
-    """Take entries of keys that are not declared out of dvc.lock."""
+def _forget(at: Layout, declared: Declaration, gone: dict[str, _Gone], *, only_these: bool) -> None:
+    """Take entries of keys that are not declared out of dvc.lock; of all, or of `gone` alone."""
     lock = at.root / "dvc.lock"
     stages = _stages_by_list(at)
     if not lock.exists() or not stages:
         return
-    names = [name for name in dvc_state.locked_stages(lock) if _is_gone(name, stages, declared)]
+    names = [
+        name
+        for name in dvc_state.locked_stages(lock)
+        if _is_gone(name, stages, declared) and (name.partition("@")[2] in gone or not only_these)
+    ]
     if names and dvc_state.forget(lock, names):
         for name in names:
             key = name.partition("@")[2]

@@ -91,6 +91,20 @@ def test_a_quant_that_is_not_declared_leaves_nothing(at: Layout) -> None:
     assert run(at) == []
 
 
+def test_of_named_models_only_their_own_quants_go(at: Layout) -> None:
+    """What a job packs of a model holds no quant that it no longer has; the rest is left alone."""
+    write_model(at, "old-model")
+    before = files(at.root)
+    declared = declaration.load(at.params)
+
+    assert retire.retire(at, declared, only=["another"]) == []
+    assert files(at.root) == before
+    (line,) = retire.retire(at, declared, only=[MODEL])
+
+    assert line.startswith(f"{MODEL}-{GONE} is not declared any more")
+    assert any("old-model" in name for name in files(at.root))
+
+
 def test_a_model_that_is_not_declared_leaves_nothing(at: Layout) -> None:
     """All that its stages wrote is removed, its folders too."""
     run(at)

@@ -156,7 +156,7 @@ def test_a_pull_request_has_one_comment_from_its_request_to_its_verdict(
 
     asked = report("requested", None)
     before = [comment["body"] for comment in api.comments_of(number)]
-    api.add_artifact(77, "gate", measured.artifact_files("gate"))
+    api.add_artifact(77, "gate", {**measured.artifact_files("gate")})
     ended = report("completed", "failure")
     after = [comment["body"] for comment in api.comments_of(number)]
 
