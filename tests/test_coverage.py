@@ -432,6 +432,9 @@ def test_another_host_has_records_and_a_lock_of_its_own(at: Layout) -> None:
         "\x00",
         "stages:\n\t- x\n",
         "[" * 5000,
+        "{a: " * 100_000,
+        "- " * 100_000,
+        "x: ']'\ny: " + "[']', " * 100_000,
     ],
 )
 def test_a_lock_that_is_none_is_a_problem_with_its_line(at: Layout, text: str) -> None:
@@ -442,6 +445,39 @@ def test_a_lock_that_is_none_is_a_problem_with_its_line(at: Layout, text: str) -
     (problem,) = caught.value.problems
     assert problem.file.endswith("dvc.lock")
     assert problem.line >= 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(1e-05, 0.06, 1.0, -3, 10**12, 1e300, True, None, [], {}, [1, [2.5, "x"]], "", "a\nb\n"),
+        *(
+            "1e5",
+            "0123",
+            "0o17",
+            "0x1f",
+            "1_000",
+            "yes",
+            "no",
+            "on",
+            "null",
+            "~",
+            "true",
+            "1.",
+            ".",
+        ),
+        *("2026-11-22", "12:30:45", "=", "<<", "#x", "a: b # c", "é", "::x", "-", "1e-05", "+.inf"),
+    ],
+)
+def test_a_value_in_the_lock_is_read_as_dvc_reads_what_it_wrote(tmp_path: Path, value: Any) -> None:
+    """Words that are numbers, days or switches to other readers of YAML stay what they were."""
+    from dvc.utils.serialize import dump_yaml, load_yaml  # noqa: PLC0415 - heavy
+
+    path = tmp_path / "dvc.lock"
+    dump_yaml(str(path), {"stages": {"value": value}})
+    found = coverage._yaml(path)["stages"]["value"]
+    assert (found, type(found)) == (value, type(value))
+    assert load_yaml(str(path))["stages"]["value"] == found
 
 
 @pytest.mark.parametrize(
