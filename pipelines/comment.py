@@ -27,6 +27,7 @@ from pipelines import (
     comment_table,
     console,
     declaration,
+    plan_differences,
     runner,
     verdict_evidence,
     wording,
@@ -157,9 +158,13 @@ def build(  # noqa: PLR0913 - each is one independent fact
         return _of_problems(problems, common, () if problems else (error.message,))
     if declared.hosts and not head.primary:
         head = replace(head, primary=bundle.primary_host(declared))
+    before = _declared(base)
+    differences = plan_differences.of_fleet(before, declared) if base else {}
     return compose(
-        base, head, _slices(declared), _declared(base), common, git=git, day=day, models=models
-    )
+        base, head, _slices(declared), _slices(before) if before else None, common,
+        what={name: one.what for name, one in differences.items()}, git=git, day=day,
+        models=models,
+    )  # fmt: skip
 
 
 def compose(  # noqa: PLR0913 - each is one independent fact
@@ -169,6 +174,7 @@ def compose(  # noqa: PLR0913 - each is one independent fact
     before: Mapping[str, JudgeSlice] | None,
     common: Mapping[str, Any],
     *,
+    what: Mapping[str, tuple[str, ...]] | None = None,
     git: Git | None = None,
     day: str | None = None,
     models: Sequence[str] = (),
@@ -182,6 +188,7 @@ def compose(  # noqa: PLR0913 - each is one independent fact
         slices: What each model is judged by at the head.
         before: The same of the base; None if that cannot be read.
         common: Fields of the comment that do not depend on a verdict.
+        what: What was edited in the declaration of each model, where no plan says it.
         git: As in `build`.
         day: As in `build`.
         models: As in `build`.
@@ -199,6 +206,7 @@ def compose(  # noqa: PLR0913 - each is one independent fact
                 base=base,
                 head=head,
                 plan=plans.get(name),
+                what=(what or {}).get(name, ()),
                 git=git,
                 day=day,
             ),
@@ -340,10 +348,10 @@ def _slices(declared: Declaration) -> Mapping[str, JudgeSlice]:
     return slice_.models
 
 
-def _declared(base: Side | None) -> Mapping[str, JudgeSlice] | None:
+def _declared(base: Side | None) -> Declaration | None:
     """Read the declaration of the base; None if that is of another version, or there is none."""
     try:
-        return _slices(declaration.load(base.at.params)) if base else None
+        return declaration.load(base.at.params) if base else None
     except ParamsError:
         return None
 
@@ -388,6 +396,7 @@ def _sources(  # noqa: PLR0913 - each is one independent fact
     base: Side | None,
     head: Side,
     plan: ModelPlan | None,
+    what: tuple[str, ...],
     git: Git | None,
     day: str | None,
 ) -> Sources:
@@ -397,6 +406,7 @@ def _sources(  # noqa: PLR0913 - each is one independent fact
         before=base.at if base else None,
         day=day or verdict_evidence.today(),
         plan=plan,
+        what=plan.what if plan else what,
         primary=head.primary,
         others=tuple(
             Measured(host=host, at=at, declared=declared)

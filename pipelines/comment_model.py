@@ -98,6 +98,7 @@ class Sources:
         before: The tree of the base; None if there is none.
         day: In UTC, by which waivers count.
         plan: What the plan says of it; None if nobody planned.
+        what: The difference in the declaration, as sentences.
         primary: Host whose machine measured `now`; the first one if empty.
         others: What second machines measured.
         git: Where older records are; None if they are not asked for.
@@ -110,6 +111,7 @@ class Sources:
     before: Layout | None
     day: str
     plan: ModelPlan | None = None
+    what: tuple[str, ...] = ()
     primary: str = ""
     others: tuple[Measured, ...] = ()
     git: Git | None = None
@@ -146,7 +148,7 @@ def comment(given: Sources, mark_of: Mapping[str, str]) -> ModelComment:
         table=comment_table.of_model(told.report, told.evidence, then),
         gates=gates,
         changes=tuple(_changes(name, given)),
-        declared=tuple(map(_tidy, given.plan.what)) if given.plan else (),
+        declared=tuple(map(_tidy, given.what)),
         covered=bool(given.plan and given.plan.covered),
         cost=tuple(_cost(told, given)),
         history=_history(told, given),
@@ -297,10 +299,24 @@ def _against(told: Told, then: Then | None) -> str:
     how = "both in turns in one run" if found.is_in_turns else "from separate runs"
     parts = [f"{', '.join(speeds)}, {how}"] if speeds else []
     if found.divergence:
-        parts.append(f"divergence {found.divergence.text}")
+        noise = f" {comment_table.NOISE}" if found.divergence.is_noise else ""
+        first, second = wording.pair(*_divergences(now, then.read.get(then.winner), compared))
+        parts.append(f"divergence {first} → {second} nats{noise}")
     elif found.is_same_divergence and speeds:
         parts.append("the same quality")
     return f"Against {_tidy(then.winner)} of the base: {'; '.join(parts)}." if parts else ""
+
+
+def _divergences(
+    now: Readings | None, before: Readings | None, compared: CompareRecord | None
+) -> tuple[float, float]:
+    """Return the mean divergences that a change was computed from, in nats."""
+    if compared is not None and compared.quality is not None:
+        quality = compared.quality
+        return quality.champion_kld_mean_nats, quality.challenger_kld_mean_nats
+    assert now is not None, "the change was computed"
+    assert before is not None, "the change was computed"
+    return before.divergence.value, now.divergence.value
 
 
 # --- the verdict ------------------------------------------------------------------------------

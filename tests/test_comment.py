@@ -313,6 +313,7 @@ def test_the_verb_prints_the_comment_of_two_revisions(
     by_name = capsys.readouterr().out
 
     assert by_default.startswith("### ✅ tiny-llama: promote **Q4_K_M**")
+    assert "- **declared**: Q4_K_M is new" in by_default
     assert by_default.split("Make it again")[0] == by_name.split("Make it again")[0]
     assert f"`{fork.base[:12]}` → the working tree" in by_default
     assert f"`fleet comment --dry-run --base {fork.base[:12]} --head {fork.head[:12]}`" in by_name
