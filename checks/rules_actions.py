@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _INPUT: Final = re.compile(r"\binputs\s*\.\s*([A-Za-z0-9_-]+)|\binputs\s*\[\s*'([^']*)'\s*\]")
 _OUTPUT: Final = re.compile(r"\$\{\{\s*steps\.([A-Za-z0-9_-]+)\.outputs\.([A-Za-z0-9_-]+)\s*\}\}")
-_LINE: Final = re.compile(r'"\$GITHUB_ACTION_PATH/\.\./fleet" ([a-z-]+)\b[^;&|<>`]*')
+# `exec`: on a cancel the runner signals one process, which has to be the verb, not a shell.
+_LINE: Final = re.compile(r'exec "\$GITHUB_ACTION_PATH/\.\./fleet" ([a-z-]+)\b[^;&|<>`]*')
 
 
 @rule("described")
@@ -47,7 +48,7 @@ def one_run_line(repository: Repository) -> Iterator[Finding]:
             line = step.run.strip()
             if not _LINE.fullmatch(line):
                 text = "Its line is not one call of a fleet verb."
-                fix = 'Write `"$GITHUB_ACTION_PATH/../fleet" VERB …`, with values from env:.'
+                fix = 'Write `exec "$GITHUB_ACTION_PATH/../fleet" VERB …`, with values from env:.'
                 yield action.finding("one-run-line", (*step.loc, "run"), text, fix)
     for job in repository.jobs():
         for step in job.steps:

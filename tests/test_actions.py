@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -187,7 +188,7 @@ if sys.argv[1] == "bootstrap":
 args = __main__._parser().parse_args(sys.argv[1:])
 print("understood", args.verb)
 """
-    line = step["run"].replace('"$GITHUB_ACTION_PATH/../fleet"', '"$PYTHON" -c "$FAKE"')
+    line = step["run"].replace('exec "$GITHUB_ACTION_PATH/../fleet"', '"$PYTHON" -c "$FAKE"')
 
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", line],
@@ -220,3 +221,28 @@ def test_without_an_environment_the_step_says_which_one_is_missing(tmp_path: Pat
     assert done.returncode == 7
     assert done.stderr.startswith("::error::there is no Python environment in")
     assert "actions/setup" in done.stderr
+
+
+def test_a_cancel_reaches_the_verb_and_nothing_is_left(tmp_path: Path) -> None:
+    """GitHub signals the process of the step alone, and kills all of them after 10 s."""
+    step = action_of("quantize")["runs"]["steps"][0]
+    (tmp_path / "script.sh").write_text(step["run"])
+    # A verb that sleeps: what `python -m pipelines` runs where a checkout has code of its own.
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines/__init__.py").touch()
+    slow = "import sys, time\ntry: print('ready', flush=True), time.sleep(60)\n"
+    slow += "except KeyboardInterrupt: sys.exit(print('ended by us') or 130)\n"
+    (tmp_path / "pipelines/__main__.py").write_text(slow)
+    job = subprocess.Popen(
+        ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", tmp_path / "script.sh"],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env={"PATH": os.environ["PATH"], "GITHUB_ACTION_PATH": str(ACTIONS / "quantize"),
+             "GGUF_FLEET_VENV": sys.prefix, "FLEET_MODELS": "x"},
+    )  # fmt: skip
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+
+    job.send_signal(signal.SIGINT)
+    said, _ = job.communicate(timeout=10)
+
+    assert (job.returncode, said) == (130, "ended by us\n")
