@@ -249,7 +249,8 @@ class _Run:
                 if all((model, name) in self.done for name in registries)
             ),
             moved=" ".join(dict.fromkeys(model for model, _ in moved)),
-            checksums=json.dumps([str(path) for path in files]),
+            checksums=str(files[0]) if files else "",
+            checksums_rest=str(files[1]) if files[1:] else "",
             pull_request=proposed.url if proposed and proposed.url else "",
         )
         runner.summary(
