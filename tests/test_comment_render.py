@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import comment, comment_charts, comment_render
+from pipelines.ci_records import PlanProblem
 from pipelines.comment_render import LIMIT, STEPS, SUMMARY_LIMIT, render
 
 if TYPE_CHECKING:
@@ -346,3 +347,22 @@ def test_the_page_fits_and_its_charts_are_drawn(
     if width == 900:
         shown, whole = seen["tables"][0]
         assert whole <= shown
+
+
+def test_a_plan_and_problems_of_any_size_fit() -> None:
+    """What has no models has no end either: 500 problems, 64 models to measure, hostile words."""
+    nasty = "<" * 1900
+    problems = tuple(
+        PlanProblem(file="params.yaml", line=line, column=1, text=nasty) for line in range(1, 500)
+    )
+    wrong = comment.ended("failed", head=make.HEAD, failures=[nasty] * 100)
+    wrong = replace(wrong, problems=problems, title=nasty)
+    models = [
+        make.model_plan(f"{LONGEST[:-3]}{index:03d}", what=(nasty,) * 9) for index in range(64)
+    ]
+    plan = make.plan_of(*models, over=(nasty,) * 50)
+
+    for found in (wrong, comment.measuring(plan, head=make.HEAD)):
+        text = render(found)
+        assert len(text) <= LIMIT
+        assert objections(text) == []
