@@ -503,6 +503,9 @@ def of_revisions(
         base: Commit; where the head left the default branch if None.
         head: Commit; the working tree if None.
         models: Only these; all that differ if empty.
+
+    Raises:
+        ParamsError: git knows no such commit, or one of the models does not differ.
     """
     git = Git(at.root)
     commit = git.commit(head or "HEAD")
@@ -512,7 +515,15 @@ def of_revisions(
         at.root, into / "head"
     )  # fmt: skip
     second = Side(at=tree, commit=commit if head else WORKING_TREE, on=_on(tree, into / "on"))
-    return build(first, second, git=git, models=models)
+    found = build(first, second, git=git, models=models)
+    missing = [name for name in models if name not in {one.name for one in found.models}]
+    if missing and found.state in {"judged", "empty"}:
+        raise ParamsError(
+            f"{wording.listed([wording.quoted(name) for name in missing])} is not declared, or "
+            "does not differ from the base.",
+            hint="Without --model every model that differs is shown.",
+        )
+    return found
 
 
 def _on(tree: Layout, into: Path) -> dict[str, Layout]:

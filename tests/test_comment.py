@@ -345,6 +345,9 @@ def test_the_verb_refuses_what_contradicts_itself(
     assert "fleet comment --dry-run" in capsys.readouterr().err
     assert __main__.main(["comment", "--dry-run", "--base", "no-such-thing"]) == 2
     assert "git knows no commit" in capsys.readouterr().err
+    assert __main__.main(["comment", "--dry-run", "--model", "tinyllama"]) == 2
+    assert '"tinyllama" is not declared, or does not differ' in capsys.readouterr().err
+    assert __main__.main(["comment", "--dry-run", "--model", MODEL]) == 0
 
 
 def test_a_gate_is_judged_again(fork: Fork, tmp_path: Path) -> None:
