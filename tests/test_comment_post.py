@@ -209,6 +209,17 @@ def test_a_branch_of_a_fork_is_found_by_its_owner(api: GitHubApi) -> None:
     assert said(api) == []
 
 
+def test_a_fork_of_the_same_owner_at_the_same_commit_is_another_one(api: GitHubApi) -> None:
+    """GitHub calls both branches `octo:feature`."""
+    sha = api.git.head("feature")
+    number = api.add_pull("feature", sha=sha, head_repository="octo/other")
+
+    post(api, event(api, "requested", head_repository={"full_name": "octo/other"}))
+
+    assert said(api, number) == ["measuring"]
+    assert said(api) == []
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -78,10 +78,22 @@ def test_a_branch_of_a_fork_with_the_same_name_is_not_ours(api: GitHubApi) -> No
     theirs = api.add_pull("feature", sha=api.git.head("main"), head_repository="mallory/fleet")
 
     assert pulls.find_by_head(client(api), "feature") is None
-    found = pulls.find_by_head(client(api), "feature", owner="mallory")
+    found = pulls.find_by_head(client(api), "feature", repository="mallory/fleet")
     assert found is not None
     assert found["number"] == theirs
-    assert pulls.find_by_head(client(api), "feature", owner="mallory", sha="0" * 40) is None
+    assert (
+        pulls.find_by_head(client(api), "feature", repository="mallory/fleet", sha="0" * 40) is None
+    )
+
+
+def test_a_fork_of_the_same_owner_with_the_same_branch_is_not_ours(api: GitHubApi) -> None:
+    """GitHub calls both `octo:feature`; nothing is written into theirs."""
+    sha = api.git.head("feature")
+    theirs = api.add_pull("feature", sha=sha, head_repository="octo/other", body="theirs")
+
+    assert pulls.find_by_head(client(api), "feature") is None
+    assert pulls.find_by_head(client(api), "feature", repository="octo/other") is not None
+    assert api.pulls[theirs]["body"] == "theirs"
 
 
 def test_a_body_beyond_githubs_limit_is_cut(api: GitHubApi) -> None:

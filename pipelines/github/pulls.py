@@ -24,7 +24,7 @@ _ATTEMPTS: Final = 4
 
 
 def find_by_head(
-    gh: GitHub, branch: str, *, owner: str | None = None, sha: str | None = None
+    gh: GitHub, branch: str, *, repository: str | None = None, sha: str | None = None
 ) -> dict[str, Any] | None:
     """
     Return the open pull request from a branch.
@@ -32,20 +32,26 @@ def find_by_head(
     Args:
         gh: The repository that it wants to change.
         branch: Name of its branch.
-        owner: Whose repository the branch is in; ours if absent.
+        repository: OWNER/NAME of the one that the branch is in; ours if absent.
         sha: Commit that its branch has to be at.
 
     Raises:
         GitHubError, RetryLaterError: See `client.GitHub.get`.
     """
-    for pull in gh.paged("pulls", state="open", head=f"{owner or gh.owner}:{branch}"):
+    wanted = repository or gh.repository
+    for pull in gh.paged("pulls", state="open", head=f"{wanted.partition('/')[0]}:{branch}"):
         head = pull.get("head")
-        # GitHub gives all there are where it does not understand `head`.
-        if not isinstance(head, dict) or head.get("ref") != branch:
+        # An owner may have a fork of ours beside it, with a branch of the same name.
+        if not isinstance(head, dict) or head.get("ref") != branch or _repository(head) != wanted:
             continue
         if sha is None or head.get("sha") == sha:
             return pull
     return None
+
+
+def _repository(head: dict[str, Any]) -> str | None:
+    found = head.get("repo")
+    return found.get("full_name") if isinstance(found, dict) else None
 
 
 def upsert_pull(  # noqa: PLR0913 - what a pull request is made of
