@@ -1,8 +1,8 @@
 """
 How the tests share the cores: what measures runs last and alone.
 
-Tests marked `toolchain` start llama.cpp or a server and look at how long that takes, so nothing may
-run beside them. All others are spread over the cores first. One run, one closing line.
+What tests marked `alone` say depends on how quiet the machine is, so nothing may run beside them.
+All others are spread over the cores first. One run, one closing line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pytest
     from xdist.workermanage import WorkerController
 
-MARK: Final = "toolchain"
+MARK: Final = "alone"
 
 
 def sort(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -101,6 +101,7 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) -> ac
     )  # fmt: skip
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(600)
 def test_a_repository_without_the_code_measures_its_fleet(elsewhere: act.Run) -> None:
@@ -114,6 +115,7 @@ def test_a_repository_without_the_code_measures_its_fleet(elsewhere: act.Run) ->
     assert elsewhere.errors == []
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(600)
 def test_each_step_says_in_the_summary_what_ran(elsewhere: act.Run) -> None:
@@ -124,6 +126,7 @@ def test_each_step_says_in_the_summary_what_ran(elsewhere: act.Run) -> None:
     assert f"| quantize@\u200b{QUANT} | done in " in told
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(

@@ -195,6 +195,7 @@ def logits(at: Layout) -> list[Path]:
 # --- the record -------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @real
 def test_record_holds_everything_that_was_measured(
     measured: BenchmarkRecord, made: Layout, tools: Toolchain
@@ -227,6 +228,7 @@ def test_record_holds_everything_that_was_measured(
     assert measured.validity.steal_share < 1
 
 
+@pytest.mark.alone
 @real
 def test_record_and_log_hold_no_path_of_this_machine(
     measured: BenchmarkRecord, made: Layout
@@ -259,6 +261,7 @@ def test_divergence_is_the_same_every_time_and_larger_for_fewer_bits(
     assert two.ppl_base == eight.ppl_base
 
 
+@pytest.mark.alone
 @real
 def test_speed_is_measured_again_while_others_take_the_cpu(
     at: Layout, tools: Toolchain, monkeypatch: pytest.MonkeyPatch
@@ -273,6 +276,7 @@ def test_speed_is_measured_again_while_others_take_the_cpu(
     assert next(conditions, "none left") == "none left"
 
 
+@pytest.mark.alone
 @real
 def test_model_that_ties_its_embeddings_is_measured(tools: Toolchain, tmp_path: Path) -> None:
     """llama.cpp uses one tensor twice and still counts its bytes once, as the record does."""
@@ -284,6 +288,7 @@ def test_model_that_ties_its_embeddings_is_measured(tools: Toolchain, tmp_path: 
     assert len(benchmark.measure_speed(bench_of(at, tools)).results) == 4
 
 
+@pytest.mark.alone
 @real
 def test_memory_grows_with_the_declared_context(at: Layout, tools: Toolchain) -> None:
     """The measured run really holds the context: 4,096 tokens of cache take 4 MiB in f16."""

@@ -571,6 +571,7 @@ def run_beside(tools: Toolchain, model: Path, lock: Path, neighbours: int) -> Va
     return watched.judge(Run(backend="cpu", threads=threads))
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 def test_real_run_beside_busy_loops_is_void(tools: Toolchain, model: Path, tmp_path: Path) -> None:
     """Two on each core: llama-bench stands ready and has no core for most of the time."""

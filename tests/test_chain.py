@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pipelines.toolchain import Toolchain
 
-pytestmark = [pytest.mark.toolchain, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.toolchain, pytest.mark.alone, pytest.mark.timeout(1800)]
 
 MODEL = "tiny-llama"
 # Small numbers: these tests are about what runs, not about how fast.

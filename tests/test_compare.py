@@ -153,6 +153,7 @@ def quantized(root: Path, rev: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(900)
 def test_a_bump_is_compared_from_a_fresh_clone(
@@ -174,6 +175,7 @@ def test_a_bump_is_compared_from_a_fresh_clone(
     assert record.sentence in done.stdout
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(900)
 def test_divergence_is_compared_block_by_block_from_the_same_f16(
@@ -189,6 +191,7 @@ def test_divergence_is_compared_block_by_block_from_the_same_f16(
     assert quality.outcome in {"equal", "better"}
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(900)
 def test_an_f16_from_elsewhere_gets_logits_of_its_own(
@@ -220,6 +223,7 @@ def test_an_f16_from_elsewhere_gets_logits_of_its_own(
     assert sum(found[0].blocks_nats) / 16 == pytest.approx(found[0].mean_nats, abs=1e-5)
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(900)
 def test_a_kill_loses_one_process_and_the_rest_goes_on(
@@ -271,6 +275,7 @@ def wait_for_lines(scratch: Path, count: int) -> Path:
     raise AssertionError("nothing was measured")
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 def test_the_same_bytes_are_not_measured(
     compared: tuple[Path, subprocess.CompletedProcess[str]],
@@ -287,6 +292,7 @@ def test_the_same_bytes_are_not_measured(
     assert (root / "results" / MODEL / "compare.json").read_bytes() == before
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(900)
 def test_the_plan_is_told_and_a_small_budget_is_refused_with_what_would_fit(
@@ -306,6 +312,7 @@ def test_the_plan_is_told_and_a_small_budget_is_refused_with_what_would_fit(
     assert (root / "results" / MODEL / "compare.json").read_bytes() == before
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.parametrize(
     ("argv", "said"),
@@ -329,6 +336,7 @@ def test_a_side_that_is_not_there_is_named(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 def test_nothing_to_compare_with_is_a_notice_where_the_caller_expects_that(
     compared: tuple[Path, subprocess.CompletedProcess[str]],
@@ -348,6 +356,7 @@ def test_nothing_to_compare_with_is_a_notice_where_the_caller_expects_that(
     assert wrong.returncode in {1, 2}
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.parametrize(
     ("pattern", "by"),
@@ -706,6 +715,7 @@ def test_speed_alone_is_never_called_as_good(outcome: str, words: str) -> None:
     assert "nothing but speed was compared" in said
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 def test_an_encoder_is_compared_by_its_prefill(tmp_path: Path, tools: Toolchain) -> None:
     """It decodes nothing and has no divergence: real pairs of prefill decide, and that is told."""

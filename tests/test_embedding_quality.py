@@ -72,6 +72,7 @@ def f16_of(at: Layout) -> records.FileDigest:
     return records.read(at.model_record("convert", "tiny"), records.ConvertRecord).gguf
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 def test_the_record_of_an_encoder_holds_prefill_memory_and_cosines(
     measured: BenchmarkRecord, made: Layout, tools: Toolchain
@@ -92,6 +93,7 @@ def test_the_record_of_an_encoder_holds_prefill_memory_and_cosines(
     assert coarse.same_nearest < fine.same_nearest <= 1
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 def test_the_f16_is_embedded_once_for_all_quants_and_kept_by_its_digest(
     measured: BenchmarkRecord, made: Layout, tools: Toolchain, tmp_path: Path

@@ -123,6 +123,7 @@ def require_whole(test: WinnerTest) -> None:
 # --- real engines -----------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(300)
 def test_ollama_serves_the_embeddings_that_the_measured_file_makes(
@@ -148,6 +149,7 @@ def test_ollama_serves_the_embeddings_that_the_measured_file_makes(
     assert verdict.verdict in {"PROMOTE", "INVALID", "HOLD"}
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(300)
 def test_the_toolchains_server_serves_an_encoder_as_well(at: Layout, tools: Toolchain) -> None:
@@ -203,6 +205,7 @@ def test_a_modelfile_of_conversations_is_refused_for_an_encoder(at: Layout, engi
         pass
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 @pytest.mark.timeout(300)
 def test_a_bert_of_upstream_goes_through_the_chain(

@@ -373,6 +373,7 @@ def of(loaded: Loaded, **changes: Any) -> plan.Target:
     return target(loaded.url, loaded.api, **(fields | changes))
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 def test_a_real_server_answers_every_request(loaded: Loaded, log: Path) -> None:
     """Counts of tokens are the server's, and the two slots that it has are found."""
@@ -397,6 +398,7 @@ def test_a_real_server_answers_every_request(loaded: Loaded, log: Path) -> None:
     loaded.verify()
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 def test_a_request_does_not_load_a_real_ollama_again(loaded: Loaded, log: Path) -> None:
     """Warm-up and run ask with the same options; another `shift` would start it anew."""
@@ -406,6 +408,7 @@ def test_a_request_does_not_load_a_real_ollama_again(loaded: Loaded, log: Path) 
     loaded.verify()
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 def test_a_prompt_that_does_not_fit_is_refused_and_not_cut(loaded: Loaded, log: Path) -> None:
     """Both real servers say so with a status, since they were told not to cut."""
@@ -424,6 +427,7 @@ def test_a_prompt_that_does_not_fit_is_refused_and_not_cut(loaded: Loaded, log: 
     assert "context" in answer.detail
 
 
+@pytest.mark.alone
 @pytest.mark.toolchain
 def test_a_real_server_that_dies_in_an_answer_is_an_error(
     loaded: Loaded, log: Path, tmp_path: Path

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipelines.params import LoadTestSlice
     from pipelines.toolchain import Toolchain
 
-pytestmark = [pytest.mark.toolchain, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.toolchain, pytest.mark.alone, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "tiny-llama"
