@@ -16,7 +16,7 @@ from pipelines.console import clean
 from pipelines.evaluate_records import EvaluateRecord
 from pipelines.records import QuantizeRecord
 from pipelines.report_tree import Finding, Section, TextTable
-from pipelines.verdict_rules import outcome_of
+from pipelines.verdict_rules import exchange_words, is_exchange, outcome_of
 from pipelines.verify_records import VerifyRecord
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pipelines.compare_records import Outcome
     from pipelines.evaluate_records import EvalResult, QuantEval
+    from pipelines.params import Objective
     from pipelines.verdict import ModelVerdict
     from pipelines.verdict_evidence import Evidence
     from pipelines.verify_records import Check
@@ -52,8 +53,10 @@ def sections(evidence: Evidence, judged: ModelVerdict) -> tuple[Section, ...]:
     compared = evidence.compared
     if isinstance(compared, CompareRecord) and _speaks_of(compared, evidence):
         declared = evidence.declared
-        outcome = outcome_of(compared, declared.compare_effects, declared.alpha)
-        found.append(_comparison(compared, outcome))
+        outcome = outcome_of(
+            compared, declared.compare_effects, declared.alpha, objective=declared.objective
+        )
+        found.append(_comparison(compared, outcome, declared.objective))
     return tuple(found)
 
 
@@ -132,10 +135,12 @@ def _speaks_of(compared: CompareRecord, evidence: Evidence) -> bool:
     return compared.challenger.gguf_sha256 in {one.gguf.sha256 for one in built}
 
 
-def _comparison(compared: CompareRecord, outcome: Outcome | None) -> Section:
+def _comparison(compared: CompareRecord, outcome: Outcome | None, objective: Objective) -> Section:
     """Return what `fleet compare` prints: the outcome, the table, why it may be believed."""
     is_valid = compared.validity.verdict == "VALID" and outcome is not None
     said, *rest = compare_words.sentences(compared)
+    if is_exchange(compared):
+        rest = [exchange_words(compared, objective), *rest]
     rows = tuple(tuple(_tidy(cell) for cell in row.cells) for row in compare_words.rows(compared))
     heads = tuple(head or "test" for head in compare_words.HEADS)
     return Section(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pipelines.compare_records import CompareRecord, Outcome
     from pipelines.evaluate_records import EvalResult, QuantEval
-    from pipelines.params import Waivable
+    from pipelines.params import Objective, Waivable
     from pipelines.records import HostChoice
     from pipelines.verdict_evidence import Evidence
     from pipelines.verdict_words import Rule, Verdict
@@ -245,7 +245,11 @@ class Rules:
             yield self._reason("compare", "INVALID", clause, value, step, host=host.host)
             return
         declared = self.declared
-        outcome = outcome_of(found, declared.compare_effects, declared.alpha)
+        outcome = outcome_of(
+            found, declared.compare_effects, declared.alpha, objective=declared.objective
+        )
+        if is_exchange(found):
+            self.notes.append(exchange_words(found, declared.objective))
         said = wording.clause(tidy(found.sentence))
         if outcome != found.outcome:
             said = (
@@ -469,34 +473,65 @@ class Rules:
                 yield self._reason(rule, "INVALID", clause, (f"{what} {had}", due, file))
 
 
+def is_exchange(found: CompareRecord) -> bool:
+    """Tell whether a quant of another type takes the place of what runs: a trade, by intent."""
+    return found.champion.type != found.challenger.type
+
+
+# What a quant of another type may not lose: what the model's `objective` makes best.
+_BINDING_TEST: Final[dict[Objective, str]] = {"speed": "decode", "quality": "quality"}
+_BINDING_WORDS: Final[dict[Objective, str]] = {
+    "speed": "decode speed binds",
+    "quality": "divergence and the task evals bind",
+    "size": "nothing of the comparison binds",
+}
+
+
+def exchange_words(found: CompareRecord, objective: Objective) -> str:
+    """Say what a comparison of two types of quants decides."""
+    return (
+        f"{found.challenger.type} takes the place of {found.champion.type}: since the objective is "
+        f"{objective}, {_BINDING_WORDS[objective]}; what else it costs is judged by the gates"
+    )
+
+
 def outcome_of(
-    found: CompareRecord, effects: Mapping[str, float] | None = None, alpha: float | None = None
+    found: CompareRecord,
+    effects: Mapping[str, float] | None = None,
+    alpha: float | None = None,
+    *,
+    objective: Objective | None = None,
 ) -> Outcome | None:
     """
     Return the worst outcome of a comparison and of its parts; None if it has no part.
 
-    Nothing that calls itself good is taken for better than its own numbers.
+    Nothing that calls itself good is taken for better than its own numbers. Where the types of the
+    two quants differ, and an objective is given, only what that makes best is held against the
+    challenger: Q4_K_M is meant to diverge more than Q8_0, and the gates say how much it may.
 
     Args:
         found: The comparison.
         effects: Differences that matter now, of `decode`, `prefill` and `quality`; those of the
             record if None.
         alpha: Level below which lost items are no chance; not asked for if None.
+        objective: That of the model; all parts bind if None.
     """
+    trade = objective if is_exchange(found) else None
+    only = None if trade is None else _BINDING_TEST.get(trade, "")
     due = effects or {}
     parts: list[Outcome] = []
     for one in found.speed:
-        if one.is_gated:
+        if one.is_gated and only in {None, one.test}:
             effect = due.get(one.test, one.effect)
             worst, best = math.log1p(-effect), math.log1p(effect)
             by_numbers = stats_paired.outcome_of(one.log_ratio_low, one.log_ratio_high, worst, best)
             parts.append(_worse_of(one.outcome, by_numbers))
-    for item in found.flips:
+    for item in found.flips if only in {None, "quality"} else ():
         is_lost = alpha is not None and not item.p_value >= alpha
         parts.append(_worse_of(item.outcome, "worse" if is_lost else "equal"))
     # Made from two conversions, the difference in divergence is information.
     quality = found.quality
-    if quality is not None and quality.same_f16:
+    if quality is not None and quality.same_f16 and only in {None, "quality"}:
         effect = due.get("quality", quality.effect)
         by_numbers = stats_paired.outcome_of_rise(
             quality.log_ratio_low, quality.log_ratio_high, effect
@@ -504,6 +539,9 @@ def outcome_of(
         most = max(quality.champion_kld_mean_nats, quality.challenger_kld_mean_nats)
         is_negligible = most < stats_paired.NEGLIGIBLE_NATS
         parts.append(_worse_of(quality.outcome, "equal" if is_negligible else by_numbers))
+    if trade is not None and (parts or found.speed or found.quality):
+        bound: list[Outcome] = ["equal", *parts]
+        return max(bound, key=OUTCOMES.index)
     if not parts:
         return None
     return max((found.outcome, *parts), key=OUTCOMES.index)

@@ -604,7 +604,8 @@ The verdict is the worst of its reasons. What is missing never counts as good.
 Each row is the verdict while every other input is in its first state. All {count:,} combinations of
 these states are judged in the tests: each is as bad as the worst of its rows, but that the load
 test, the comparison and a harm have no file to speak of where no quant is chosen; they count for
-nothing there.
+nothing there. The comparison is one of two quants of the same type; between two types only what the
+model's `objective` makes best is held against the new one (docs/compare.md).
 """
 
 _END: Final = """\

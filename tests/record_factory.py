@@ -11,7 +11,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from pipelines import records
-from pipelines.compare_records import CompareRecord, Side, SpeedComparison
+from pipelines.compare_records import CompareRecord, QualityComparison, Side, SpeedComparison
 from pipelines.evaluate_records import EvalResult, EvaluateRecord, QuantEval
 from pipelines.load_records import (
     Calibration,
@@ -206,6 +206,18 @@ def speed_comparison(outcome: str = "equal", **changes: Any) -> SpeedComparison:
         "outcome": outcome, "sentence": f"decode is {outcome}",
     }  # fmt: skip
     return SpeedComparison(**(fields | changes))
+
+
+def quality_comparison(outcome: str = "equal", **changes: Any) -> QualityComparison:
+    """Build the divergence of both, made from one f16."""
+    low = {"better": -0.5, "equal": -0.01, "undecided": 0.05, "worse": 0.9}[outcome]
+    fields: dict[str, Any] = {
+        "same_f16": True, "corpus_sha256": sha256("evaluation"), "chunks_count": 100,
+        "champion_kld_mean_nats": 0.02, "challenger_kld_mean_nats": 0.02, "log_ratio": low + 0.01,
+        "log_ratio_low": low, "log_ratio_high": low + 0.1 * (outcome == "undecided"),
+        "effect": 0.1, "outcome": outcome, "sentence": f"divergence is {outcome}",
+    }  # fmt: skip
+    return QualityComparison(**(fields | changes))
 
 
 def compare_record(outcome: str = "equal", model: str = MODEL, **changes: Any) -> CompareRecord:

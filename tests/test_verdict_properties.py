@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
+import record_factory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
@@ -452,6 +453,50 @@ def test_a_comparison_is_never_taken_for_better_than_its_numbers(
     assert rank(with_interval(low - loss)) >= rank(with_interval(low))
     if low + width < math.log(0.97) and known.choice == GOOD.choice:
         assert rank(with_interval(low)) >= VERDICTS.index("REJECT")
+
+
+@pytest.mark.parametrize(
+    ("objective", "speed", "quality", "verdict_"),
+    [
+        ("speed", "equal", "worse", "PROMOTE"),
+        ("speed", "worse", "equal", "REJECT"),
+        ("speed", "undecided", "better", "HOLD"),
+        ("quality", "worse", "equal", "PROMOTE"),
+        ("quality", "better", "worse", "REJECT"),
+        ("size", "worse", "worse", "PROMOTE"),
+    ],
+)
+def test_a_quant_of_another_type_may_lose_what_its_objective_does_not_ask_for(
+    objective: str, speed: str, quality: str, verdict_: str
+) -> None:
+    """Q4_K_M for Q8_0 diverges more, by intent: the gates bound that, and the report says so."""
+    good = GOOD.compared
+    assert isinstance(good, CompareRecord)
+    champion = good.champion.model_copy(update={"type": "Q8_0"})
+    compared = good.model_copy(
+        update={
+            "champion": champion,
+            "speed": (record_factory.speed_comparison(speed),),
+            "quality": record_factory.quality_comparison(quality),
+            "outcome": max(speed, quality, key=OUTCOMES.index),
+        }
+    )
+    declared = GOOD.declared.model_copy(update={"objective": objective})
+    choice = GOOD.choice
+    assert isinstance(choice, ChoiceRecord)
+    known = replace(
+        GOOD, declared=declared, compared=compared,
+        choice=choice.model_copy(update={"objective": objective}),
+    )  # fmt: skip
+
+    found = verdict.judge(known)
+
+    assert found.verdict == verdict_
+    assert any("takes the place of Q8_0" in note for note in found.notes)
+    alike = compared.model_copy(update={"champion": good.champion})
+    assert verdict.judge(replace(known, compared=alike)).verdict == {
+        "worse": "REJECT", "undecided": "HOLD",
+    }.get(max(speed, quality, key=OUTCOMES.index), "PROMOTE")  # fmt: skip
 
 
 def test_a_limit_that_was_wider_when_it_was_measured_lets_nothing_pass() -> None:
