@@ -160,6 +160,11 @@ def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="STAGE",
         help="stop after this stage, with no report: quantize, benchmark, choose, load-test, ...",
     )
+    repro.add_argument(
+        "--host",
+        metavar="HOST",
+        help="key in hosts: that this machine is; goes on from the records of that host",
+    )
     repro.add_argument("--force", action="store_true", help="run the stages even if unchanged")
     repro.add_argument("--wait", action="store_true", help="wait for another run to end")
 
@@ -189,6 +194,11 @@ def _add_operations(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--champion", metavar="stable|RELEASE", help="champion: a release of the local registry"
     )
     compare.add_argument("--quant", metavar="TYPE", help="challenger; default: what is chosen")
+    compare.add_argument(
+        "--host",
+        metavar="HOST",
+        help="key in hosts: for which both are chosen; default: the first one",
+    )
     compare.add_argument(
         "--budget", type=_minutes, metavar="MINUTES", help="default: compare.max_minutes"
     )
@@ -421,7 +431,15 @@ def _repro(args: argparse.Namespace) -> int:
 
     at = _layout()
     targets = _named(args.targets) if args.targets else ()
-    return repro.main(at, targets, until=args.until, force=args.force, wait=args.wait)
+    return repro.main(
+        at,
+        targets,
+        until=args.until,
+        # Blank where a workflow has nothing to say.
+        host=args.host or None,
+        force=args.force,
+        wait=args.wait,
+    )
 
 
 def _named(typed: list[str]) -> tuple[str, ...]:
@@ -464,6 +482,7 @@ def _compare(args: argparse.Namespace) -> int:
         base=args.base or None,
         champion=args.champion,
         quant=args.quant,
+        host=args.host or None,
         budget_minutes=args.budget,
         plan_only=args.plan,
         fresh=args.fresh,

@@ -90,11 +90,10 @@ def main(  # noqa: PLR0913 - one for each option
         StoreError: The remote refused a file; the bundles are written.
     """
     declared = declaration.load(at.params)
-    _require_declared(declared, models, host)
+    require_declared(declared, models, host)
     head = _head(at, plan_file, models, host)
     remote, refused = _push(at, declared, models) if push else (None, None)
     written = []
-    names: list[str] = []
     for model in models:
         record = measured(at, declared, model, host=host, head=head, remote=remote)
         path = out / name_of(record)
@@ -104,7 +103,6 @@ def main(  # noqa: PLR0913 - one for each option
         for clause in record.failures:
             console.warn(wording.sentence(f"{model} on {host}: {clause}"))
     runner.outputs(bundles=" ".join(written))
-    runner.outputs(bundles=" ".join(names))
     if refused is not None:
         raise refused
     return 0
@@ -129,7 +127,13 @@ def measured_hosts(declared: Declaration) -> tuple[str, ...]:
     return tuple(name for name, spec in declared.hosts.items() if spec.runs_on)
 
 
-def _require_declared(declared: Declaration, models: Sequence[str], host: str) -> None:
+def require_declared(declared: Declaration, models: Sequence[str], host: str) -> None:
+    """
+    See that models are declared, and that the host is one that is measured.
+
+    Raises:
+        ParamsError: One is not; says which are.
+    """
     named = [("model", model, tuple(declared.models)) for model in models]
     for what, word, known in [*named, ("host", host, tuple(declared.hosts))]:
         if word not in known:
@@ -201,6 +205,8 @@ def measured(  # noqa: PLR0913 - each is one fact that only the caller knows
     at: Layout, declared: Declaration, model: str, *, host: str, head: str, remote: str | None
 ) -> BundleRecord:
     """Compose the bundle of what a run left in this checkout, whole or not."""
+    from pipelines import host_records  # noqa: PLC0415 - it reads bundles
+
     took = times.read(at)
     record = _composed(
         at, declared, model, host=host, head=head, below=None,
@@ -221,6 +227,7 @@ def measured(  # noqa: PLR0913 - each is one fact that only the caller knows
         if name in lock_entries.names_of(declared, model)
     ]
     failures += _changed_ggufs(at, record.ggufs, model)
+    failures += host_records.not_of(at, declared, host)
     return record.model_copy(update={"failures": tuple(failures)})
 
 

@@ -38,6 +38,7 @@ from pipelines.records import BenchmarkRecord, Candidate, ChoiceRecord, Quantize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from pipelines.layout import Layout
     from pipelines.params import ChooseSlice
@@ -216,16 +217,17 @@ def committed_winners(model: str, at: Layout) -> tuple[dict[str, str], tuple[str
         Type by host, and a note if there is an answer that cannot be used. No repository, no
         commit and no choice in it are ordinary: nothing is chosen yet.
     """
-    path = at.model_record("choose", model).relative_to(at.root).as_posix()
+    from pipelines import host_records  # noqa: PLC0415 - it reads bundles
+
     unusable = "so no earlier choice is kept"
+    path = at.model_record("choose", model)
     try:
-        shown = proc.run(
-            ["git", "show", f"HEAD:./{path}"],
-            cwd=at.root,
-            log=at.log("choose", model),
-            env={"LC_ALL": "C"},
-            ok_codes=(0, _GIT_EXIT_ABSENT),
-        )
+        host = host_records.held(at)
+        # Another measured host keeps what it chose itself, and once what was chosen for it.
+        own = at.on_hosts(model) / host / path.name if host else path
+        shown = _committed(own, model, at)
+        if shown.code == _GIT_EXIT_ABSENT and own != path:
+            shown = _committed(path, model, at)
     except MachineError:
         return {}, (f"git is not installed, {unusable}.",)
     if shown.code == _GIT_EXIT_ABSENT:
@@ -239,3 +241,14 @@ def committed_winners(model: str, at: Layout) -> tuple[dict[str, str], tuple[str
         one.host: one.winner if one.verdict == "PROMOTE" else one.incumbent for one in last.hosts
     }
     return {host: type_ for host, type_ in chosen.items() if type_ is not None}, ()
+
+
+def _committed(path: Path, model: str, at: Layout) -> proc.Completed:
+    """Ask git for a file of the last commit."""
+    return proc.run(
+        ["git", "show", f"HEAD:./{path.relative_to(at.root).as_posix()}"],
+        cwd=at.root,
+        log=at.log("choose", model),
+        env={"LC_ALL": "C"},
+        ok_codes=(0, _GIT_EXIT_ABSENT),
+    )

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pipelines import (
     architectures,
     benchmark,
+    bundle,
     compare_quality,
     compare_run,
     compare_sides,
@@ -31,6 +32,7 @@ from pipelines import (
     console,
     corpora,
     gguf_header,
+    host_records,
     measuring,
     params,
     records,
@@ -74,6 +76,7 @@ def main(  # noqa: PLR0913 - the options of the verb
     base: str | None = None,
     champion: str | None = None,
     quant: str | None = None,
+    host: str | None = None,
     budget_minutes: float | None = None,
     plan_only: bool = False,
     fresh: bool = False,
@@ -91,6 +94,7 @@ def main(  # noqa: PLR0913 - the options of the verb
             one.
         champion: `stable` or a release id of the local registry, instead of a commit.
         quant: Type of the challenger; by default what is chosen.
+        host: For which both are chosen, and whose records lie here; None for the first one.
         budget_minutes: Time that it may take; `compare.max_minutes` by default.
         plan_only: Say what would be measured and how long it takes, and stop.
         fresh: Forget what a run that was stopped has measured.
@@ -102,10 +106,13 @@ def main(  # noqa: PLR0913 - the options of the verb
     """
     for model in models:
         registries.require_model(declared, model)
+    if host is not None:
+        bundle.require_declared(declared, (), host)
+    host_records.require(at, declared, host)
     compared = []
     for model in models:
         try:
-            task = _task(declared, at, model, base, champion, quant, budget_minutes)
+            task = _task(declared, at, model, base, champion, quant, host, budget_minutes)
         except compare_sides.NothingToCompareError as error:
             if not if_comparable:
                 raise
@@ -124,15 +131,16 @@ def _task(  # noqa: PLR0913, PLR0917 - the options of the verb
     base: str | None,
     champion: str | None,
     quant: str | None,
+    host: str | None,
     budget_minutes: float | None,
 ) -> Task:
     """Find the two sides of one model."""
     at.log("compare", model).unlink(missing_ok=True)
-    new = compare_sides.challenger(declared, at, model, quant)
+    new = compare_sides.challenger(declared, at, model, quant, host=host)
     old = (
         compare_sides.of_release(declared, at, model, champion)
         if champion is not None
-        else compare_sides.of_commit(at, model, base, new.side)
+        else compare_sides.of_commit(at, model, base, new.side, host=host)
     )
     budget_s = 60.0 * (declared.compare.max_minutes if budget_minutes is None else budget_minutes)
     return Task(declared, at, model, old, new, budget_s)

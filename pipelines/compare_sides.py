@@ -98,9 +98,18 @@ class NothingToCompareError(ParamsError):
 # --- the challenger ---------------------------------------------------------------------------
 
 
-def challenger(declared: Declaration, at: Layout, model: str, quant: str | None) -> Contender:
+def challenger(
+    declared: Declaration, at: Layout, model: str, quant: str | None, *, host: str | None = None
+) -> Contender:
     """
     Return what this checkout chose, or the quant that is named.
+
+    Args:
+        declared: The declaration.
+        at: The checkout.
+        model: Key of the model.
+        quant: A type; None for what is chosen.
+        host: For which it is chosen; None for the first one.
 
     Raises:
         NothingToCompareError: Nothing is chosen.
@@ -110,9 +119,10 @@ def challenger(declared: Declaration, at: Layout, model: str, quant: str | None)
     types = set(params.quants_of(declared, model).values())
     if quant is None:
         choice = records.read(at.model_record("choose", model), records.ChoiceRecord)
-        quant = choice.hosts[0].winner if choice.hosts else None
+        own = _of_host(choice, host)
+        quant = own.winner if own else None
         if quant is None:
-            why = wording.sentence(console.clean(choice.hosts[0].sentence)) if choice.hosts else ""
+            why = wording.sentence(console.clean(own.sentence)) if own else ""
             raise NothingToCompareError(
                 f"no quant of {model} is chosen in this checkout, so there is no challenger. {why}",
                 hint=f"Name one: fleet compare {model} --quant TYPE. "
@@ -162,12 +172,16 @@ def _require_one_story(
         )
 
 
-def chosen(choice: records.ChoiceRecord) -> str | None:
-    """Return the type that was chosen for the first host; what it had before if none was."""
-    if not choice.hosts:
-        return None
-    first = choice.hosts[0]
-    return first.winner or first.incumbent
+def chosen(choice: records.ChoiceRecord, host: str | None = None) -> str | None:
+    """Return the type that was chosen for a host, the first if None; if none was, that before."""
+    own = _of_host(choice, host)
+    return (own.winner or own.incumbent) if own else None
+
+
+def _of_host(choice: records.ChoiceRecord, host: str | None) -> records.HostChoice | None:
+    """Return the choice for a host; that for the first one if it is None, or was not declared."""
+    named = (one for one in choice.hosts if one.host == host)
+    return next(named, choice.hosts[0] if choice.hosts else None)
 
 
 def _side(source: str, quantized: records.QuantizeRecord, tools: Toolchain) -> Side:
@@ -190,7 +204,9 @@ def _wanted(file: records.FileDigest, what: str) -> Wanted:
 # --- the champion of a commit -----------------------------------------------------------------
 
 
-def of_commit(at: Layout, model: str, rev: str | None, like: Side) -> Contender:
+def of_commit(
+    at: Layout, model: str, rev: str | None, like: Side, *, host: str | None = None
+) -> Contender:
     """
     Return what a commit chose.
 
@@ -199,19 +215,20 @@ def of_commit(at: Layout, model: str, rev: str | None, like: Side) -> Contender:
         model: Key of the model.
         rev: Commit as git names it; None for where this branch left the default one.
         like: The challenger; where nothing was chosen then, the quant of its type is taken.
+        host: For which; None for the first one. By its own records of then, if it had some.
 
     Raises:
         NothingToCompareError: The commit knows no such quant.
         ParamsError: There is no such commit.
         RecordError: A record of that time cannot be read.
     """
-    git = _Git(at, model)
+    git = _Git(at, model, host)
     commit = git.commit(rev)
     name = console.clean(rev)[:_SHOWN_REV] if rev else "commit"
     source = f"{name} {commit[:12]}" if commit[:12] not in name else name
     path = at.model_record("choose", model)
     choice = git.record(commit, path, records.ChoiceRecord)
-    type_ = (chosen(choice) if choice else None) or like.type
+    type_ = (chosen(choice, host) if choice else None) or like.type
     quantized = git.record(
         commit, at.quant_record("quantize", model, type_), records.QuantizeRecord
     )
@@ -245,8 +262,10 @@ def _spec(section: params.Toolchain) -> toolchain.ToolchainSpec:
 class _Git:
     """What git holds of this checkout."""
 
-    def __init__(self, at: Layout, model: str) -> None:
+    def __init__(self, at: Layout, model: str, host: str | None = None) -> None:
         self._at = at
+        self._of = at.root / "results" / model
+        self._below = None if host is None else at.on_hosts(model) / host
         self._log = at.log("compare", model)
 
     def run(self, *argv: str, ok_codes: Any = (0,)) -> proc.Completed:  # noqa: ANN401 - codes
@@ -287,7 +306,8 @@ class _Git:
 
     def record(self, commit: str, path: Path, kind: type[_R]) -> _R | None:
         """Return a record of a commit; None if it has none, or one of another version."""
-        text = self.show(commit, path)
+        text = None if self._below is None else self.show(commit, self._own(path))
+        text = self.show(commit, path) if text is None else text
         try:
             return None if text is None else kind.model_validate_json(text)
         except ValidationError:
@@ -295,6 +315,11 @@ class _Git:
                 f"{path.name} of {commit[:12]} is not a {kind.__name__} of this version: left out."
             )
             return None
+
+    def _own(self, path: Path) -> Path:
+        """Return where the host has a record of its own, if it is not the first one."""
+        assert self._below is not None, "there is a host"
+        return self._below / path.relative_to(self._of)
 
     def toolchain(self, commit: str) -> params.Toolchain:
         """Return the pin of a commit; the rest of its declaration may be of another version."""

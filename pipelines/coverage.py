@@ -36,7 +36,7 @@ from pipelines.layout import Layout
 from pipelines.marked_yaml import shown_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from pipelines.params import Declaration
@@ -393,6 +393,25 @@ class Coverage:
             md5 for step in steps if (md5 := self._primary.locked(step, "deps").get(_MACHINE))
         )
 
+    def held(self, model: str, *, host: str | None = None) -> dict[str, object]:
+        """
+        Return what git holds of a model: equal ones are judged equally.
+
+        Args:
+            model: A declared one.
+            host: As for `runs`.
+
+        Returns:
+            md5 of each record by its path, entry of dvc.lock by the name of the stage.
+        """
+        from pipelines.bundle_checks import kinds  # noqa: PLC0415 - which reads the graph by us
+
+        found = self._primary if host is None else self._of_host(model, host)
+        records = (*kinds(model), Layout().tools_record(model).as_posix())
+        return {path: found.md5(path) for path in records} | {
+            step.name: found.entry(step) for step in self._steps.values() if step.model == model
+        }
+
     def _of_host(self, model: str, host: str) -> _Held:
         below = f"on/{host}"
         path = self._root / trees.RESULTS / model / below / "lock.json"
@@ -447,6 +466,20 @@ def _common(values: Iterable[str | None]) -> str | None:
     """Return the most frequent value; of several the first."""
     counted = Counter(value for value in values if value is not None)
     return counted.most_common(1)[0][0] if counted else None
+
+
+def measured_on(steps: Sequence[Step]) -> tuple[str, ...]:
+    """
+    Return the names of what depends on the machine: what is measured there, and what reads it.
+
+    Args:
+        steps: Of one model, in the order of the graph.
+    """
+    found: list[Step] = []
+    for step in steps:
+        if _MACHINE in step.deps or any(_feeds(one, step) for one in found):
+            found.append(step)
+    return tuple(step.name for step in found)
 
 
 def _feeds(one: Step, other: Step) -> bool:

@@ -61,11 +61,12 @@ class Plan:
     models: tuple[str, ...]
 
 
-def main(
+def main(  # noqa: PLR0913 - one for each option
     at: Layout,
     targets: Sequence[str],
     *,
     until: str | None = None,
+    host: str | None = None,
     force: bool = False,
     wait: bool = False,
 ) -> int:
@@ -77,6 +78,8 @@ def main(
         targets: Models or quants; all if empty.
         until: The last stage to run, one of `UNTIL`; all of them if None. There is no report then:
             a part of the chain is what the jobs of a pull request run, and they judge elsewhere.
+        host: The measured host that this machine is; its own records are what the run goes on from.
+            None for the first one. For another one, only what measures may run.
         force: Run the stages even if nothing changed.
         wait: Wait for another run in this checkout instead of refusing.
 
@@ -94,8 +97,10 @@ def main(
     for line in declaration.over_waivers(declared, datetime.now(UTC).strftime("%Y-%m-%d")):
         console.warn(line)
     plan = plan_of(declared, targets, until=until)
+    _require_may_measure(declared, host, until)
 
     def prepare() -> None:
+        _go_on_from(at, declared, host)
         # A run of named targets says nothing about the rest of the fleet. The records of a part
         # of the chain are judged elsewhere, so quants that their model no longer has must go first.
         named = None if not targets else [name for name in targets if name in declared.models]
@@ -128,6 +133,35 @@ _LAST_STAGES = ("choose", "load-test", "publish", "track")
 UNTIL: Final = (*MEASURING, "publish", "track")
 _OF_QUANTS = frozenset({"quantize", "benchmark"})
 _ABOVE_QUANTS = frozenset({"fetch", "convert", "calibrate"})
+
+
+def _require_may_measure(declared: Declaration, host: str | None, until: str | None) -> None:
+    """
+    See that a run for a host ends where that host's part ends.
+
+    Raises:
+        ParamsError: The host is not measured, or what follows would be a release of the numbers of
+            one that releases nothing.
+    """
+    from pipelines import bundle  # noqa: PLC0415 - pydantic
+
+    if host is None:
+        return
+    bundle.require_declared(declared, (), host)
+    if host != bundle.primary_host(declared) and until not in MEASURING:
+        raise ParamsError(
+            f"a release is made of the records of {bundle.primary_host(declared)}, not of {host}.",
+            hint=f"Measure alone: fleet repro --host {host} --until {MEASURING[-1]}",
+        )
+
+
+def _go_on_from(at: Layout, declared: Declaration, host: str | None) -> None:
+    """Have the records in results/MODEL be those of the host that measures."""
+    from pipelines import host_records  # noqa: PLC0415 - pydantic
+
+    host_records.require(at, declared, host)
+    if host is not None and (count := host_records.lay(at, declared, host)):
+        console.info(f"{host} goes on from its own records: {wording.counted(count, 'file')}")
 
 
 def withdraw_invalid(at: Layout, declared: Declaration, plan: Plan) -> None:
