@@ -141,8 +141,9 @@ _ONE_PER_HOST: Final = {
     "queue": "max",
     "cancel-in-progress": False,
 }
-# Aliases are moved by one run at a time, whichever workflow it is of.
+# A publish that waits for its approval holds its group; a rollback must not wait for that.
 _PUBLISHING: Final = {"group": "publish", "queue": "max", "cancel-in-progress": False}
+_ROLLING_BACK: Final = {"group": "rollback", "queue": "max", "cancel-in-progress": False}
 
 WORKFLOWS: Final[Mapping[str, Workflow]] = {
     "ci": Workflow(
@@ -282,7 +283,7 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
                 },
             },
         },
-        concurrency=_PUBLISHING,
+        concurrency=_ROLLING_BACK,
         cache_mode="none",
         jobs={
             "rollback": Job(

@@ -100,10 +100,9 @@ WEAKENINGS = [
     Edit("matrix-legs-independent", "model-pr", "      fail-fast: false\n", ""),
     Edit("concurrency-group", "model-pr", "      group: gpu-${{ matrix.host }}\n",
          "      group: gpu\n"),
-    Edit("concurrency-group", "publish", "concurrency:\n  # Shared with rollback.yml: aliases are "
-         "moved by one run at a time.\n  group: publish\n  queue: max\n"
-         "  cancel-in-progress: false\n", ""),
-    Edit("concurrency-group", "rollback", "  group: publish\n", "  group: rollback\n"),
+    Edit("concurrency-group", "publish", "  queue: max\n", ""),
+    # A publish that waits for its approval holds its group: a rollback would wait for days.
+    Edit("concurrency-group", "rollback", "  group: rollback\n", "  group: publish\n"),
     Edit("concurrency-group", "report", "${{ github.event.workflow_run.head_repository.full_name }}"
          "-", ""),
     Edit("needs-exact", "model-pr", "    needs: [plan, gpu]\n", "    needs: [plan]\n"),
