@@ -75,7 +75,11 @@ _STANDING_WORDS: Final = {
 _ENDS: Final[dict[str, tuple[str, Conclusion, str]]] = {
     "cancelled": (
         "cancelled: nothing was judged", "neutral",
-        "Run it again, or push: a new run replaces this.",
+        "Re-run all jobs, or push: a new run replaces this.",
+    ),
+    "waiting": (
+        "waits for approval: nothing of this commit has run yet", "action_required",
+        'Look at the commit, then press "Approve workflows to run" on this pull request.',
     ),
     "over-budget": (
         "costs more than params.yaml allows: nothing was measured", "action_required",
@@ -83,7 +87,7 @@ _ENDS: Final[dict[str, tuple[str, Conclusion, str]]] = {
     ),
     "failed": (
         "a job failed: nothing was judged", "failure",
-        "Read the log of the run, then run it again.",
+        "Read the log of the run, then re-run all jobs.",
     ),
 }  # fmt: skip
 _URL: Final = re.compile(r"https?://[A-Za-z0-9.:_-]+/[A-Za-z0-9._/-]+")
@@ -222,8 +226,10 @@ def compose(  # noqa: PLR0913 - each is one independent fact
 
 def measuring(plan: PlanRecord | None, *, head: str, base: str = "", run_url: str = "") -> Comment:
     """Say that a run is at work, and what it does if that is known."""
+    # GitHub tells of a run when it is asked for: nothing is planned by then.
+    title = "measuring ..." if plan else "planning, then measuring what is needed ..."
     return _stated(
-        "measuring", "measuring ...", None, plan, head=head, base=base, run_url=run_url,
+        "measuring", title, None, plan, head=head, base=base, run_url=run_url,
         next_step="Nothing to do: this comment is replaced when the run ends.",
     )  # fmt: skip
 
@@ -241,7 +247,7 @@ def ended(  # noqa: PLR0913 - each is one independent fact
     Say that a run ended without a verdict.
 
     Args:
-        state: `cancelled`, `failed` or `over-budget`.
+        state: `cancelled`, `waiting`, `failed` or `over-budget`.
         head: Commit that was to be measured.
         plan: What was planned, if it came so far.
         failures: What went wrong, as sentences.
@@ -336,7 +342,7 @@ def _next_step(worst: str, models: Sequence[ModelComment]) -> str:
     if worst == "PROMOTE":
         return "Merge: what was measured is then published, after approval where one is asked for."
     if worst == "INVALID":
-        return "Re-run: the measurement is not to be trusted, which says nothing about the model."
+        return f"{gate_.RERUN} A disturbed measurement says nothing of the model."
     return next((one.next_step for one in models if one.verdict == worst and one.next_step), "")
 
 
@@ -623,7 +629,7 @@ def _beside(found: Comment, failures: Sequence[str], conclusion: Conclusion) -> 
         verdict="INVALID" if found.models else None,
         conclusion=conclusion,
         title=f"{'measure again' if again else 'not judged as a whole'}: {first}{judged}",
-        next_step="Re-run the jobs." if again else "Read the log of the run, then run it again.",
+        next_step=gate_.RERUN if again else "Read the log of the run, then re-run all jobs.",
         failures=tuple(failures),
     )
 
@@ -656,7 +662,9 @@ def rendered(situation: Situation, at: Layout) -> Rendered:
         elif situation.state == "measuring":
             found = measuring(None, head=run.head, run_url=run.url)
         else:
-            state: State = "cancelled" if situation.state == "cancelled" else "failed"
+            state: State = "failed"
+            if situation.state in {"cancelled", "waiting"}:
+                state = situation.state  # type: ignore[assignment]
             failures = (situation.problem,) if situation.problem else ()
             found = ended(state, head=run.head, failures=failures, run_url=run.url)
     lines = {one.model: one.line for one in found.plan.models} if found.plan else {}

@@ -37,9 +37,13 @@ MARKER: Final = "fleet:report"
 ARTIFACT: Final = "gate"
 MEMBER: Final = "gate.json"
 PARAMS: Final = "params.yaml"
+# How GitHub ends a run that it does not start before somebody approves it: one of a fork, and one
+# on a commit that the token of a job made. It goes on under the same number.
+_UNAPPROVED: Final = "action_required"
 
 State = Literal[
     "measuring",  # the run was asked for, or is at work
+    "waiting",  # GitHub starts it when somebody has approved that
     "judged",  # there is a gate.json of this commit
     "cancelled",
     "failed",  # it ended without one
@@ -77,7 +81,12 @@ class Run:
     @property
     def order(self) -> Order:
         """Where it stands among the reports on a pull request."""
-        return Order(self.id, self.attempt, 1 if self.conclusion else 0)
+        return Order(self.id, self.attempt, 1 if self.conclusion and not self.waits else 0)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it starts only when somebody has approved it."""
+        return self.conclusion == _UNAPPROVED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,17 +214,43 @@ def _said(
     )
     refused: FleetError | None = None
     try:
-        checks.upsert_check(gh, run.head, CHECK_NAME, check, run.order)
+        checks.upsert_check(
+            gh, run.head, CHECK_NAME, check, run.order, believed=lambda one: _is_run(gh, run, one)
+        )
     except FleetError as error:
         refused = error
     said = comments.upsert_comment(
-        gh, number, MARKER, rendered.markdown, run.order, create=is_open, settle_s=settle_s
-    )
+        gh, number, MARKER, rendered.markdown, run.order, create=is_open, settle_s=settle_s,
+        # What waits has nothing to say yet: the numbers that somebody is to approve stay.
+        keep_ended=situation.state == "waiting",
+        believed=lambda one: _is_run(gh, run, one),
+    )  # fmt: skip
     if refused is not None:
         raise refused
     if not said and is_open:
         console.info(f"A newer run has reported to #{number} already.")
     return said
+
+
+def _is_run(gh: GitHub, run: Run, order: Order) -> bool:
+    """
+    Tell whether a report says which run it is of, and that one is of this branch.
+
+    Whoever may push can write a comment or a check run under the name of our jobs, and edit ours:
+    one that claims to be of a run in the far future would keep every true one away.
+    """
+    told = gh.find(f"actions/runs/{order.run_id}")
+    if not isinstance(told, dict):
+        return False
+    repository = told.get("head_repository")
+    name = repository.get("full_name") if isinstance(repository, dict) else None
+    attempt = told.get("run_attempt")
+    return (
+        (told.get("event"), told.get("head_branch"), name)
+        == (run.event, run.branch, run.head_repository)
+        and isinstance(attempt, int)
+        and order.attempt <= attempt
+    )
 
 
 # --- which run, which pull request
@@ -232,7 +267,8 @@ def run_of(event: Mapping[str, Any]) -> Run:
         told = event["workflow_run"]
         repository = told.get("head_repository")
         name = repository.get("full_name") if isinstance(repository, dict) else None
-        done = event.get("action") == "completed"
+        conclusion = told.get("conclusion")
+        done = event.get("action") == "completed" or conclusion == _UNAPPROVED
         return Run(
             id=_number(told["id"]),
             attempt=_number(told["run_attempt"]),
@@ -240,7 +276,7 @@ def run_of(event: Mapping[str, Any]) -> Run:
             branch=str(told.get("head_branch") or ""),
             head_repository=str(name) if name else None,
             event=str(told["event"]),
-            conclusion=str(told.get("conclusion") or "failure") if done else None,
+            conclusion=str(conclusion or "failure") if done else None,
             started_at=str(told.get("run_started_at") or ""),
             url=str(told.get("html_url") or ""),
         )
@@ -300,6 +336,8 @@ def _head_repository(pull: dict[str, Any]) -> str | None:
 def _situation(gh: GitHub, run: Run, number: int) -> Situation:
     if run.conclusion is None:
         return Situation(state="measuring", run=run, number=number)
+    if run.waits:
+        return Situation(state="waiting", run=run, number=number)
     if run.conclusion == "cancelled":
         return Situation(state="cancelled", run=run, number=number)
     artifact = artifacts.find_artifact(gh, run.id, ARTIFACT, since=run.started_at)

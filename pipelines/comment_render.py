@@ -48,7 +48,7 @@ MARKS: Final = {
 }  # fmt: skip
 STATE_MARKS: Final = {
     "measuring": "⏳", "empty": "✅", "problems": "❌", "over-budget": "✋", "cancelled": "⏹️",
-    "failed": "❌",
+    "failed": "❌", "waiting": "✋",
 }  # fmt: skip
 OUTCOME_MARKS: Final = {"PASS": "✅", "HOLD": "⏸️", "FAIL": "❌", "INVALID": "⚠️"}
 

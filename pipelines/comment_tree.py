@@ -24,6 +24,7 @@ State = Literal[
     "problems",  # params.yaml cannot be read as a declaration
     "over-budget",  # it costs more than params.yaml allows, and nobody agreed
     "cancelled",
+    "waiting",  # GitHub starts the run when somebody has approved it
     "failed",  # a job ended before there was something to judge
 ]
 Outcome = Literal["PASS", "HOLD", "FAIL", "INVALID"]

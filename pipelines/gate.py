@@ -72,6 +72,8 @@ _EXIT_CODES: Final[dict[Conclusion, int]] = {
 _MOST_FILES: Final = 2000
 _SENTENCE: Final = 1900
 _MOST_FAILURES: Final = 100
+# "Re-run failed jobs" runs the gate alone, on the same records.
+RERUN: Final = "Re-run all jobs (not the failed ones alone): that measures again."
 _NOT_TRUSTED: Final = "the measurement was INVALID"
 
 
@@ -557,10 +559,12 @@ def _concluded(
         first = next((each for each in failures if not each.again), failures[0])
         more = len(_sentences(failures)) - 1
         beside = f" And {wording.counted(more, 'more failure')}." if more else ""
-        again = " Measure again: re-run the jobs." if conclusion == "neutral" else ""
+        again = f" {RERUN}" if conclusion == "neutral" else ""
         sentence = f"{first.text}{beside}{again}"
     elif found:
         sentence = _headline(found, models)
+        if found == "INVALID":
+            sentence = f"{wording.shortened(sentence, _SENTENCE - 100)} {RERUN}"
     else:
         gone = f"{wording.listed(list(removed))}: not declared any more. " if removed else ""
         sentence = f"{gone}Nothing of the fleet has to be judged."

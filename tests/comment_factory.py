@@ -394,6 +394,11 @@ def started(_: Path) -> Comment:
     return comment.measuring(None, head=HEAD, run_url=RUN)
 
 
+def waiting(_: Path) -> Comment:
+    """Somebody has to let the run start."""
+    return comment.ended("waiting", head=HEAD, run_url=RUN)
+
+
 def over_budget(_: Path) -> Comment:
     """It costs too much."""
     plan = plan_of(
@@ -448,7 +453,8 @@ STATES: Final[dict[str, Callable[[Path], Comment]]] = {
     each.__name__.replace("_", "-"): each
     for each in (
         promote, new_model, bump, other_hardware, hold, reject, invalid, covered, encoder, hosts,
-        models, measuring, started, over_budget, problems, cancelled, failed, removed, empty,
+        models, measuring, started, waiting, over_budget, problems, cancelled, failed,
+        removed, empty,
     )
 }  # fmt: skip
 

@@ -17,7 +17,9 @@ from pipelines import comment, comment_post
 from pipelines.ci_records import GateModel, GateRecord, PlanRecord
 from pipelines.comment_post import Rendered, Situation
 from pipelines.errors import FleetError, MachineError
+from pipelines.github import checks
 from pipelines.github.checks import Annotation
+from pipelines.github.comments import Order
 from pipelines.github.errors import GitHubError
 from pipelines.layout import Layout
 
@@ -50,6 +52,9 @@ def event(api: GitHubApi, action: str = "completed", **fields: Any) -> dict[str,
         "run_started_at": "2026-01-01T00:00:00Z",
         "html_url": "https://github.com/octo/fleet/actions/runs/4000",
     }
+    told = run | fields
+    known = api.runs.setdefault(told["id"], told)
+    known["run_attempt"] = max(known["run_attempt"], told["run_attempt"])
     return payload("workflow_run", action, workflow_run=run | fields)
 
 
@@ -91,7 +96,12 @@ class Renderer:
     def __call__(self, situation: Situation) -> Rendered:
         """Render."""
         self.seen.append(situation)
-        conclusions: Any = {"measuring": None, "judged": "success", "cancelled": "cancelled"}
+        conclusions: Any = {
+            "waiting": "action_required",
+            "measuring": None,
+            "judged": "success",
+            "cancelled": "cancelled",
+        }
         conclusion = conclusions.get(situation.state, "failure")
         text = f"{situation.state} {situation.problem}".strip()
         return Rendered(markdown=text, title=text, conclusion=conclusion, **self._fields)
@@ -182,6 +192,56 @@ def test_the_word_that_a_run_began_may_come_after_its_end(api: GitHubApi) -> Non
 
     assert said(api) == ["judged"]
     assert [each["status"] for each in api.check_runs.values()] == ["completed"]
+
+
+@pytest.mark.parametrize("action", ["requested", "completed"])
+def test_a_run_that_waits_for_approval_has_not_failed_and_its_numbers_stay(
+    api: GitHubApi, action: str
+) -> None:
+    """A commit of a job's token: GitHub ends its run at once, and goes on with it when told so."""
+    leave(api, gate(api))
+    post(api, event(api))
+    waits = event(api, action, id=RUN + 1, conclusion="action_required")
+
+    post(api, waits)
+
+    assert said(api) == ["judged"]
+    newest = max(api.check_runs.values(), key=lambda each: each["id"])
+    assert (newest["status"], newest["conclusion"]) == ("completed", "action_required")
+    post(api, event(api, "requested", id=RUN + 1))
+    assert said(api) == ["measuring"]
+    newest = max(api.check_runs.values(), key=lambda each: each["id"])
+    assert newest["status"] == "in_progress"
+    post(api, event(api, id=RUN + 1, conclusion="cancelled"))
+    assert said(api) == ["cancelled"]
+
+
+def test_a_first_run_that_waits_for_approval_says_so(api: GitHubApi) -> None:
+    """Where nothing was said yet, it is what there is to say."""
+    post(api, event(api, conclusion="action_required"))
+
+    assert said(api) == ["waiting"]
+
+
+@pytest.mark.parametrize("forged", [(10**18, 1), (RUN, 999), (RUN + 7, 1)])
+def test_a_report_that_claims_a_run_of_the_future_keeps_no_true_one_away(
+    api: GitHubApi, forged: tuple[int, int]
+) -> None:
+    """Who may push can write under the name of our jobs, and edit what we wrote."""
+    run_id, attempt = forged
+    told = event(api)
+    api.runs[RUN + 7] = {**told["workflow_run"], "id": RUN + 7, "head_branch": "elsewhere"}
+    api.add_comment(1, f"<!-- fleet:report run={run_id} attempt={attempt} phase=1 -->\nPROMOTE")
+    leave(api, gate(api))
+    made = checks.CheckRun(title="PROMOTE", summary="forged", conclusion="success")
+    head = str(api.git.head("feature"))
+    checks.upsert_check(client(api), head, "fleet", made, Order(run_id, attempt, 1))
+
+    post(api, told)
+
+    assert said(api) == ["judged"]
+    newest = max(api.check_runs.values(), key=lambda each: each["id"])
+    assert newest["output"]["summary"] == "judged"
 
 
 def test_a_number_in_the_event_or_the_artifact_is_not_believed(api: GitHubApi) -> None:

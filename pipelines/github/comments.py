@@ -20,6 +20,8 @@ from pipelines.github.client import Unsent, taken
 from pipelines.github.errors import BusyError, GitHubError, UnknownOutcomeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pipelines.github.client import GitHub
 
 BODY_CHARACTERS: Final = 65_536
@@ -71,6 +73,8 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
     order: Order,
     *,
     create: bool = True,
+    keep_ended: bool = False,
+    believed: Callable[[Order], bool] | None = None,
     settle_s: float = SETTLE_S,
 ) -> bool:
     """
@@ -83,6 +87,9 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
         body: Markdown.
         order: Of this report.
         create: Make one where there is none; otherwise only one that is there is changed.
+        keep_ended: Leave one of another run that is over as it is.
+        believed: Tells of the order of a newer one whether there is such a run; one that is not
+            believed is overwritten. All are believed if absent.
         settle_s: Seconds after a write until it is looked at once more.
 
     Returns:
@@ -103,7 +110,9 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
         for each in found:
             if each is not best:
                 own.remove(each)
-        if best.order > order if best else not (create or own.wrote):
+        if best is None and not (create or own.wrote):
+            return False
+        if best is not None and _stays(best.order, order, believed, keep_ended=keep_ended):
             return False
         if best is not None and best.order == order and best.body == text:
             if settled or not own.wrote:
@@ -117,6 +126,15 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
         f"Comments on #{number} change as fast as they are written.",
         hint="Run the job again: something else writes the same comment.",
     )
+
+
+def _stays(
+    there: Order, order: Order, believed: Callable[[Order], bool] | None, *, keep_ended: bool
+) -> bool:
+    """Tell whether what stands there is not to be overwritten."""
+    if there > order:
+        return believed is None or believed(there)
+    return keep_ended and there.phase == 1 and there != order
 
 
 def remove_comments(gh: GitHub, number: int, marker: str) -> int:
