@@ -130,7 +130,8 @@ class PlanRecord(Record):
         head: Commit that was planned; for a pull request that of its branch, not the merge.
         params_blob: git's name of params.yaml at the head.
         problems: Why it cannot be planned; nothing else is filled in then.
-        models: Every model that differs from the base or is not covered, in the order of the file.
+        models: Every model that differs from the base, in its declaration or in its records, or is
+            not covered, in the order of the file.
         legs: What has to be measured.
         budget: Of all legs together.
         over: Why it costs more than the declaration allows, as sentences.
@@ -205,13 +206,7 @@ class TimesRecord(Record):
 
 
 class GateModel(Part):
-    """
-    The verdict on one model for one host, for those who only read it.
-
-    Attributes:
-        measured: Commit at which its records were made; the head itself, or an earlier one whose
-            inputs were the same.
-    """
+    """The verdict on one model for one host, for those who only read it."""
 
     model: ModelName
     host: HostName

@@ -46,7 +46,7 @@ from pipelines.ci_records import (
     PlanRecord,
 )
 from pipelines.coverage import Coverage
-from pipelines.errors import GateError, ParamsError, Problem
+from pipelines.errors import FleetError, GateError, ParamsError, Problem
 from pipelines.publishing_words import shown_size
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ _A_DAY_MINUTES: Final = 1440
 _CHANGES_SHOWN: Final = 6
 _ROWS_SHOWN: Final = 100
 _NEW = "everything counts as new"
+_RECORDS_ALONE: Final = "its records are not those of the base"
 
 
 class _Base(NamedTuple):
@@ -135,14 +136,17 @@ def make(at: Layout, *, base: str | None = None, labels: Iterable[str] = ()) -> 
         found = _problems(at, error)
         return PlanRecord(base=None, problems=found, allowed=False, **common)
     before = _base(at, head, base or None)
-    runs = _runs(declared, coverage, at, before)
+    with tempfile.TemporaryDirectory(prefix="fleet-plan-") as folder:
+        then = _then(declared, at, before, Path(folder) / "base")
+        runs = _runs(declared, coverage, before, then)
+        renewed = _renewed(declared, coverage, before, then)
     if flaw := _nobody_measures(at, declared, runs):
         return PlanRecord(base=before.commit, problems=(flaw,), allowed=False, **common)
     legs = legs_of(declared, runs)
     if len(legs) > MAX_LEGS:
         flaw = _at(at, ("hosts",), f"{len(legs):,} hosts measure, GitHub starts {MAX_LEGS} jobs")
         return PlanRecord(base=before.commit, problems=(flaw,), allowed=False, **common)
-    models, budget = _models(declared, at, before, runs)
+    models, budget = _models(declared, at, before, runs, renewed)
     over = plan_budget.over(budget, declared)
     pull = runner.pull_request()
     agreed = OVER_BUDGET_LABEL in {*labels, *(pull.labels if pull else ())}
@@ -267,10 +271,21 @@ def _nobody_measures(at: Layout, declared: Declaration, runs: Runs) -> PlanProbl
 Runs = dict[tuple[str, str], tuple[PlannedRun, ...]]
 
 
-def _runs(declared: Declaration, coverage: Coverage, at: Layout, base: _Base) -> Runs:
+def _then(declared: Declaration, at: Layout, base: _Base, folder: Path) -> Coverage | None:
+    """Look at the records of the base, written into a folder; None if they cannot be read."""
+    if base.commit is None:
+        return None
+    try:
+        tree = trees.at_revision(at.root, base.commit, folder)
+        return Coverage(declared, tree, files=at.root)
+    except FleetError:
+        return None
+
+
+def _runs(declared: Declaration, coverage: Coverage, base: _Base, then: Coverage | None) -> Runs:
     """Ask for every measured host and model; where none is measured, for the first declared one."""
     primary = primary_host(declared)
-    moved = _moved(declared, coverage, at, base)
+    moved = _moved(declared, coverage, base, then)
     found: Runs = {}
     for host in measured_hosts(declared) or (primary,):
         for model in declared.models:
@@ -292,30 +307,47 @@ def _on_machine(declared: Declaration, model: str) -> Iterator[tuple[str, str]]:
     yield from ((stage, model) for stage in ("choose", "load-test"))
 
 
-def _moved(declared: Declaration, coverage: Coverage, at: Layout, base: _Base) -> Mapping[str, str]:
+def _moved(
+    declared: Declaration, coverage: Coverage, base: _Base, then: Coverage | None
+) -> Mapping[str, str]:
     """
     Say of which models the records are still those of the host that was the first measured one.
 
     The records of results/MODEL name no host, only a machine. They are those of the new first host
     as soon as the machine in dvc.lock is another one than at the base.
     """
-    if base.declared is None or base.commit is None or not measured_hosts(base.declared):
+    if base.declared is None or then is None or not measured_hosts(base.declared):
         return {}
     old, new = primary_host(base.declared), primary_host(declared)
     if old == new:
         return {}
-    with tempfile.TemporaryDirectory(prefix="fleet-plan-") as folder:
-        then = trees.at_revision(at.root, base.commit, Path(folder) / "base")
-        try:
-            before = Coverage(declared, then, files=at.root)
-        except ParamsError:
-            return {}
-        why = f"hosts: {new} is now the first measured host, these are of {old}"
-        return {
-            model: why
-            for model in declared.models
-            if coverage.machine_md5s(model) & before.machine_md5s(model)
-        }
+    why = f"hosts: {new} is now the first measured host, these are of {old}"
+    return {
+        model: why
+        for model in declared.models
+        if coverage.machine_md5s(model) & then.machine_md5s(model)
+    }
+
+
+def _renewed(
+    declared: Declaration, coverage: Coverage, base: _Base, then: Coverage | None
+) -> frozenset[str]:
+    """
+    Return the models whose records are not those of the base, whoever wrote them.
+
+    A release is made of them, so they are judged, also where not a word of the declaration changed:
+    they may have been measured again, for another Modelfile, or edited by hand. Where nobody can
+    read those of the base, all of them are.
+    """
+    if base.commit is None:
+        return frozenset()  # everything is new
+    hosts = (None, *measured_hosts(declared)[1:])
+    return frozenset(
+        model
+        for model in declared.models
+        if then is None
+        or any(coverage.held(model, host=h) != then.held(model, host=h) for h in hosts)
+    )
 
 
 def legs_of(declared: Declaration, runs: Runs) -> tuple[Leg, ...]:
@@ -350,7 +382,7 @@ def legs_of(declared: Declaration, runs: Runs) -> tuple[Leg, ...]:
 
 
 def _models(
-    declared: Declaration, at: Layout, base: _Base, runs: Runs
+    declared: Declaration, at: Layout, base: _Base, runs: Runs, renewed: frozenset[str]
 ) -> tuple[tuple[ModelPlan, ...], Budget]:
     """Compose what is said of each model, and the budget of all of them."""
     different = plan_differences.of_fleet(base.declared, declared)
@@ -361,8 +393,11 @@ def _models(
     found: list[ModelPlan] = []
     for model, difference in different.items():
         own = {host: runs.get((host, model), ()) for host in hosts}
+        what = difference.what
         if difference.change == "unchanged" and not any(own.values()):
-            continue
+            if model not in renewed:
+                continue
+            what = (_RECORDS_ALONE,)
         costs = [
             plan_budget.of_runs(declared, at, model, each, host=host)
             for host, each in own.items()
@@ -374,7 +409,7 @@ def _models(
             ModelPlan(
                 model=model,
                 change=difference.change,
-                what=difference.what,
+                what=what,
                 line=document.key_at(("models", model)).line if is_declared else None,
                 runs=tuple(
                     run if host == primary else _elsewhere(run, host)

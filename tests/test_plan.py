@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -148,6 +149,64 @@ def test_records_that_a_branch_brings_with_its_change_are_not_measured_again(at:
     assert one.what == ("stable latest -> aaaaaaa",)
     assert found.legs == ()
     assert plan.sentence(found).startswith("the records in git cover")
+
+
+def test_records_that_are_others_are_judged_although_nothing_was_declared(at: Layout) -> None:
+    """Measured again for another Modelfile, and rejected: the next run must not find nothing."""
+    path = at.model_record("load-test", MODEL)
+    lock = at.root / "dvc.lock"
+    before = hashlib.md5(path.read_bytes()).hexdigest()
+    path.write_text(path.read_text() + "\n")
+    # dvc.lock does not know of it yet.
+    assert model(plan.make(at, base="main")).covered is False
+
+    edit(lock, before, hashlib.md5(path.read_bytes()).hexdigest())
+    commit(at.root)
+    found = plan.make(at, base="main")
+    one = model(found)
+    assert (one.change, one.covered, one.runs) == ("unchanged", True, ())
+    assert one.what == ("its records are not those of the base",)
+    assert found.legs == ()
+    assert [each.model for each in found.models] == [MODEL]
+
+
+@pytest.mark.parametrize("name", ["compare.json", "on/big/choice.json"])
+def test_records_beside_the_lock_count_as_well(at: Layout, name: str) -> None:
+    """No entry of dvc.lock knows a comparison; a verdict goes by it."""
+    edit(at.params, *HOST)
+    commit(at.root, "two hosts")
+    base = git(at.root, "rev-parse", "HEAD")
+    path = at.root / "results" / MODEL / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    commit(at.root)
+
+    before = plan.make(at, base=base)
+    declared = declaration.load(at.params)
+    cover = coverage.Coverage(declared, at)
+    then = plan._then(declared, at, plan._Base(base, declared), at.root / "then")
+    assert plan._renewed(declared, cover, plan._Base(base, declared), then) == {MODEL}
+    assert MODEL in {each.model for each in before.models}
+
+
+def test_a_ledger_and_a_release_are_no_measurement(at: Layout) -> None:
+    """The pull request of what was published has nothing to be judged."""
+    at.ledger(MODEL).write_text("{}\n")
+    at.release(MODEL).write_text("{}\n")
+    commit(at.root)
+    assert plan.make(at, base="main").models == ()
+
+
+def test_records_of_a_base_that_nobody_can_read_are_no_reason_to_believe_those_here(
+    at: Layout,
+) -> None:
+    """What cannot be held against anything is judged."""
+    (at.root / "dvc.lock").write_text("<<<<<<< ours\n")
+    commit(at.root, "broken")
+    base = git(at.root, "rev-parse", "HEAD")
+    git(at.root, "checkout", "-q", "main", "--", "dvc.lock")
+    commit(at.root)
+    assert {one.model for one in plan.make(at, base=base).models} == {MODEL, OTHER}
 
 
 # --- what changed -----------------------------------------------------------------------------
@@ -501,7 +560,7 @@ def test_each_host_with_a_runner_measures_for_itself(at: Layout) -> None:
 
 
 def test_records_of_the_first_host_are_not_those_of_another_one_that_is_put_first(
-    at: Layout,
+    at: Layout, tmp_path: Path
 ) -> None:
     """Who measures first decides whose numbers results/MODEL holds."""
     edit(at.params, "  local:\n    memory_mib: 4096", "  first:\n    memory_mib: 4096")
@@ -514,11 +573,12 @@ def test_records_of_the_first_host_are_not_those_of_another_one_that_is_put_firs
     # And if the declaration is the same for both, so that no parameter tells.
     declared = declaration.load(at.params)
     cover = coverage.Coverage(declared, at)
-    then = plan._Base(git(at.root, "rev-parse", "main"), None)
-    assert plan._moved(declared, cover, at, then) == {}
-    before = then._replace(declared=declared.model_copy(update={
+    base = plan._Base(git(at.root, "rev-parse", "main"), None)
+    then = plan._then(declared, at, base, tmp_path / "then")
+    assert plan._moved(declared, cover, base, then) == {}
+    before = base._replace(declared=declared.model_copy(update={
         "hosts": {"local": declared.hosts["first"]}}))  # fmt: skip
-    assert set(plan._moved(declared, cover, at, before)) == {MODEL, OTHER}
+    assert set(plan._moved(declared, cover, before, then)) == {MODEL, OTHER}
 
     lock = yaml.safe_load((at.root / "dvc.lock").read_text())
     for name, entry in lock["stages"].items():
@@ -527,7 +587,7 @@ def test_records_of_the_first_host_are_not_those_of_another_one_that_is_put_firs
                 dep["md5"] = "1" * 32
     (at.root / "dvc.lock").write_text(yaml.safe_dump(lock))
     cover = coverage.Coverage(declared, at)
-    assert set(plan._moved(declared, cover, at, before)) == {OTHER}
+    assert set(plan._moved(declared, cover, before, then)) == {OTHER}
 
 
 # --- legs -------------------------------------------------------------------------------------
