@@ -50,6 +50,8 @@ class AloneLast(LoadScheduling):  # type: ignore[misc]  # xdist has no types
     _alone: frozenset[str] | None = None
 
     def _send_tests(self, node: WorkerController, num: int) -> None:
+        # What a process that died had in hand comes back behind those that have to be alone.
+        self.pending.sort()
         super()._send_tests(node, min(num, self._together))
 
     def check_schedule(self, node: WorkerController, duration: float = 0) -> None:
@@ -57,13 +59,14 @@ class AloneLast(LoadScheduling):  # type: ignore[misc]  # xdist has no types
         if self._together or not self.pending:
             super().check_schedule(node, duration)
             return
-        keeper, *others = self.nodes
-        for other in others:
-            if not other.shutting_down:
-                other.shutdown()
-        if not any(self.node2pending[other] for other in others):
-            super()._send_tests(keeper, len(self.pending))
-            keeper.shutdown()
+        alive = [each for each in self.nodes if not each.shutting_down]
+        for other in alive[1:]:
+            other.shutdown()
+        # Where none is left, one that died is being replaced.
+        for keeper in alive[:1]:
+            if not any(self.node2pending[each] for each in self.nodes if each is not keeper):
+                super()._send_tests(keeper, len(self.pending))
+                keeper.shutdown()
 
     def schedule(self) -> None:
         """Begin, also where no test may run beside others."""
