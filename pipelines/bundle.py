@@ -37,7 +37,7 @@ from pipelines import (
     wording,
 )
 from pipelines.ci_records import BundleRecord, PlanRecord, TimesRecord
-from pipelines.errors import FleetError, ParamsError, StoreError, ToolError
+from pipelines.errors import FleetError, ParamsError, RetryLaterError, StoreError, ToolError
 from pipelines.layout import Layout
 from pipelines.records import QuantizeRecord
 
@@ -221,14 +221,20 @@ def measured(  # noqa: PLR0913 - each is one fact that only the caller knows
             "toolchain": _text(at.toolchain),
         },
     )  # fmt: skip
-    failures = [
-        f"{name} failed: {console.clean(cause)}"
+    failed = {
+        name: f"{name} failed: {console.clean(cause)}"
         for name, cause in took.failed.items()
         if name in lock_entries.names_of(declared, model)
-    ]
-    failures += _changed_ggufs(at, record.ggufs, model)
-    failures += host_records.not_of(at, declared, host)
-    return record.model_copy(update={"failures": tuple(failures)})
+    }
+    others = [*_changed_ggufs(at, record.ggufs, model), *host_records.not_of(at, declared, host)]
+    # A stage that was not reached ended with nothing.
+    codes = {took.codes[name] for name in failed if name in took.codes}
+    return record.model_copy(
+        update={
+            "failures": (*failed.values(), *others),
+            "again": codes == {RetryLaterError.exit_code} and not others,
+        }
+    )
 
 
 def from_git(

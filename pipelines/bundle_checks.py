@@ -15,11 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
-from pipelines import declaration, lock_entries, machine, params, strict_json, wording
+from pipelines import coverage, declaration, lock_entries, machine, params, strict_json, wording
 from pipelines.ci_records import MEASURING
 from pipelines.compare_records import CompareRecord
 from pipelines.evaluate_records import EvaluateRecord
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from pipelines.params import Declaration
 
 _TYPES: Final[tuple[str, ...]] = get_args(params.QuantType)
-_BY_MODEL: Final = tuple(one for one in MEASURING if one not in lock_entries.BY_QUANT)
 _RECORDS: Final[dict[str, type[Record]]] = {
     "fetch": FetchRecord,
     "convert": ConvertRecord,
@@ -62,6 +62,8 @@ _ROWS: Final = TypeAdapter[Any](list[dict[_Word, bool | _Number | _Word]])
 _MACHINE: Final = "work/machine.json"
 _TOOLCHAIN: Final = "work/toolchain.json"
 _SHARED: Final = frozenset({_MACHINE, _TOOLCHAIN, "corpora/prompts.yaml", "modelfiles"})
+# That of this code: whoever judges a stranger's bundle does not take the stranger's graph.
+_GRAPH: Final = Path(__file__).resolve().parent.parent / "dvc.yaml"
 # A whole text of a record; the largest known, a comparison with all its samples, has a third of it.
 _RECORD_BYTES: Final = 768 << 10
 _LONGEST_STAGE_S: Final = 30 * 86_400.0
@@ -229,6 +231,7 @@ def agreement(bundle: BundleRecord, declared: Declaration, *, measured: bool) ->
         for name, entry in bundle.lock.items()
         if name in expected
     }
+    yield from (f"{whose}: {clause}." for clause in _paths(entries, declared))
     yield from (f"{whose}: {clause}." for clause in _files(bundle, entries))
     yield from (f"{whose}: {clause}." for clause in _links(bundle, entries))
     yield from (f"{whose}: {clause}." for clause in _slices(entries, declared))
@@ -241,10 +244,20 @@ def _md5(text: str) -> str:
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 
-def _dir_md5(files: Mapping[str, str]) -> str:
-    """Return DVC's name of a folder: md5 of the JSON that lists it (dvc_data/hashfile/tree.py)."""
-    listed = [{"md5": files[path], "relpath": path} for path in sorted(files)]
-    return _md5(json.dumps(listed, sort_keys=True)) + ".dir"
+def _paths(entries: Mapping[str, _Entry], declared: Declaration) -> Iterator[str]:
+    """Hold what each stage read and wrote against the graph: what is not named, nobody compares."""
+    steps = coverage.steps_of(declared, _GRAPH)
+    for name, entry in entries.items():
+        for what, found, due in (
+            ("reads", entry.deps, steps[name].deps),
+            ("writes", entry.outs, steps[name].outs),
+        ):
+            if sorted(each.path for each in found) != sorted(due):
+                odd = sorted({each.path for each in found} ^ set(due))
+                yield (
+                    f"{name} {what} other files in dvc.lock than in dvc.yaml "
+                    f"({wording.first_few(odd) or 'one of them twice'})"
+                )
 
 
 def _files(bundle: BundleRecord, entries: Mapping[str, _Entry]) -> Iterator[str]:
@@ -283,7 +296,7 @@ def _links(bundle: BundleRecord, entries: Mapping[str, _Entry]) -> Iterator[str]
                     for path, md5 in written.items()
                     if path.startswith(inside)
                 }
-                wanted = _dir_md5(listed)
+                wanted = coverage.folder_md5(listed)
             if wanted is None and dep.path not in _SHARED:
                 yield f"{name} read {dep.path}, which no stage wrote"
             elif wanted is not None and wanted != dep.md5:

@@ -169,6 +169,8 @@ class BundleRecord(Record):
         machine: Text of work/machine.json; empty if git tells of an earlier measurement.
         toolchain: Text of work/toolchain.json, which git keeps as results/M/toolchain.json.
         failures: Why it is not all of it, as sentences.
+        again: Whether all of these pass by themselves: the Hub did not answer, the machine was
+            busy.
     """
 
     stage: Literal["bundle"] = "bundle"
@@ -186,6 +188,7 @@ class BundleRecord(Record):
     machine: str = ""
     toolchain: str = ""
     failures: tuple[Sentence, ...] = ()
+    again: bool = False
 
 
 class TimesRecord(Record):
@@ -198,11 +201,13 @@ class TimesRecord(Record):
     Attributes:
         wall_s: By the name of the stage in dvc.lock: `benchmark@tiny-llama-Q8_0`.
         failed: What the last run could not do, and why, by the same names; in work/ only.
+        codes: With what those of them ended that ran: 75 is what passes by itself.
     """
 
     stage: Literal["times"] = "times"
     wall_s: dict[str, Finite] = Field(default_factory=dict)
     failed: dict[str, str] = Field(default_factory=dict)
+    codes: dict[str, int] = Field(default_factory=dict)
 
 
 class GateModel(Part):

@@ -177,7 +177,7 @@ def gate(
         declared = declaration.load(at.params)
         found = [*_read_all(bundles, plan, failures)]
         found += _held_by_git(at, declared, plan, failures)
-        failures += _of_legs(plan, measured)
+        failures += _of_legs(plan, measured, found)
         with tempfile.TemporaryDirectory(prefix="fleet-base-") as folder:
             base = _base(at, plan, Path(folder))
             judgement = judge_bundles(base, text, plan, found, others=failures)
@@ -273,7 +273,9 @@ def _of_plan(plan: PlanRecord, at: Layout) -> Iterator[Failure]:
         )
 
 
-def _of_legs(plan: PlanRecord, measured: JobResult | None) -> Iterator[Failure]:
+def _of_legs(
+    plan: PlanRecord, measured: JobResult | None, found: Sequence[BundleRecord]
+) -> Iterator[Failure]:
     """Yield why the measuring jobs did not end as they should."""
     if not plan.legs or measured in {None, "success"}:
         return
@@ -289,7 +291,11 @@ def _of_legs(plan: PlanRecord, measured: JobResult | None) -> Iterator[Failure]:
             return
         yield Failure("Nothing was measured: the measuring jobs were skipped.", again=plan.allowed)
     else:
-        yield Failure("A measuring job failed.")
+        # Why, their bundles say, if all of them came.
+        failed = [one for one in found if one.failures]
+        came = {(one.model, one.host) for one in found} >= set(_legs(plan))
+        again = came and bool(failed) and all(one.again for one in failed)
+        yield Failure("A measuring job failed.", again=again)
 
 
 def _legs(plan: PlanRecord) -> dict[tuple[str, str], bool]:
@@ -415,6 +421,12 @@ def _whole(
             clauses = [*bundle_checks.form(bundle)]
         whose = f"{bundle.model} on {bundle.host}"
         wrong = [Failure(wording.sentence(f"{whose}: {tidy(one)}")) for one in clauses]
+        if not wrong and bundle.failures and bundle.again:
+            # Nothing that it lacks is news.
+            wrong = [
+                Failure(wording.sentence(tidy(f"{whose}: {clause}", _SENTENCE)), again=True)
+                for clause in bundle.failures
+            ]
         if not wrong:
             told = bundle_checks.agreement(bundle, declared, measured=bool(is_measured))
             wrong = [Failure(tidy(one, _SENTENCE) + ".") for one in told]

@@ -40,14 +40,18 @@ def note(at: Layout, stages: Iterable[StageLine]) -> None:
     from pipelines.ci_records import TimesRecord  # noqa: PLC0415 - not at CLI start
 
     before = read(at)
-    wall_s, failed = dict(before.wall_s), dict(before.failed)
+    wall_s, failed, codes = dict(before.wall_s), dict(before.failed), dict(before.codes)
     for stage in stages:
         if stage.state == "done":
             wall_s[stage.name] = round(stage.wall_s, _DIGITS)
         if stage.state in {"done", "cached", "unchanged"}:
             failed.pop(stage.name, None)
+            codes.pop(stage.name, None)
         if stage.state in {"failed", "skipped"}:
             failed[stage.name] = wording.shortened(
                 " ".join(console.clean(stage.cause).split()), _CAUSE_CHARACTERS
             )
-    records.write(path(at), TimesRecord(wall_s=wall_s, failed=failed))
+            codes.pop(stage.name, None)
+            if stage.code is not None:
+                codes[stage.name] = stage.code
+    records.write(path(at), TimesRecord(wall_s=wall_s, failed=failed, codes=codes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,34 @@ def test_a_failed_chain_says_what_there_is_and_why_there_is_no_more(at: Layout) 
     assert not any(TWIN in text for text in found.failures)
     told = list(bundle_checks.agreement(found, declared, measured=True))
     assert any("quantize/Q2_K.json, which" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("codes", "again"),
+    [
+        ({f"fetch@{MODEL}": 75}, True),
+        ({f"fetch@{MODEL}": 75, f"verify@{MODEL}": 5}, False),
+        ({f"fetch@{MODEL}": 1}, False),
+        # Of another model, or of a run before.
+        ({f"fetch@{TWIN}": 75}, False),
+        ({}, False),
+    ],
+)
+def test_only_what_passes_by_itself_asks_for_another_run(
+    at: Layout, codes: dict[str, int], *, again: bool
+) -> None:
+    """The Hub that does not answer is nobody's failure; a chain that also broke is one."""
+    names = (f"fetch@{MODEL}", f"convert@{MODEL}", f"verify@{MODEL}", f"fetch@{TWIN}")
+    took = {"schema_version": 1, "stage": "times", "codes": codes}
+    atomic.write_json(at.root / "work/times.json", took | {"failed": dict.fromkeys(names, "why")})
+    for path in (at.root / "results" / MODEL / "quantize").glob("*.json"):
+        path.unlink()
+    declared = declaration.load(at.params)
+
+    found = bundle.measured(at, declared, MODEL, host=HOST, head=HEAD, remote=None)
+
+    assert found.failures
+    assert found.again is again
 
 
 def test_a_gguf_that_is_not_the_measured_one_is_said(at: Layout) -> None:
@@ -462,6 +491,31 @@ def test_another_toolchain_than_the_declared_one_is_said(at: Layout) -> None:
     at.params.write_text(text.replace("llama_cpp_python: 0.3.36", "llama_cpp_python: 0.3.37"))
 
     assert any('was llama-cpp-python "0.3.36", not 0.3.37' in text for text in _told(at, good))
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "name"),
+    [
+        (f"load-test@{MODEL}", "deps", "modelfiles"),
+        (f"benchmark@{MODEL}-Q8_0", "deps", "work/machine.json"),
+        (f"choose@{MODEL}", "deps", f"results/{MODEL}/evaluate.json"),
+        (f"choose@{MODEL}", "outs", f"results/{MODEL}/frontier.json"),
+    ],
+)
+def test_an_entry_of_the_lock_names_all_that_its_stage_reads_and_writes(
+    at: Layout, stage: str, kind: str, name: str
+) -> None:
+    """What an entry leaves out, nobody could hold against what there is."""
+    good = bundle_of(at)
+    lock = copy.deepcopy(good.lock)
+    lock[stage][kind] = [each for each in lock[stage][kind] if each["path"] != name]
+    assert lock != good.lock
+    files = {path: text for path, text in good.files.items() if kind == "deps" or path != name}
+
+    told = _told(at, good.model_copy(update={"lock": lock, "files": files}))
+
+    what = "reads" if kind == "deps" else "writes"
+    assert any(f"{stage} {what} other files" in text and name in text for text in told)
 
 
 def test_a_quant_that_is_not_declared_is_said(at: Layout) -> None:

@@ -270,6 +270,34 @@ def test_a_job_that_failed_does_not_pass_by_the_bundles_of_the_others(at: Layout
     assert not new_records
 
 
+def cut(at: Layout, *, again: bool) -> BundleRecord:
+    """Return the bundle of a chain that ended at its first stage."""
+    empty = {"lock": {}, "files": {}, "ggufs": (), "toolchain": ""}
+    told = {"failures": (f"fetch@{MODEL} failed: the Hub does not answer",), "again": again}
+    return bundle_of(at).model_copy(update=empty | told)
+
+
+@pytest.mark.parametrize(("again", "conclusion"), [(True, "neutral"), (False, "failure")])
+def test_a_chain_that_failed_for_a_reason_that_passes_asks_for_another_run(
+    at: Layout, *, again: bool, conclusion: str
+) -> None:
+    """Nobody's model is worse because the Hub did not answer; nothing is merged by it either."""
+    record, new_records = judged(at, plan_of(at, LEG), cut(at, again=again), measured="failure")
+
+    assert (record.conclusion, record.verdict, new_records) == (conclusion, None, False)
+    assert any("the Hub does not answer" in text for text in record.failures)
+
+
+def test_a_failure_that_passes_excuses_no_other_one(at: Layout) -> None:
+    """Of two models one was cut by the Hub, and of the other nothing came at all."""
+    with_twin(at)
+    plan = plan_of(at, LEG, (TWIN, HOST))
+
+    record, _ = judged(at, plan, cut(at, again=True), measured="failure")
+
+    assert record.conclusion == "failure"
+
+
 @pytest.mark.parametrize(
     ("plan", "result", "conclusion", "why"),
     [

@@ -52,10 +52,11 @@ def test_a_failure_is_kept_until_the_stage_succeeds(tmp_path: Path) -> None:
     assert "no room" in told
     assert "::error::" not in told
     assert "fetch@m" not in times.read(at).wall_s
+    assert times.read(at).codes == {"fetch@m": 7}
 
     _run(at, *RUNS)
 
-    assert times.read(at).failed == {}
+    assert (times.read(at).failed, times.read(at).codes) == ({}, {})
 
 
 def test_a_file_that_is_none_is_begun_anew(tmp_path: Path) -> None:
