@@ -299,16 +299,17 @@ class _Held:
 def _md5_of(path: Path) -> str | None:
     if path.is_dir():
         files = {
-            each.relative_to(path).as_posix(): _file_md5(each)
+            each.relative_to(path).as_posix(): file_md5(each)
             for each in sorted(path.rglob("*"))
             if each.is_file()
         }
         # A name that git cannot keep is none that DVC would have seen.
         return folder_md5(files) if files else None
-    return _file_md5(path) if path.is_file() else None
+    return file_md5(path) if path.is_file() else None
 
 
-def _file_md5(path: Path) -> str:
+def file_md5(path: Path) -> str:
+    """Return DVC's name of a file."""
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
@@ -388,9 +389,16 @@ class Coverage:
 
     def machine_md5s(self, model: str) -> frozenset[str]:
         """Return by which md5 dvc.lock knows the machines on which a model was measured."""
+        return self._md5s_read(model, _MACHINE)
+
+    def tools_md5s(self, model: str) -> frozenset[str]:
+        """Return by which md5 dvc.lock knows the tools that made the records of a model."""
+        return self._md5s_read(model, _TOOLCHAIN)
+
+    def _md5s_read(self, model: str, path: str) -> frozenset[str]:
         steps = (step for step in self._steps.values() if step.model == model)
         return frozenset(
-            md5 for step in steps if (md5 := self._primary.locked(step, "deps").get(_MACHINE))
+            md5 for step in steps if (md5 := self._primary.locked(step, "deps").get(path))
         )
 
     def held(self, model: str, *, host: str | None = None) -> dict[str, object]:

@@ -118,6 +118,7 @@ def main(  # noqa: PLR0913 - one for each option
     code = run(at, plan, force=force, wait=wait, prepare=prepare)
     if code > _SIGNALLED:
         return code
+    name_tools(at, declared, plan.models)
     if until is None:
         _show_report(at, declared)
     # What saves the next stage its time stays until there is none.
@@ -183,6 +184,32 @@ def withdraw_invalid(at: Layout, declared: Declaration, plan: Plan) -> None:
         if name in plan.stages and any(coverage.distrusted(name.partition("@")[0], path)):
             path.unlink()
             console.info(f"measuring again: {name} was not valid")
+
+
+def name_tools(at: Layout, declared: Declaration, models: Sequence[str]) -> None:
+    """
+    Put what the tools are beside the records of models that they made, where git lacks it.
+
+    A stage does so when it runs. Records that are older than that are up to date: no stage runs,
+    and a hosted machine, which has no tools, could never tell by which they were made.
+
+    Args:
+        at: The checkout, in which a run has just ended.
+        declared: Its declaration.
+        models: That were looked at.
+    """
+    from pipelines import coverage, machine  # noqa: PLC0415 - pydantic
+
+    if not at.toolchain.is_file():
+        return
+    md5 = coverage.file_md5(at.toolchain)
+    known = coverage.Coverage(declared, at)
+    for model in models:
+        path = at.tools_record(model)
+        is_named = path.is_file() and coverage.file_md5(path) == md5
+        if not is_named and known.tools_md5s(model) == {md5}:
+            machine.keep_tools(model, at)
+            console.info(f"{path.relative_to(at.root)} says by which tools its records were made")
 
 
 def plan_of(declared: Declaration, targets: Sequence[str], *, until: str | None = None) -> Plan:

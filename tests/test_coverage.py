@@ -373,6 +373,31 @@ def test_the_copy_of_the_manifest_is_made_where_records_are(at: Layout) -> None:
     assert not at.tools_record(MODEL).exists()
 
 
+def test_a_run_that_finds_all_up_to_date_names_the_tools_of_older_records(at: Layout) -> None:
+    """Records from before git kept the tools are covered after one run, and not measured again."""
+    declared = declaration.load(at.params)
+    path = at.tools_record(MODEL)
+    path.unlink()
+    assert "nothing in git says which tools made it" in why(at, "convert")
+
+    repro.name_tools(at, declared, [MODEL])
+
+    assert runs(at) == ()
+    assert path.read_bytes() == at.toolchain.read_bytes()
+
+
+def test_tools_that_made_nothing_are_not_named_as_those_that_did(at: Layout) -> None:
+    """A machine with another build says nothing of records that it did not make."""
+    declared = declaration.load(at.params)
+    path = at.tools_record(MODEL)
+    path.unlink()
+    at.toolchain.write_bytes(at.toolchain.read_bytes() + b"\n")
+
+    repro.name_tools(at, declared, [MODEL])
+
+    assert not path.exists()
+
+
 def test_measurements_of_two_machines_are_not_mixed(at: Layout) -> None:
     """One quant measured elsewhere, as after a merge of two branches: it is measured again."""
 
