@@ -32,6 +32,7 @@ class _Verb(NamedTuple):
     help: str
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[Layout, argparse.Namespace], int]
+    is_declared: bool = True
 
 
 def add(
@@ -48,16 +49,20 @@ def add(
         find: Returns the paths of the checkout that we stand in.
     """
     for each in _VERBS:
-        verb = add_verb(verbs, each.name, each.help, partial(_in_checkout, find, each.run))
+        verb = add_verb(verbs, each.name, each.help, partial(_in_checkout, find, each))
         each.add_options(verb)
 
 
 def _in_checkout(
     find: Callable[[], Layout],
-    run: Callable[[Layout, argparse.Namespace], int],
+    verb: _Verb,
     args: argparse.Namespace,
 ) -> int:
-    return run(find(), args)
+    if not verb.is_declared and Path("dvc.yaml").exists():
+        from pipelines.layout import Layout  # noqa: PLC0415 - not for --help
+
+        return verb.run(Layout(), args)
+    return verb.run(find(), args)
 
 
 def words(values: list[str]) -> tuple[str, ...]:
@@ -237,6 +242,8 @@ _VERBS = (
         "say what a pull request changes, what has to run where and why, and what that costs",
         _plan_options,
         _plan,
+        # A branch that deletes it has a plan too: that says so.
+        is_declared=False,
     ),
     _Verb(
         "bundle",
@@ -245,7 +252,11 @@ _VERBS = (
         _bundle,
     ),
     _Verb(
-        "gate", "judge what a pull request measured; exit 0 only for PROMOTE", _gate_options, _gate
+        "gate",
+        "judge what a pull request measured; exit 0 only for PROMOTE",
+        _gate_options,
+        _gate,
+        is_declared=False,
     ),
     _Verb(
         "comment",

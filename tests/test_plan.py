@@ -17,7 +17,14 @@ from plan_factory import MODEL, OTHER, commit, copy, edit, edit_json, git, make
 from pipelines import coverage, declaration, plan, plan_budget
 from pipelines.__main__ import main
 from pipelines.bundle import git_blob
-from pipelines.ci_records import MAX_LEGS, Budget, PlannedRun, PlanRecord, TimesRecord
+from pipelines.ci_records import (
+    MAX_LEGS,
+    Budget,
+    GateRecord,
+    PlannedRun,
+    PlanRecord,
+    TimesRecord,
+)
 from pipelines.errors import ParamsError
 from pipelines.layout import Layout
 from pipelines.params import DeclaredHost
@@ -395,6 +402,25 @@ def test_every_problem_is_said_at_once_on_its_line_and_nothing_is_planned(
         "allowed": "false",
     }  # fmt: skip
     assert "params.yaml cannot be built" in (actions / "STEP_SUMMARY").read_text()
+
+
+def test_a_branch_without_a_declaration_has_a_plan_and_a_gate_that_say_so(
+    at: Layout, fleet: Any
+) -> None:
+    """Whoever deletes params.yaml reads that, not that a file of the workflow is missing."""
+    at.params.unlink()
+    commit(at.root)
+
+    code, _, said = fleet("--base", "main", "--out", "plan.json")
+    judged = main(["gate", "--plan", "plan.json", "--bundles", "none", "--out", "gate.json"])
+
+    assert (code, judged) == (2, 2)
+    assert "params.yaml" in said
+    (problem,) = PlanRecord.model_validate_json((at.root / "plan.json").read_bytes()).problems
+    assert "No such file" in problem.text
+    gated = GateRecord.model_validate_json((at.root / "gate.json").read_bytes())
+    assert gated.conclusion == "failure"
+    assert any("No such file" in text for text in gated.failures)
 
 
 @pytest.mark.parametrize(
