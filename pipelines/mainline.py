@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipelines.stores.base import Store
 
 LEDGER_BRANCH: Final = "fleet/ledger"
+ROLLBACK_BRANCH: Final = "fleet/rollback-{model}"
 # Files of a model that publishing itself writes; they say nothing of what is to be published.
 _OWN: Final = frozenset({"ledger.jsonl", "release.json", "publish.json"})
 _MAX_FILE_BYTES: Final = 16 << 20
@@ -131,8 +132,7 @@ class Mainline:
 
     gh: GitHub
     _main: Branch | None = field(default=None, repr=False)
-    _waiting: Branch | None = field(default=None, repr=False)
-    _is_read: bool = False
+    _waiting: dict[str, Branch | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_run(cls) -> Mainline | None:
@@ -189,21 +189,21 @@ class Mainline:
         if missing and set(missing) <= set(self.waiting(model, store.name)):
             ledger.append(store.name, STABLE, *missing)
 
-    def waiting(self, model: str, registry: str) -> tuple[Move, ...]:
-        """Return the moves that the waiting ledger tells of; none if it cannot be read."""
-        data = self._waits(f"results/{model}/ledger.jsonl")
+    def waiting(self, model: str, registry: str, branch: str = LEDGER_BRANCH) -> tuple[Move, ...]:
+        """Return the moves that the ledger of a branch tells of; none if it cannot be read."""
+        data = self._waits(f"results/{model}/ledger.jsonl", branch)
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / "ledger.jsonl"
                 path.write_bytes(data or b"")
                 return Ledger.load(path, model).moves(registry, STABLE)
         except LedgerError as error:
-            console.warn(f"the ledger of {LEDGER_BRANCH} was not read: {error.message}")
+            console.warn(f"the ledger of {branch} was not read: {error.message}")
             return ()
 
     def waiting_release(self, model: str) -> bytes | None:
         """Return the release that waits with the ledger; None if there is none to be read."""
-        data = self._waits(f"results/{model}/release.json")
+        data = self._waits(f"results/{model}/release.json", LEDGER_BRANCH)
         try:
             if data is not None:
                 parse_release(data, release_id(data), LEDGER_BRANCH)
@@ -212,16 +212,16 @@ class Mainline:
             return None
         return data
 
-    def _waits(self, path: str) -> bytes | None:
-        """Return a file of the branch that waits; None if there is none to be read."""
+    def _waits(self, path: str, name: str) -> bytes | None:
+        """Return a file of a branch that waits; None if there is none to be read."""
         try:
-            if not self._is_read:
-                self._waiting = read_branch(self.gh, LEDGER_BRANCH)
-                self._is_read = True
-            sha = self._waiting.files.get(path) if self._waiting else None
+            if name not in self._waiting:
+                self._waiting[name] = read_branch(self.gh, name)
+            branch = self._waiting[name]
+            sha = branch.files.get(path) if branch else None
             return read_blob(self.gh, sha) if sha else None
         except (GitHubError, RetryLaterError) as error:
-            console.warn(f"{LEDGER_BRANCH} was not read: {error.message}")
+            console.warn(f"{name} was not read: {error.message}")
             return None
 
 

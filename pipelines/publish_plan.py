@@ -28,7 +28,7 @@ from pipelines import (
     wording,
 )
 from pipelines.ledger import Ledger
-from pipelines.mainline import Mainline
+from pipelines.mainline import ROLLBACK_BRANCH, Mainline
 from pipelines.publishing import LATEST
 from pipelines.registries import print_json, require_model
 from pipelines.release_records import STABLE, parse_release, release_id, short
@@ -132,14 +132,15 @@ def due(
     if runner.event_name() == "workflow_dispatch":
         return told("asked for by hand", is_due=True)
     last = _last_move(at, model, registry, mainline)
+    if (back := _rolled_back(model, registry, last, mainline)) is not None:
+        return told(back, is_due=False)
     if slice_.stable != LATEST and (last is None or last.release != slice_.stable):
         return told(f"{STABLE} has to become {short(slice_.stable)}", is_due=True)
     id_ = _release(model, at, judged, mainline)
-    if id_ is None:
-        return told("its records are newer than its release", is_due=True)
-    if slice_.stable == LATEST and (last is None or last.release != id_):
+    if id_ is None or (slice_.stable == LATEST and (last is None or last.release != id_)):
         before = f", not {short(last.release)}" if last else ""
-        return told(f"{STABLE} has to become {short(id_)}{before}", is_due=True)
+        why = f"{STABLE} has to become {short(id_)}{before}"
+        return told(why if id_ else "its records are newer than its release", is_due=True)
     return told(
         f"{STABLE} is {short(last.release if last else None)}, as it has to be", is_due=False
     )
@@ -167,6 +168,25 @@ def _last_move(at: Layout, model: str, registry: str, mainline: Mainline | None)
         key=lambda move: move.sequence,
         default=None,
     )
+
+
+def _rolled_back(
+    model: str, registry: str, last: Move | None, mainline: Mainline | None
+) -> str | None:
+    """
+    Return a clause on a rollback that waits to be merged: until then `fleet publish` refuses.
+
+    That branch alone is nobody's word. It keeps from asking for an approval, and no more: a run by
+    hand asks the registry.
+    """
+    if mainline is None:
+        return None
+    branch = ROLLBACK_BRANCH.format(model=model)
+    waiting = mainline.waiting(model, registry, branch)
+    newest = max(waiting, key=lambda move: move.sequence, default=None)
+    if newest is None or newest.sequence <= (last.sequence if last else 0):
+        return None
+    return f"rolled back to {short(newest.release)}: merge {branch} first"
 
 
 def _matrix(found: list[Due]) -> dict[str, list[dict[str, str]]]:

@@ -49,7 +49,7 @@ from pipelines.reading import read_to
 from pipelines.registries import Failures, Shelf, names, print_json, require_model
 from pipelines.release import Composed, Refused
 from pipelines.release_records import STABLE, parse_release, release_id, short
-from pipelines.stores import open_store
+from pipelines.stores import oci_login, open_store
 from pipelines.stores.base import Blob
 from pipelines.stores.local import LocalStore
 from pipelines.stores.transfer import Progress
@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from pipelines.stores.base import Store
 
 _MAX_REASON_CHARACTERS = 300
+# How many files of digests publish.yml attests; each is of `checksums.MAX_SUBJECTS` lines.
+_ATTESTATIONS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ def of_environment(declared: Declaration, environment: str) -> tuple[str, ...]:
     """
     Return the registries of a deployment environment, in the order of params.yaml.
 
+    What the environment has as a login is lent to the one that it can only be of.
+
     Raises:
         ParamsError: There are none.
     """
@@ -147,6 +151,7 @@ def of_environment(declared: Declaration, environment: str) -> tuple[str, ...]:
         name for name, each in declared.registries.items() if each.environment == environment
     )
     if found:
+        oci_login.lend({name: declared.registries[name].url for name in found})
         return found
     known = dict.fromkeys(
         each.environment for each in declared.registries.values() if each.environment
@@ -230,6 +235,8 @@ class _Run:
         files: tuple[Path, ...] = ()
         if options.checksums is not None and not options.dry_run:
             files = checksums.write(options.checksums, self.released.values())
+            if len(files) > _ATTESTATIONS and console.in_actions():
+                self.failures.add("attestation", _unattested(files))
         proposed = None
         if options.propose and not options.dry_run:
             with self.failures.of(LEDGER_BRANCH):
@@ -301,6 +308,16 @@ class _Run:
             told["pull_request"] = proposed.url if proposed else None
         told["outdated"] = {model: error.message for model, error in self.outdated.items()}
         return {**told, "errors": self.failures.as_json()}
+
+
+def _unattested(files: tuple[Path, ...]) -> StoreError:
+    count = sum(len(path.read_bytes().splitlines()) for path in files[_ATTESTATIONS:])
+    limit = _ATTESTATIONS * checksums.MAX_SUBJECTS
+    return StoreError(
+        f"{wording.counted(count, 'file')} of what is published will not be attested: a run "
+        f"attests {limit:,} of them, release.json and GGUFs first.",
+        hint="Start the workflow once for each model: what is published already is not sent again.",
+    )
 
 
 def _would_bring(missing: tuple[publish_pull.Wanted, ...], store: Store) -> Outcome:

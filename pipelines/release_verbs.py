@@ -184,6 +184,11 @@ def _rollback_options(verb: argparse.ArgumentParser) -> None:
         help="release id (8 digits are enough), `previous`, or `latest` to end a rollback",
     )
     verb.add_argument("--registry", metavar="NAME", help="default: every one that holds the model")
+    verb.add_argument(
+        "--environment",
+        metavar="NAME",
+        help="only registries that declare it, whose logins a job in it has",
+    )
     verb.add_argument("--reason", required=True, metavar="TEXT", help="why, for the ledger")
     verb.add_argument(
         "--pr",
@@ -201,6 +206,7 @@ def _rollback(declared: Declaration, at: Layout, args: argparse.Namespace) -> in
         at,
         model=args.model,
         target=args.to,
+        environment=args.environment or None,
         registry=args.registry or None,
         reason=args.reason,
         pr=args.pr,

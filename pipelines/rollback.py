@@ -17,10 +17,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pipelines import console, rollback_pr, stable_line, wording
-from pipelines.errors import FleetError, RetryLaterError, StoreError
+from pipelines.errors import FleetError, ParamsError, RetryLaterError, StoreError
 from pipelines.ledger import Ledger
 from pipelines.moves import By
-from pipelines.publish_to import as_told, require_reason
+from pipelines.publish_to import as_told, of_environment, require_reason
 from pipelines.publishing import LATEST, Outcome, point
 from pipelines.reading import PREVIOUS, resolve
 from pipelines.registries import (
@@ -77,6 +77,7 @@ def main(  # noqa: PLR0913 - one for each option
     model: str,
     target: str,
     registry: str | None,
+    environment: str | None = None,
     reason: str,
     pr: bool = False,
     dry_run: bool,
@@ -91,6 +92,8 @@ def main(  # noqa: PLR0913 - one for each option
         model: Its key.
         target: Release id, 8 digits of one or more, `previous`, or `latest`.
         registry: The only registry whose alias moves; None for every one that holds the model.
+        environment: Deployment environment: the registry has to be of it; without one, every
+            registry that declares it.
         reason: For the ledger.
         pr: Open the pull request by which params.yaml and ledger on GitHub agree. The aliases come
             first: a refusal of GitHub leaves them where they are wanted.
@@ -112,7 +115,8 @@ def main(  # noqa: PLR0913 - one for each option
     ledger = Ledger.load(at.ledger(model), model)
     failures = Failures()
     again = _command(model, target, by.why, registry)
-    stores, left = _concerned(declared, at, model, registry, ledger=ledger, again=again)
+    wanted_of = _named(declared, registry, environment)
+    stores, left = _concerned(declared, at, model, wanted_of, ledger=ledger, again=again)
     wanted = declared.models[model].stable
     try:
         target = _ended(model, target, stores, ledger, by)
@@ -169,11 +173,32 @@ def main(  # noqa: PLR0913 - one for each option
 # --- before anything is changed ---------------------------------------------------------------
 
 
+def _named(declared: Declaration, registry: str | None, environment: str | None) -> tuple[str, ...]:
+    """
+    Return the registries that are meant.
+
+    Raises:
+        ParamsError: No registry declares the environment, or the one that is named does not.
+    """
+    if environment is None:
+        return tuple(names(declared)) if registry is None else (registry,)
+    there = of_environment(declared, environment)
+    if registry is None:
+        return there
+    if registry not in there:
+        raise ParamsError(
+            f"registry {wording.quoted(registry)} does not declare the environment "
+            f"{wording.quoted(environment)}: a job in it has no login there. Nothing was changed.",
+            hint=f"Of that environment: {wording.listed(list(there))}.",
+        )
+    return (registry,)
+
+
 def _concerned(  # noqa: PLR0913 - each is one independent fact
     declared: Declaration,
     at: Layout,
     model: str,
-    registry: str | None,
+    wanted: tuple[str, ...],
     *,
     ledger: Ledger,
     again: str,
@@ -191,10 +216,7 @@ def _concerned(  # noqa: PLR0913 - each is one independent fact
     Raises:
         FleetError: None holds it, or none could be asked.
     """
-    stores = {
-        name: open_store(name, declared, at.root)
-        for name in (names(declared) if registry is None else (registry,))
-    }
+    stores = {name: open_store(name, declared, at.root) for name in wanted}
     found: dict[str, Store] = {}
     left: dict[str, FleetError] = {}
     asked = answers({name: partial(_holds, store, model) for name, store in stores.items()})
@@ -216,7 +238,9 @@ def _concerned(  # noqa: PLR0913 - each is one independent fact
         first.message = f"{name}{' ' if said != first.message else ': '}{said} Nothing was changed."
         raise _left(first, again)
     if not found:
-        where = f"registry {registry}" if registry else "any declared registry"
+        where = "any declared registry"
+        if wanted != tuple(names(declared)):
+            where = f"{'registry' if len(wanted) == 1 else 'registries'} {wording.listed(list(wanted))}"
         raise StoreError(
             f"{model} was never published to {where}: there is nothing to roll back to.",
             hint=f"fleet releases {model}",

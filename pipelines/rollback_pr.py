@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipelines import console, propose, runner, wording
 from pipelines.errors import FleetError
+from pipelines.mainline import ROLLBACK_BRANCH
 from pipelines.publishing import LATEST
 from pipelines.release_records import STABLE, short
 from pipelines.render import escape_markdown
@@ -102,7 +103,7 @@ def _propose(at: Layout, done: RolledBack) -> Proposed:
         return propose.propose(
             GitHub.from_environment(),
             changes,
-            branch=f"fleet/rollback-{model}",
+            branch=ROLLBACK_BRANCH.format(model=model),
             title=title,
             body=_told(done),
         )

@@ -793,3 +793,22 @@ def test_loopback_is_told_without_looking_names_up() -> None:
         assert addresses.is_loopback(host)
     for host in ("localhost.example.org", "127.0.0.1.example.org", "192.0.2.1", "", "registry"):
         assert not addresses.is_loopback(host)
+
+
+def test_the_login_of_an_environment_is_that_of_its_only_registry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever it is called; a password goes to no second one, and none of its own is replaced."""
+    names = [*oci_login.variables("team"), *oci_login.variables("other")]
+    for name in names:
+        monkeypatch.setenv(name, "")
+    for name, value in zip(oci_login.SHARED, ("robot", "secret"), strict=True):
+        monkeypatch.setenv(name, value)
+
+    oci_login.lend({"team": "oci://one.example/a", "other": "oci://two.example/b"})
+    assert [os.environ[name] for name in names] == ["", "", "", ""]
+    oci_login.lend({"team": "oci://one.example/a", "bucket": "s3://b/x"})
+    assert [os.environ[name] for name in names] == ["robot", "secret", "", ""]
+    monkeypatch.setenv("REGISTRY_PASSWORD", "newer")
+    oci_login.lend({"team": "oci://one.example/a"})
+    assert os.environ[names[1]] == "secret"

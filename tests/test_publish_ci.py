@@ -627,6 +627,56 @@ def test_a_release_takes_back_no_rollback_that_git_does_not_know(hosted: Hosted)
     assert "was rolled back to" in hosted.summary()
 
 
+def test_nobody_is_asked_to_approve_what_a_rollback_that_waits_will_refuse(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan knows of the pull request that is to be merged first; a run by hand asks anyway."""
+    publish(hosted, MODEL)
+    change_load_test(hosted.checkout.at, MODEL, wall_s=123.0)
+    hosted.push()
+    hosted.clone()
+    publish(hosted, MODEL)
+    hosted.merge()
+    hosted.clone()
+    ran = hosted.checkout.fleet(
+        "rollback", MODEL, "--to", "previous", "--environment", "production", "--reason", "bad",
+        "--pr",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    hosted.clone()
+    change_load_test(hosted.checkout.at, MODEL, wall_s=456.0)
+    hosted.push()
+    hosted.outputs()
+
+    told = hosted.checkout.fleet("publish", MODEL, "--plan", "--json").json
+
+    assert [each["is_due"] for each in told["models"]] == [False, False]
+    assert f"merge fleet/rollback-{MODEL} first" in told["models"][0]["why"]
+    monkeypatch.setenv("GITHUB_EVENT_NAME", "workflow_dispatch")
+    told = hosted.checkout.fleet("publish", MODEL, "--plan", "--json").json
+    assert [each["is_due"] for each in told["models"]] == [True, True]
+    monkeypatch.delenv("GITHUB_EVENT_NAME")
+    hosted.merge()
+    hosted.clone()
+    told = hosted.checkout.fleet("publish", MODEL, "--plan", "--json").json
+    assert all("rolled back" not in each["why"] for each in told["models"])
+
+
+def test_what_a_run_cannot_attest_is_an_error_and_not_a_silence(
+    hosted: Hosted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """publish.yml takes two files of digests; a third one would be published without a word."""
+    monkeypatch.setattr(checksums, "MAX_SUBJECTS", 5)
+
+    ran = publish(hosted, "--checksums", str(tmp_path / "sums.txt"))
+
+    assert ran.code == 8
+    assert "will not be attested: a run attests 10 of them" in ran.err
+    assert hosted.outputs()["published"] == f"{MODEL} {OTHER}"
+    assert "will not be attested" in hosted.summary()
+    assert publish(hosted, MODEL).code == 0
+
+
 def test_a_refusal_of_github_takes_back_nothing_and_the_next_run_proposes_it(
     hosted: Hosted,
 ) -> None:

@@ -802,6 +802,30 @@ def test_a_dispatch_moves_the_alias_and_opens_the_pull_request_that_agrees(hoste
     assert declaration.load(hosted.checkout.at.params).models[MODEL].stable == "latest"
 
 
+def test_an_environment_means_the_registries_whose_logins_the_job_has(hosted: Hosted) -> None:
+    """Without a registry only those of the environment move; one of another is refused."""
+    new = hosted.checkout.alias("local").release
+    params = hosted.checkout.at.params
+    text = params.read_text()
+    assert text.count("mirror: {") == 1
+    params.write_text(text.replace("mirror: {", "mirror: {environment: production, "))
+    hosted.push()
+    hosted.clone()
+    back = ("rollback", MODEL, "--to", "previous", "--reason", REASON, "--pr", "--environment")
+
+    for other in (("bot",), ("production", "--registry", "local")):
+        ran = hosted.checkout.fleet(*back, *other)
+        assert ran.code == 2, ran.err
+        assert "environment" in ran.err
+    assert hosted.checkout.alias("mirror").release == new
+    ran = hosted.checkout.fleet(*back, "production", "--registry=")
+
+    assert ran.code == 0, ran.err
+    assert hosted.outputs()["registries"] == "mirror"
+    assert hosted.checkout.alias("mirror").release != new
+    assert hosted.checkout.alias("local").release == new
+
+
 def test_what_github_refuses_leaves_the_alias_where_it_was_moved(hosted: Hosted) -> None:
     """403 at each write: the alias stands, the error says what to do, the same run ends it."""
     dispatched(hosted)

@@ -20,8 +20,12 @@ from pipelines import console
 from pipelines.errors import StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import requests
 
+# Secrets of a deployment environment, which do not know what its registry is called.
+SHARED: Final = ("REGISTRY_USERNAME", "REGISTRY_PASSWORD")
 _PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -78,6 +82,23 @@ def variables(name: str) -> tuple[str, str]:
     """Return the names of the variables that hold the login of a registry."""
     prefix = f"GGUF_FLEET_{name.upper().replace('-', '_')}"
     return f"{prefix}_USERNAME", f"{prefix}_PASSWORD"
+
+
+def lend(registries: Mapping[str, str]) -> None:
+    """
+    Give the login of a deployment environment to its registry of OCI, whatever that is called.
+
+    REGISTRY_USERNAME and REGISTRY_PASSWORD, for this process; of two such registries neither gets
+    it: a password belongs to one of them, and nobody says to which.
+
+    Args:
+        registries: Addresses, `oci://...`, of the environment's registries, by name.
+    """
+    found = [name for name, url in registries.items() if url.startswith("oci:")]
+    login = [os.environ.get(name, "") for name in SHARED]
+    if len(found) == 1 and all(login):
+        for name, value in zip(variables(found[0]), login, strict=True):
+            os.environ[name] = os.environ.get(name) or value
 
 
 def _from_docker(host: str, name: str) -> tuple[str, str] | None:
