@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from checks import files, installed, linters, policy
+from checks import files, installed, linters, policy, rules_repository
 from pipelines import console
 from pipelines.errors import FleetError
 
@@ -46,6 +46,8 @@ def main() -> int:
                 console.warn(skipped)
     for finding in sorted(found, key=lambda each: (each.file, each.line)):
         console.error(finding.problem.text, where=finding.problem)
+    if unowned := rules_repository.unowned(repository):
+        console.warn(unowned)
     if found:
         return 1
     console.out(

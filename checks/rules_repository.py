@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from checks.files import Repository
 
 CODEOWNERS: Final = ".github/CODEOWNERS"
+_PLACEHOLDER: Final = "@OWNER/"
 DEPENDABOT: Final = ".github/dependabot.yml"
 # Whoever changes one of these decides what runs on the operator's machines.
 _OWNED: Final = ("/.github/", "/actions/", "/checks/", "/deploy/", "/pipelines/", "/dvc.yaml",
@@ -38,6 +39,18 @@ def codeowners_cover(repository: Repository) -> Iterator[Finding]:
         if path not in owned:
             text = f"Nobody owns {path}."
             yield Finding(CODEOWNERS, 1, "codeowners-cover", text, f"Add a line `{path} @team`.")
+
+
+def unowned(repository: Repository) -> str:
+    """Return a warning if the owners are still those of the template: nobody; else nothing."""
+    lines = repository.text(CODEOWNERS).splitlines()
+    count = sum(_PLACEHOLDER in line for line in lines if not line.startswith("#"))
+    if not count:
+        return ""
+    return (
+        f"{CODEOWNERS} names {_PLACEHOLDER}... in {count} lines, which is nobody: a pull request "
+        "that changes its own gate waits for no code owner. Write your team there."
+    )
 
 
 @rule("dependabot-cover")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from checks import files, installed, linters, policy, rules_jobs, tables
+from checks import files, installed, linters, policy, rules_jobs, rules_repository, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 WATCHED = (".github", "actions")
@@ -110,7 +110,8 @@ WEAKENINGS = [
     Edit("steps-exact", "publish", "      # One attestation takes",
          "      - name: Attest\n        uses: ./actions/comment\n      # One attestation takes"),
     Edit("steps-exact", "model-pr", "      - name: Load-test\n        uses: ./actions/load-test\n"
-         "        with:\n          models: ${{ matrix.models }}\n", ""),
+         "        with:\n          models: ${{ matrix.models }}\n"
+         "          host: ${{ matrix.host }}\n", ""),
     Edit("steps-exact", "model-pr", "      - name: Judge\n",
          "      - name: Help\n        run: make help\n      - name: Judge\n"),
     Edit("no-container", "model-pr", "    strategy:\n",
@@ -234,6 +235,15 @@ def test_an_edit_that_takes_a_promise_away_is_caught_by_the_rule_that_is_named(
 def test_no_rule_is_without_an_edit_that_it_catches() -> None:
     """A rule that nothing has ever broken may be one that nothing can."""
     assert set(policy.rules()) == {edit.rule for edit in WEAKENINGS}
+
+
+def test_owners_that_are_nobody_are_warned_of_until_a_team_stands_there(template: Path) -> None:
+    """The rule of the branch asks a team that does not exist, which means: nobody."""
+    path = template / rules_repository.CODEOWNERS
+    assert "waits for no code owner" in rules_repository.unowned(files.read(template))
+    path.write_text(path.read_text().replace("@OWNER/", "@real-people/"))
+
+    assert not rules_repository.unowned(files.read(template))
 
 
 def test_each_rule_says_why_it_exists() -> None:
