@@ -26,7 +26,7 @@ _RESULTS = ("success", "failure", "cancelled", "skipped")
 
 
 class _Verb(NamedTuple):
-    """A verb: its options, and what it does in a checkout."""
+    """A verb: its options, what it does in a checkout, and whether that needs params.yaml."""
 
     name: str
     help: str
@@ -205,11 +205,6 @@ def _health_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--out", type=Path, metavar="FILE", help="of api, probe: gets the record")
     verb.add_argument("--host", metavar="HOST", help="of probe: key in hosts: of params.yaml")
-    verb.add_argument(
-        "--probe-unknown",
-        action="store_true",
-        help="of api: name also hosts of which GitHub may not be asked",
-    )
     verb.add_argument("--runners", type=Path, metavar="FILE", help="of issues: by api")
     verb.add_argument("--probes", type=Path, metavar="DIR", help="of issues: records, by probe")
     verb.add_argument(
@@ -222,9 +217,7 @@ def _health(at: Layout, args: argparse.Namespace) -> int:
     from pipelines import runner_health  # noqa: PLC0415 - not for --help
 
     if args.use == "api":
-        return runner_health.api(
-            at, out=args.out, probe_unknown=args.probe_unknown, as_json=args.json
-        )
+        return runner_health.api(at, out=args.out, as_json=args.json)
     if args.use == "probe":
         return runner_health.probe(at, host=args.host or None, out=args.out, as_json=args.json)
     if args.runners is None:

@@ -664,7 +664,7 @@ def rendered(situation: Situation, at: Layout) -> Rendered:
         else:
             state: State = "failed"
             if situation.state in {"cancelled", "waiting"}:
-                state = situation.state  # type: ignore[assignment]
+                state = situation.state
             failures = (situation.problem,) if situation.problem else ()
             found = ended(state, head=run.head, failures=failures, run_url=run.url)
     lines = {one.model: one.line for one in found.plan.models} if found.plan else {}

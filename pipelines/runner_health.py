@@ -34,7 +34,7 @@ _MOST_FILES: Final = 1000
 _SIGNS: Final = {"ok": "ok", "unknown": "unknown", "warn": "warn", "sick": "SICK"}
 
 
-def api(at: Layout, *, out: Path | None, probe_unknown: bool, as_json: bool) -> int:
+def api(at: Layout, *, out: Path | None, as_json: bool) -> int:
     """
     Ask GitHub about the runners; give the workflow the hosts to probe.
 
@@ -43,7 +43,6 @@ def api(at: Layout, *, out: Path | None, probe_unknown: bool, as_json: bool) -> 
     Args:
         at: The checkout.
         out: Gets the RunnersRecord.
-        probe_unknown: Probe also where nobody could ask whether it is online.
         as_json: Print the record.
 
     Raises:
@@ -56,7 +55,6 @@ def api(at: Layout, *, out: Path | None, probe_unknown: bool, as_json: bool) -> 
     hosts = measured(_load(at))
     record = health_runners.look(GitHub.from_environment(), hosts, now=datetime.now(UTC))
     _leave(out, record)
-    wanted = {"online", "unknown"} if probe_unknown else {"online"}
     include = [
         {
             "host": seen.host,
@@ -64,7 +62,8 @@ def api(at: Layout, *, out: Path | None, probe_unknown: bool, as_json: bool) -> 
             "timeout_minutes": PROBE_TIMEOUT_MINUTES,
         }
         for seen in record.hosts
-        if seen.status in wanted
+        # A job for a machine that may be off would wait for it a day, and hold its group.
+        if seen.status == "online"
     ]
     runner.outputs(
         matrix=json.dumps({"include": include}, separators=(",", ":")),

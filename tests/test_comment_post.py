@@ -52,7 +52,7 @@ def event(api: GitHubApi, action: str = "completed", **fields: Any) -> dict[str,
         "run_started_at": "2026-01-01T00:00:00Z",
         "html_url": "https://github.com/octo/fleet/actions/runs/4000",
     }
-    told = run | fields
+    told: dict[str, Any] = run | fields
     known = api.runs.setdefault(told["id"], told)
     known["run_attempt"] = max(known["run_attempt"], told["run_attempt"])
     return payload("workflow_run", action, workflow_run=run | fields)
