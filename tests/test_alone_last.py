@@ -156,6 +156,22 @@ def test_a_choice_of_tests_runs_these_and_ends(suite: Suite, wanted: str, names:
     assert len(closing_lines(text)) == 1
 
 
+def test_files_that_share_something_come_first(suite: Suite) -> None:
+    """In the beginning a process gets many tests in a row, and makes what they share once."""
+    shared = "import pytest\n\n@pytest.fixture(scope='module')\ndef made():\n    return 1\n\n"
+    (suite.root / "test_z.py").write_text(f"{shared}def test_z(made):\n    pass\n")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"],
+        cwd=suite.root, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+
+    names = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+    assert names[0] == "test_z"
+    assert names[1].startswith("test_beside")
+    assert names[-1] == "test_alone[2]"
+
+
 def test_where_nothing_is_chosen_the_run_ends(suite: Suite) -> None:
     """A selection that fits no test is told as such, at once."""
     code, text = suite.run("-k", "nothing_of_this_name")
