@@ -300,11 +300,20 @@ def _layout() -> Layout:
 # --- stages -----------------------------------------------------------------------------------
 
 
+def _require_own_records(stage: Stage, declared: Declaration, at: Layout) -> None:
+    """See that what leaves this checkout is not of a host whose records only lie here."""
+    if stage.name in {"publish", "track"} and at.laid.exists():
+        from pipelines import host_records  # noqa: PLC0415 - hardly ever
+
+        host_records.require(at, declared, None)
+
+
 def _stage(args: argparse.Namespace) -> int:
     from pipelines import inputs  # noqa: PLC0415 - not for --help
 
     at = _layout()
     declared = _load(at)
+    _require_own_records(args.stage, declared, at)
     if args.stage.name == "track" and (args.rebuild or args.key is None):
         if args.key is not None:
             _slice(at, declared, args.stage, args.key)

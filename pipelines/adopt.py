@@ -65,7 +65,10 @@ def main(at: Layout, gate_file: Path, *, commit: bool = False, dry_run: bool = F
         AdoptError: The gate did not accept them, or they are not those of this checkout's inputs.
         GitHubError, RetryLaterError: GitHub refused for another reason than a missing right.
     """
+    from pipelines import host_records  # noqa: PLC0415 - it writes as we do
+
     record = read(gate_file)
+    host_records.require(at, declaration.load(at.params), None)
     judgement, changed = adoptable(at, record)
     if not changed:
         console.info("The records are in git already: nothing to adopt.")

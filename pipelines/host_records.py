@@ -42,11 +42,6 @@ if TYPE_CHECKING:
 _BACK: Final = "`git checkout HEAD -- dvc.lock results` puts back what git has"
 
 
-def mark(at: Layout) -> Path:
-    """Return the file that says whose records lie in results/MODEL; not in git."""
-    return at.root / "work/host.json"
-
-
 def held(at: Layout) -> str | None:
     """Return whose records were laid here; None if what lies here is of the first host."""
     found = _marked(at)
@@ -108,7 +103,7 @@ def lay(at: Layout, declared: Declaration, host: str) -> int:
             hint=f"Commit what was measured here, or {_BACK}.",
         )
     changes = _changes(at, declared, models, host)
-    atomic.write_json(mark(at), {"host": host})
+    atomic.write_json(at.laid, {"host": host})
     times.path(at).unlink(missing_ok=True)
     adopt.write(at, changes)
     # So that what a kill cuts is not repaired by the records of the other host.
@@ -175,7 +170,7 @@ def _records(model: str, folder: Path, kept: list[Step]) -> Iterator[tuple[str, 
 
 def _marked(at: Layout) -> str | None:
     try:
-        found = json.loads(mark(at).read_bytes())["host"]
+        found = json.loads(at.laid.read_bytes())["host"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return str(found)

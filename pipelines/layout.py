@@ -33,6 +33,11 @@ class Layout:
         return self.root / "corpora/prompts.yaml"
 
     @property
+    def laid(self) -> Path:
+        """Whose records were laid in results/MODEL, if not those of the first host; not in git."""
+        return self.root / "work/host.json"
+
+    @property
     def machine(self) -> Path:
         """What this machine is: the hardware that a benchmark depends on."""
         return self.root / "work/machine.json"
