@@ -2,9 +2,10 @@
 What the stages of a plan cost: minutes on runners, bytes of disk, bytes from the Hub.
 
 Minutes are those that the same stages took before, by results/MODEL/times.json and, without it, by
-what the records say of themselves. Bytes are those of the records, or, of files that there are
-none of yet, upper bounds by their type and the number of weights (`pipelines.disk`). Nothing is
-asked of a network: what is not known is said to be unknown and never counted as nothing.
+what the records say of themselves, and those of the last comparison, which is no stage. Bytes are
+those of the records, or, of files that there are none of yet, upper bounds by their type and the
+number of weights (`pipelines.disk`). Nothing is asked of a network: what is not known is said to be
+unknown and never counted as nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from pipelines import disk, records, wording
 from pipelines.bundle import primary_host
 from pipelines.ci_records import Budget, TimesRecord
+from pipelines.compare_records import CompareRecord
 from pipelines.errors import FleetError
 from pipelines.load_records import LoadTestRecord
 from pipelines.publishing_words import shown_size
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 _FREE: Final = frozenset({"choose"})
 # They leave large files.
 _MAKING: Final = frozenset({"fetch", "convert", "quantize"})
+# They lead to another choice.
+_CHOOSING: Final = frozenset({"quantize", "benchmark", "evaluate", "choose"})
 _MINUTE_S: Final = 60
 _MOST_UNKNOWN: Final = 20
 _R = TypeVar("_R", bound=records.Record)
@@ -143,7 +147,26 @@ class _Model:
             self.unknown.append(
                 f"how long {wording.listed(stages)} of {self.model} {take}: nobody has timed it"
             )
+        known += self._comparison()
         return sum(known) / _MINUTE_S if known or not never else None
+
+    def _comparison(self) -> list[float]:
+        """
+        Return how long it takes to measure what is chosen against what was chosen before.
+
+        That is done of every model that has a choice and may get another one, beside its stages.
+        """
+        if all(run.stage not in _CHOOSING for run in self.runs):
+            return []
+        before = self._read("compare.json", CompareRecord)
+        if before is not None:
+            return [before.wall_s]
+        if (self.folder / "choice.json").is_file():
+            most = wording.declared(self.declared.compare.max_minutes)
+            self.unknown.append(
+                f"how long comparing {self.model} takes: nobody has timed it, {most} min at most"
+            )
+        return []
 
     def _wall_s(self, run: PlannedRun, times: Mapping[str, float]) -> float | None:
         """Return how long a stage took; of a new quant how long that of the others did."""

@@ -13,8 +13,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plan_factory import MODEL, OTHER, commit, copy, edit, edit_json, git, make
+from record_factory import compare_record
 
-from pipelines import coverage, declaration, plan, plan_budget
+from pipelines import coverage, declaration, plan, plan_budget, records
 from pipelines.__main__ import main
 from pipelines.bundle import git_blob
 from pipelines.ci_records import (
@@ -42,6 +43,7 @@ EDITS = (
     ("recipe: 1", "recipe: 2"), ("ttft_ms: 500", "ttft_ms: 600"),
     (f"{MODEL}, type: Q6_K}}", f"{MODEL}, type: Q6_K, pure: true}}"),
 )  # fmt: skip
+COMPARING = f"how long comparing {MODEL} takes: nobody has timed it, 30 min at most"
 REMOVED = ("", "verify.json", "quantize", "on", "toolchain.json")
 SOMEBODY = "tester/fleet"
 HOSTILE_REF = "$(touch${IFS}x);`x`"
@@ -295,6 +297,17 @@ def test_what_a_plan_says_of_params_yaml_is_what_lies_here(at: Layout) -> None:
     found = plan.make(at, base="main")
     assert found.params_blob == git_blob(at.params.read_bytes())
     assert found.params_blob == git(at.root, "hash-object", "params.yaml")
+
+
+def test_an_edit_that_is_not_committed_is_planned_and_said(at: Layout, fleet: Any) -> None:
+    """The plan names a commit, and a pull request will not hold the edit."""
+    edit(at.params, *GATE)
+    code, out, err = fleet("--base", "main")
+    assert (code, GATE[1].partition(":")[0] in out) == (0, True)
+    assert "params.yaml is planned as it lies here" in err
+
+    commit(at.root, "a gate")
+    assert "as it lies here" not in fleet("--base", "main")[2]
 
 
 # --- the base ---------------------------------------------------------------------------------
@@ -732,7 +745,10 @@ def test_time_is_that_of_the_same_stages_before(at: Layout) -> None:
     test_s = json.loads(at.model_record("load-test", MODEL).read_text())["wall_s"]
     found = _runs_of(at)
     assert found.gpu_minutes == pytest.approx((90 + 600 + test_s) / 60)
-    assert found.unknown == (f"how long evaluate of {MODEL} takes: nobody has timed it",)
+    assert found.unknown == (
+        f"how long evaluate of {MODEL} takes: nobody has timed it",
+        COMPARING,
+    )
 
 
 def test_without_a_record_of_times_the_records_tell_of_themselves(at: Layout) -> None:
@@ -745,7 +761,23 @@ def test_without_a_record_of_times_the_records_tell_of_themselves(at: Layout) ->
     test_s = json.loads(at.model_record("load-test", MODEL).read_text())["wall_s"]
     found = _runs_of(at)
     assert found.gpu_minutes == pytest.approx((sum(walls) + test_s) / 60)
-    assert (found.disk_bytes, found.network_bytes, found.unknown) == (0, 0, ())
+    assert (found.disk_bytes, found.network_bytes, found.unknown) == (0, 0, (COMPARING,))
+
+
+def test_the_comparison_with_the_champion_costs_as_much_as_the_last_one(at: Layout) -> None:
+    """It is no stage, and holds the machine all the same; without a choice before there is none."""
+    edit(at.params, *OBJECTIVE)
+    before = _runs_of(at)
+    assert COMPARING in before.unknown
+
+    records.write(at.comparison(MODEL), compare_record(wall_s=300.0, model=MODEL))
+    found = _runs_of(at)
+    assert found.gpu_minutes == pytest.approx((before.gpu_minutes or 0) + 5)
+    assert COMPARING not in found.unknown
+
+    at.comparison(MODEL).unlink()
+    at.model_record("choose", MODEL).unlink()
+    assert COMPARING not in _runs_of(at).unknown
 
 
 def test_nothing_is_never_what_is_unknown(at: Layout) -> None:
