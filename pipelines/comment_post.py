@@ -340,7 +340,9 @@ def _situation(gh: GitHub, run: Run, number: int) -> Situation:
         return Situation(state="waiting", run=run, number=number)
     if run.conclusion == "cancelled":
         return Situation(state="cancelled", run=run, number=number)
-    artifact = artifacts.find_artifact(gh, run.id, ARTIFACT, since=run.started_at)
+    # Of a run that is green its gate is, too: "Re-run failed jobs" leaves that of before standing.
+    since = "" if run.conclusion == "success" else run.started_at
+    artifact = artifacts.find_artifact(gh, run.id, ARTIFACT, since=since)
     if artifact is None:
         return Situation(
             state="failed",

@@ -359,8 +359,18 @@ def test_what_an_earlier_attempt_left_behind_is_not_todays(api: GitHubApi) -> No
     """A run that is run again and dies early has no gate.json of its own."""
     leave(api, gate(api), created_at="2026-01-01T00:00:00Z")
 
-    post(api, event(api, run_attempt=2, run_started_at="2026-01-02T00:00:00Z"))
+    again: dict[str, Any] = {"run_attempt": 2, "run_started_at": "2026-01-02T00:00:00Z"}
+    post(api, event(api, conclusion="failure", **again))
     assert said(api)[0].startswith("failed")
+
+
+def test_after_the_last_job_alone_was_run_again_the_numbers_are_still_there(api: GitHubApi) -> None:
+    """`adopt` failed and was started again: the gate was not, and what it found holds."""
+    leave(api, gate(api), created_at="2026-01-01T00:00:00Z")
+
+    post(api, event(api, run_attempt=2, run_started_at="2026-01-02T00:00:00Z"))
+
+    assert said(api) == ["judged"]
 
 
 def bomb() -> bytes:
@@ -418,10 +428,10 @@ def linked() -> bytes:
         (lambda: zipped({"gate.json": b"\xff\xfe"}), "no JSON"),
         (lambda: zipped({"gate.json": "[1]"}), "no JSON object"),
         (lambda: zipped({"gate.json": deep()}), "no JSON|nested deeper"),
-        (lambda: zipped({"gate.json": '{"a": NaN}'}), "NaN is no number"),
-        (lambda: zipped({"gate.json": '{"a": -Infinity}'}), "-Infinity is no number"),
-        (lambda: zipped({"gate.json": '{"a": 1e999}'}), "1e999 is no number"),
-        (lambda: zipped({"gate.json": '{"a": ' + "9" * 5000 + "}"}), "is no number"),
+        (lambda: zipped({"gate.json": '{"a": NaN}'}), "NaN is not a number"),
+        (lambda: zipped({"gate.json": '{"a": -Infinity}'}), "-Infinity is not a number"),
+        (lambda: zipped({"gate.json": '{"a": 1e999}'}), "1e999 is not a finite number"),
+        (lambda: zipped({"gate.json": '{"a": ' + "9" * 5000 + "}"}), "5,000 digits"),
         (lambda: zipped({"gate.json": '{"a": 1, "a": 2}'}), "twice"),
         (lambda: zipped({"gate.json": '{"a": "' + "x" * 40_000_000 + '"}'}), "says 40000009"),
     ],

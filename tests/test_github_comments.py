@@ -13,7 +13,7 @@ from github_api import ACTIONS, Fault, GitHubApi, Seen
 from github_fixtures import client, patient_client, serving
 
 from pipelines.errors import RetryLaterError
-from pipelines.github.comments import Order, marker_line, remove_comments, upsert_comment
+from pipelines.github.comments import Order, marker_line, upsert_comment
 from pipelines.github.errors import GitHubError
 
 if TYPE_CHECKING:
@@ -231,15 +231,6 @@ def test_something_that_writes_the_same_comment_for_ever_is_named(api: GitHubApi
 
     with pytest.raises(RetryLaterError, match="change as fast"):
         say(api, "x", Order(5, 1, 1))
-
-
-def test_comments_of_ours_can_be_removed(api: GitHubApi) -> None:
-    """All of a marker, and no other."""
-    say(api, "x", Order(5, 1, 1))
-    api.add_comment(1, "stay", "mona")
-
-    assert remove_comments(client(api), 1, MARKER) == 1
-    assert bodies(api) == ["stay"]
 
 
 def on(api: GitHubApi, pattern: str, act: Any) -> None:

@@ -152,7 +152,7 @@ def test_a_move_whose_answer_was_lost_is_a_success(api: GitHubApi) -> None:
 
 
 @pytest.mark.parametrize("name", ["bump/m", "wip#1", "x;rm-rf$HOME", "\u00fc%2Fx", "`id`"])
-def test_branches_with_any_name_are_made_and_removed(api: GitHubApi, name: str) -> None:
+def test_branches_with_any_name_are_made_and_moved(api: GitHubApi, name: str) -> None:
     """Names of branches are text of strangers; git itself refuses the worst."""
     gh, sha = client(api), head_of(api, "main")
 
@@ -162,10 +162,6 @@ def test_branches_with_any_name_are_made_and_removed(api: GitHubApi, name: str) 
     assert commits.branch_head(gh, name) == made == head_of(api, name)
     with pytest.raises(MovedError):
         commits.create_branch(gh, name, sha)
-
-    commits.delete_branch(gh, name)
-    commits.delete_branch(gh, name)
-    assert commits.branch_head(gh, name) is None
 
 
 @pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../b", "a//b", ".git/config", "a/"])

@@ -9,29 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import math
 import struct
 import zipfile
 import zlib
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import console
+from pipelines import console, strict_json
 from pipelines.errors import FleetError
 from pipelines.github.client import taken
 from pipelines.github.errors import GitHubError, TooLargeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pipelines.github.client import GitHub
 
 MAX_ZIP_BYTES: Final = 4 << 20
 MAX_FILE_BYTES: Final = 32 << 20
-_MAX_DEPTH: Final = 40
-_MAX_VALUES: Final = 1_000_000
-_MAX_DIGITS: Final = 40
 _PIECE_BYTES: Final = 1 << 16
+# Records are kept as the texts that they are.
+_ANY_LINES: Final = frozenset({"*"})
 _ENCRYPTED: Final = 1
 _PLAIN_METHODS: Final = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
 
@@ -141,72 +136,15 @@ def _inflated(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, member: str) -> 
 
 def parsed(data: bytes, what: str) -> dict[str, Any]:
     """
-    Return a JSON object from outside: finite numbers, bounded depth, no key twice.
+    Return a JSON object from outside: see `strict_json.loads`.
 
     Raises:
         ArtifactError: It is anything else.
     """
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            parse_constant=_refuse,
-            parse_int=_whole,
-            parse_float=_decimal,
-            object_pairs_hook=_pairs,
-        )
-    except _NumberError as error:
-        raise ArtifactError(f"{what}: {error}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{what} is no JSON: {type(error).__name__}.") from error
+        value = strict_json.loads(data, limit_bytes=MAX_FILE_BYTES, lines_in=_ANY_LINES)
+    except strict_json.NotJsonError as error:
+        raise ArtifactError(f"{what} is no JSON of ours: {error.message}.") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{what} is no JSON object.")
-    if _too_much(value):
-        raise ArtifactError(f"{what} is nested deeper, or holds more, than any of ours.")
     return value
-
-
-class _NumberError(Exception):
-    """Something that JSON may say and no record of ours does."""
-
-
-def _refuse(text: str) -> NoReturn:
-    raise _NumberError(f"{console.clean(text)[:50]} is no number")
-
-
-def _whole(text: str) -> int:
-    if len(text) > _MAX_DIGITS:
-        _refuse(text)
-    return int(text)
-
-
-def _decimal(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        _refuse(text)
-    return number
-
-
-def _pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in found}) != len(found):
-        raise _NumberError("a key is there twice")
-    return dict(found)
-
-
-def _too_much(value: dict[str, Any]) -> bool:
-    level: list[Any] = [value]
-    values = 0
-    for _ in range(_MAX_DEPTH):
-        values += len(level)
-        if values > _MAX_VALUES:
-            return True
-        level = [inner for each in level for inner in _inner(each)]
-        if not level:
-            return False
-    return True
-
-
-def _inner(value: object) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value

@@ -137,15 +137,6 @@ def _stays(
     return keep_ended and there.phase == 1 and there != order
 
 
-def remove_comments(gh: GitHub, number: int, marker: str) -> int:
-    """Remove every comment of ours with a marker; return how many there were."""
-    own = _Writer(gh, number, marker)
-    found = own.all()
-    for each in found:
-        own.remove(each)
-    return len(found)
-
-
 class _Writer:
     """Comments of one marker on one pull request, under one login."""
 

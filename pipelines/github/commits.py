@@ -92,16 +92,6 @@ def move_branch(gh: GitHub, branch: str, sha: str, *, force: bool = False) -> No
         raise _moved(branch, found, sha) from error
 
 
-def delete_branch(gh: GitHub, branch: str) -> None:
-    """Remove a branch, if it is there. Raises: see `client.GitHub.delete`."""
-    try:
-        gh.delete(f"git/refs/{ref_path(branch)}")
-    except GitHubError as error:
-        # This is how GitHub says that there is none.
-        if error.status != _UNPROCESSABLE or branch_head(gh, branch) is not None:
-            raise
-
-
 def commit_files(
     gh: GitHub, branch: str, files: Mapping[str, bytes | None], message: str, *, parent: str
 ) -> str:
