@@ -99,6 +99,7 @@ def main(
         ParamsError: There is no commit, or the checkout is not that of the pull request.
     """
     plan = make(at, base=base, labels=labels)
+    _warn_of_uncommitted(at, plan)
     if out is not None:
         records.write(out, plan)
     _tell(plan, as_json=as_json)
@@ -180,6 +181,18 @@ def _head(at: Layout) -> str:
             "`ref: ${{ github.event.pull_request.head.sha }}` and `fetch-depth: 0`.",
         )
     return head
+
+
+def _warn_of_uncommitted(at: Layout, plan: PlanRecord) -> None:
+    """Say that what was planned is no commit: a pull request, and the gate, know only commits."""
+    if runner.in_actions():
+        return
+    told = trees.Git(at.root).show(plan.head, trees.DECLARATION)
+    if plan.params_blob is not None and (told is None or git_blob(told) != plan.params_blob):
+        console.warn(
+            f"{trees.DECLARATION} is planned as it lies here, and {plan.head[:12]} has another. "
+            "A pull request holds what is committed: git commit, then plan again."
+        )
 
 
 def _base(at: Layout, head: str, wanted: str | None) -> _Base:
@@ -606,8 +619,8 @@ def _tell(plan: PlanRecord, *, as_json: bool) -> None:
 
 
 def _lines(plan: PlanRecord) -> Iterator[str]:
-    base = plan.base[:12] if plan.base else "nothing"
-    yield f"{plan.head[:12]} against {base}: {sentence(plan)}"
+    against = "" if plan.problems else f" against {plan.base[:12] if plan.base else 'nothing'}"
+    yield f"{plan.head[:12]}{against}: {sentence(plan)}"
     width = max((len(one.model) for one in plan.models), default=0)
     for one in plan.models:
         told = _changes(one)

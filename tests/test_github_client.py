@@ -188,8 +188,10 @@ def test_a_read_survives_a_fault_that_passes(api: GitHubApi, kind: str) -> None:
     assert len(api.requests) == 3
 
 
-def test_what_never_answers_is_given_up_at_the_deadline(api: GitHubApi) -> None:
-    """With the number of attempts and the last reason."""
+def test_what_never_answers_is_given_up_at_the_deadline(
+    api: GitHubApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the number of attempts and the last reason; that there is a wait is said, once."""
     clock = Clock()
     api.strike(Fault(kind="status", status=500, body={"message": "Server Error"}), times=-1)
 
@@ -198,6 +200,7 @@ def test_what_never_answers_is_given_up_at_the_deadline(api: GitHubApi) -> None:
 
     assert clock.now_s <= 180
     assert len(clock.waited) > 5
+    assert capsys.readouterr().err.count("500 (Server Error); going on for 1") == 1
 
 
 def test_a_comment_whose_answer_was_lost_is_not_written_twice(api: GitHubApi) -> None:

@@ -49,6 +49,8 @@ _ANSWER_WITHIN_S: Final = 30.0
 _BODY_WITHIN_S: Final = 60.0
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 20.0
+# Attempts until a person is told that there is something to wait for.
+_TOLD_AT_ATTEMPT: Final = 3
 # What GitHub asks for where a secondary limit comes without a time.
 _SECONDARY_PAUSE_S: Final = 60.0
 
@@ -378,6 +380,9 @@ class GitHub:
                     raise BusyError(f"{_named(request)}: {error.text}.", pause_s) from error
                 if error.pause_s is not None:
                     console.info(f"GitHub asks to wait {pause_s:.0f} s: {error.text}.")
+                elif attempt == _TOLD_AT_ATTEMPT:
+                    # A wrong address looks like this, too: nobody is to wait for it unsaid.
+                    console.info(f"{_named(request)}: {error.text}; going on for {left_s:.0f} s.")
                 self.pause(pause_s)
 
     def _followed(self, request: _Request, *, follow: bool, limit_bytes: int) -> _Reply:
