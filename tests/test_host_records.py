@@ -34,6 +34,8 @@ from pipelines.layout import Layout
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pipelines.params import Declaration
+
 FIRST, OTHER_HOST = "local", "big"
 LABELS = "    runs_on: [self-hosted, gpu]\n"
 HOST = (LABELS, f"{LABELS}  {OTHER_HOST}:\n    vram_mib: 24576\n    runs_on: [self-hosted, big]\n")
@@ -42,7 +44,7 @@ HW_IDS = {FIRST: "0" * 64, OTHER_HOST: "1" * 64}
 ON_MACHINE = {"benchmark", "choose", "load-test"}
 
 
-def declared(at: Layout) -> declaration.Declaration:
+def declared(at: Layout) -> Declaration:
     """Read params.yaml."""
     return declaration.load(at.params)
 
