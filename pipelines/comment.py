@@ -605,10 +605,22 @@ def of_gate(
         one.model for one in plan.models if one.change == "removed"
     }
     found = build(base, head, plan=plan, git=git, run_url=run_url, models=sorted(shown) or [""])
-    failures = tuple(dict.fromkeys((*(one.text for one in judged.failures), *gate.failures)))
+    unplanned = _unplanned(base, head, plan) if base or not gate.base else ()
+    failures = tuple(
+        dict.fromkeys((*unplanned, *(one.text for one in judged.failures), *gate.failures))
+    )
     if not failures:
         return replace(found, conclusion=judged.conclusion)
     return _beside(found, failures, _worse(judged.conclusion, gate.conclusion))
+
+
+def _unplanned(base: Side | None, head: Side, plan: PlanRecord) -> Iterator[str]:
+    """Yield what the declaration changes and the plan is silent about: a run may write any plan."""
+    planned = {one.model: one.change for one in plan.models}
+    different = plan_differences.of_fleet(_declared(base), declaration.load(head.at.params))
+    for name, one in different.items():
+        if one.change != "unchanged" and planned.get(name, "unchanged") == "unchanged":
+            yield f"{name}: its declaration is another one than at the base, and the plan says not."
 
 
 def _worse(ours: Conclusion, theirs: Conclusion) -> Conclusion:

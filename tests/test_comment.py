@@ -381,6 +381,18 @@ def test_a_bundle_that_was_tampered_with_is_not_shown(fork: Fork, tmp_path: Path
     assert "Q4_K_M.json" in text
 
 
+def test_a_plan_that_is_silent_about_a_changed_model_is_not_green(
+    fork: Fork, tmp_path: Path
+) -> None:
+    """Whoever writes the plan may leave a model out; the declarations of both commits may not."""
+    silent = fork.gate(plan=fork.plan().model_copy(update={"models": ()}), bundles=(), verdict=None)
+
+    found = comment.of_gate(silent, fork.params, fork.at, tmp_path / "trees")
+
+    assert (found.state, found.conclusion) == ("failed", "failure")
+    assert f"{MODEL}: its declaration is another one than at the base" in visible(found)
+
+
 def test_a_gate_without_bundles_says_what_failed(fork: Fork, tmp_path: Path) -> None:
     """The sentences of its failures, and no verdict."""
     broken = fork.gate(
