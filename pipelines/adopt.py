@@ -12,6 +12,8 @@ without which the records speak of nothing, comes last. The same command repairs
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
@@ -33,7 +35,6 @@ from pipelines.verdict_words import tidy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from pipelines.gate import Judgement
     from pipelines.layout import Layout
@@ -122,7 +123,10 @@ def adoptable(at: Layout, record: GateRecord) -> tuple[Judgement, dict[str, byte
         )
     declared = declaration.load(at.params)
     text = at.params.read_text(encoding="utf-8")
-    judgement = gate.judge_bundles(at, text, record.plan, record.bundles)
+    with tempfile.TemporaryDirectory(prefix="fleet-base-") as folder:
+        # As in the gate: the message of the commit says no better verdict than the check.
+        base = gate.base_of(at, record.plan, Path(folder))
+        judgement = gate.judge_bundles(base, text, record.plan, record.bundles)
     if judgement.failures:
         raise AdoptError(
             f"these records are not those of this checkout: {judgement.failures[0].text}",

@@ -179,7 +179,7 @@ def gate(
         found += _held_by_git(at, declared, plan, failures)
         failures += _of_legs(plan, measured, found)
         with tempfile.TemporaryDirectory(prefix="fleet-base-") as folder:
-            base = _base(at, plan, Path(folder))
+            base = base_of(at, plan, Path(folder))
             judgement = judge_bundles(base, text, plan, found, others=failures)
         judgement, changed = _covered(at, declared, plan, found, judgement)
     except (FleetError, UnicodeDecodeError, OSError) as error:
@@ -201,7 +201,7 @@ def gate(
     return record, bool(changed) and may_be_adopted
 
 
-def _base(at: Layout, plan: PlanRecord, into: Path) -> Layout:
+def base_of(at: Layout, plan: PlanRecord, into: Path) -> Layout:
     """Return the tree of the base: of what was released before, no branch may speak for itself."""
     try:
         start = trees.Git(at.root).parse(plan.base) if plan.base else None

@@ -78,11 +78,13 @@ def changed(path: Path, **changes: Any) -> Path:
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """Return every file below a folder."""
+    """Return every file below a folder, less what programs said."""
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and ".git/" not in f"{path.relative_to(root)}/"
+        if path.is_file()
+        and ".git/" not in f"{path.relative_to(root)}/"
+        and not path.is_relative_to(root / "work/logs")
     }
 
 

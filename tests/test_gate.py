@@ -14,6 +14,7 @@ from bundle_factory import (
     MODEL,
     TWIN,
     bundle_of,
+    commit,
     edited,
     fleet,
     plan_of,
@@ -437,6 +438,18 @@ def test_every_file_beside_the_bundles_has_to_be_one(at: Layout) -> None:
 
 
 # --- judged again -----------------------------------------------------------------------------
+
+
+def test_of_what_was_released_before_only_the_base_speaks(at: Layout) -> None:
+    """A branch that edits release.json changes nothing of what it is held against."""
+    base = commit(at.root)
+    at.release(MODEL).write_text("{}")
+
+    here, _ = judged(at, plan_of(at, LEG), bundle_of(at))
+    record, _ = judged(at, plan_of(at, LEG, base=base), bundle_of(at))
+
+    assert here.verdict != "PROMOTE", "a base that is not there leaves the checkout"
+    assert (record.conclusion, record.verdict) == ("success", "PROMOTE")
 
 
 def test_whoever_shows_it_judges_the_same_data_again(at: Layout, tmp_path: Path) -> None:
