@@ -310,17 +310,6 @@ def test_an_edit_that_is_not_committed_is_planned_and_said(at: Layout, fleet: An
     assert "as it lies here" not in fleet("--base", "main")[2]
 
 
-def test_an_edit_that_is_not_committed_is_planned_and_said(at: Layout, fleet: Any) -> None:
-    """The plan names a commit, and a pull request will not hold the edit."""
-    edit(at.params, *GATE)
-    code, out, err = fleet("--base", "main")
-    assert (code, GATE[1].partition(":")[0] in out) == (0, True)
-    assert "params.yaml is planned as it lies here" in err
-
-    commit(at.root, "a gate")
-    assert "as it lies here" not in fleet("--base", "main")[2]
-
-
 # --- the base ---------------------------------------------------------------------------------
 
 
