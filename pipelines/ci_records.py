@@ -247,3 +247,8 @@ class GateRecord(Record):
     plan: PlanRecord | None = None
     bundles: tuple[BundleRecord, ...] = ()
     failures: tuple[Sentence, ...] = ()
+
+
+def is_records_of(message: str, head: str) -> bool:
+    """Tell whether a commit has the message by which `fleet adopt` puts records of `head` there."""
+    return message.startswith("Records: ") and f" at {head}." in message

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pydantic import ValidationError
 
 from pipelines import console, runner
-from pipelines.ci_records import GateRecord
+from pipelines.ci_records import GateRecord, is_records_of
 from pipelines.errors import FleetError, MachineError
 from pipelines.github import artifacts, checks, comments, commits
 from pipelines.github.comments import Order
@@ -171,7 +171,7 @@ def post(
     rendered, broken = _rendered(render, situation)
     # Rendering and reading take time; what is said is said of this commit only.
     again = gh.get(f"pulls/{number}")
-    if _head_sha(again) != run.head:
+    if not _is_at(gh, {**again, "state": "open"}, run):
         console.info(f"#{number} was changed in the meantime: the run of its new commit reports.")
         return None
     runner.summary(rendered.markdown)
@@ -312,11 +312,29 @@ def _pull_of(gh: GitHub, run: Run) -> dict[str, Any] | None:
     found = [
         pull
         for pull in gh.paged("pulls", state="all", head=f"{owner}:{run.branch}")
-        if _head_sha(pull) == run.head and _head_repository(pull) == run.head_repository
+        if _head_repository(pull) == run.head_repository and _is_at(gh, pull, run)
     ]
     # The open one; of several from one branch the oldest.
     found.sort(key=lambda pull: (pull.get("state") != "open", pull.get("number")))
     return found[0] if found else None
+
+
+def _is_at(gh: GitHub, pull: dict[str, Any], run: Run) -> bool:
+    """
+    Tell whether a branch is at the commit of a run, or at that of its records.
+
+    `fleet adopt` puts them onto the branch before the run is over. Where somebody else went on, the
+    run of the new commit reports; whoever writes adopt's message himself gains nothing by it.
+    """
+    sha = _head_sha(pull)
+    if sha is None or sha == run.head:
+        return sha == run.head
+    if pull.get("state") != "open":
+        return False
+    commit = gh.find(f"git/commits/{sha}")
+    if not isinstance(commit, dict) or not is_records_of(str(commit.get("message")), run.head):
+        return False
+    return [one.get("sha") for one in commit.get("parents") or []] == [run.head]
 
 
 def _head_sha(pull: dict[str, Any]) -> str | None:

@@ -303,6 +303,20 @@ def test_a_run_of_no_pull_request_is_reported_nowhere(
     assert not [seen for seen in api.requests if seen.is_write]
 
 
+def test_a_run_whose_records_are_on_the_branch_already_is_reported(api: GitHubApi) -> None:
+    """`adopt` commits before the run is over; the check run stays with what was measured."""
+    measured = event(api)
+    leave(api, gate(api))
+    asked = api.git.head("feature")
+    message = f"Records: promote tiny\n\nMeasured tiny on local at {asked}.\n"
+    api.git.commit("feature", {"results/tiny/choice.json": "{}"}, message)
+
+    post(api, measured)
+
+    assert len(said(api)) == 1
+    assert [check["head_sha"] for check in api.check_runs.values()] == [asked]
+
+
 def test_a_branch_that_was_forced_on_while_it_was_measured_is_left_to_its_new_run(
     api: GitHubApi,
 ) -> None:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import act
+import comment_page
 import github_events
 import pytest
 from github_api import GitHubApi
@@ -34,6 +35,8 @@ pytestmark = [pytest.mark.toolchain, pytest.mark.alone, pytest.mark.timeout(1800
 MODEL: Final = "tiny-llama"
 _QUANTS = re.compile(rf"^  {MODEL}-(?!Q8_0)\S+: .*\n", re.MULTILINE)
 _ATTEMPTS: Final = 3
+# Made by this very test: numbers are `#`.
+GOLDEN: Final = act.ROOT / "tests/data/story/comment.txt"
 
 
 class Fork:
@@ -242,6 +245,24 @@ def records(fork: Fork, revision: str) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name.startswith(f"results/{MODEL}/")}
 
 
+def skeleton(body: str) -> list[str]:
+    """Return what a comment says whatever was measured: sentences, tables, what is folded."""
+    kept = re.findall(r"^(?:### |\*\*|\| (?:quant|gate|set) |<details>).*", body, re.MULTILINE)
+    return [re.sub(r"\d[\d,.]*", "#", line) for line in kept]
+
+
+def require_readable(body: str, place: Path) -> None:
+    """Assert that a browser shows it at two widths, charts and all; leave pictures of it."""
+    (place / "comment.md").write_text(body, encoding="utf-8")
+    if comment_page.BROWSER is None:
+        return
+    for width in (900, 390):
+        seen = comment_page.browse(body, place, width)
+        assert not [chart for chart in seen["charts"] if "Syntax error" in chart]
+        assert (seen["wider"], seen["scroll"] <= seen["width"]) == ([], True)
+        comment_page.browse(body, place, width, png=place / f"comment-{width}.png")
+
+
 def require_published(fork: Fork, run: act.Run) -> None:
     """Assert that every GGUF of main is in the registry, byte for byte, and was attested."""
     digests = {
@@ -310,7 +331,8 @@ def test_a_new_quant_is_measured_reported_merged_published_and_rolled_back(fork:
     assert f"results/{MODEL}/benchmark/Q4_K_M.json" in changed
     # One comment; the check on the measured commit is green.
     body = fork.comment(number)
-    assert "Q4_K_M" in body
+    assert skeleton(body) == GOLDEN.read_text(encoding="utf-8").splitlines()
+    require_readable(body, fork.place)
     assert fork.checks(asked)[-1] == "success"
 
     # The new head needs no second measurement.
