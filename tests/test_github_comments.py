@@ -233,6 +233,17 @@ def test_something_that_writes_the_same_comment_for_ever_is_named(api: GitHubApi
         say(api, "x", Order(5, 1, 1))
 
 
+def test_a_run_that_waits_stands_back_for_one_that_still_measures(api: GitHubApi) -> None:
+    """Its commit is that of the records of the other one, whose numbers are still to come."""
+    say(api, "measuring", Order(5, 1, 0))
+
+    assert not upsert_comment(
+        client(api), 1, MARKER, "waits", Order(6, 1, 0), keep_ended=True, settle_s=0.0
+    )
+    assert say(api, "PROMOTE", Order(5, 1, 1))
+    assert bodies(api) == ["PROMOTE"]
+
+
 def on(api: GitHubApi, pattern: str, act: Any) -> None:
     """Do something as each request that fits arrives, before it is answered."""
     import re  # noqa: PLC0415 - here alone

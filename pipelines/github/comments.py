@@ -87,7 +87,8 @@ def upsert_comment(  # noqa: PLR0913 - what a comment is, and how to settle
         body: Markdown.
         order: Of this report.
         create: Make one where there is none; otherwise only one that is there is changed.
-        keep_ended: Leave one of another run that is over as it is.
+        keep_ended: Leave one of another run as it is: that is over, or still ends (the run whose
+            own commit of records made this one wait).
         believed: Tells of the order of a newer one whether there is such a run; one that is not
             believed is overwritten. All are believed if absent.
         settle_s: Seconds after a write until it is looked at once more.
@@ -134,7 +135,7 @@ def _stays(
     """Tell whether what stands there is not to be overwritten."""
     if there > order:
         return believed is None or believed(there)
-    return keep_ended and there.phase == 1 and there != order
+    return keep_ended and there != order
 
 
 class _Writer:
