@@ -29,7 +29,7 @@ repro: setup  ## Run the chain on every declared model: convert, quantize, measu
 test: toolchain  ## Run all tests (about 30 minutes on 2 cores); ARGS="-k choose" picks some
 	@$(RUN) python -m pytest -n logical --maxprocesses 8 $(ARGS)
 
-check: setup  ## Lint, types, workflows and actions, schema and docs in sync (about 20 seconds)
+check: setup  ## Lint, types, workflows and actions, schema and docs in sync (about 20 seconds, the first time a minute)
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
