@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pipelines import (
     console,
     declaration,
+    host_records,
     marked_yaml,
     plan_budget,
     plan_differences,
@@ -136,6 +137,7 @@ def make(at: Layout, *, base: str | None = None, labels: Iterable[str] = ()) -> 
     except ParamsError as error:
         found = _problems(at, error)
         return PlanRecord(base=None, problems=found, allowed=False, **common)
+    host_records.require(at, declared, None)
     before = _base(at, head, base or None)
     with tempfile.TemporaryDirectory(prefix="fleet-plan-") as folder:
         then = _then(declared, at, before, Path(folder) / "base")

@@ -244,7 +244,9 @@ def test_records_of_one_host_are_never_packed_as_those_of_another(both: Layout) 
             host_records.require(both, told, host)
 
 
-@pytest.mark.parametrize("argv", [["publish", MODEL], ["repro", MODEL], ["adopt", "gate.json"]])
+@pytest.mark.parametrize(
+    "argv", [["publish", MODEL], ["repro", MODEL], ["adopt", "gate.json"], ["plan"]]
+)
 def test_numbers_of_another_host_are_no_release_and_no_records_of_the_first(
     both: Layout,
     argv: list[str],
