@@ -38,7 +38,9 @@ def payload(event: str, action: str | None = None) -> dict[str, Any]:
     )
     assert found is not None, f"no example of {event} {action}"
     adapted = copy.deepcopy(found)
-    adapted["repository"].update(full_name=REPOSITORY, fork=False, default_branch="main")
+    adapted["repository"].update(
+        full_name=REPOSITORY, fork=False, default_branch="main", private=False
+    )
     return adapted
 
 
@@ -67,10 +69,11 @@ def merge_group() -> dict[str, Any]:
     return _context("merge_group", event, ref="refs/heads/gh-readonly-queue/main/pr-7-abc")
 
 
-def push(ref: str = "refs/heads/main") -> dict[str, Any]:
+def push(ref: str = "refs/heads/main", *, private: bool = False) -> dict[str, Any]:
     """Return the context of a push to a branch or tag."""
     event = payload("push")
     event["ref"] = ref
+    event["repository"]["private"] = private
     return _context("push", event, ref=ref)
 
 
@@ -79,10 +82,11 @@ def schedule() -> dict[str, Any]:
     return _context("schedule", {"schedule": "17 */6 * * *"}, ref="refs/heads/main")
 
 
-def dispatch(ref: str = "refs/heads/main") -> dict[str, Any]:
+def dispatch(ref: str = "refs/heads/main", *, private: bool = False) -> dict[str, Any]:
     """Return the context of a run that somebody started by hand, on a branch or tag."""
     event = payload("workflow_dispatch")
     event["ref"] = ref
+    event["repository"]["private"] = private
     return _context("workflow_dispatch", event, ref=ref)
 
 

@@ -33,8 +33,10 @@ EVENTS: Final[Mapping[str, Callable[[], dict[str, Any]]]] = {
     "merge group": github.merge_group,
     "push to main": github.push,
     "push to a branch": lambda: github.push("refs/heads/bump/tiny"),
+    "push to main, private": lambda: github.push(private=True),
     "schedule": github.schedule,
     "dispatch": github.dispatch,
+    "dispatch, private": lambda: github.dispatch(private=True),
     "dispatch on a branch": lambda: github.dispatch("refs/heads/bump/tiny"),
     "dispatch on a tag called main": lambda: github.dispatch("refs/tags/main"),
     "run requested": lambda: github.workflow_run("requested", conclusion=None),
@@ -52,8 +54,10 @@ OWN: Final = frozenset(
 )  # fmt: skip
 # A workflow_run has the ref of the default branch, whatever it is about.
 ON_MAIN: Final = frozenset(
-    {"push to main", "dispatch", *(event for event in EVENTS if event.startswith("run "))}
-)
+    {"push to main", "push to main, private", "dispatch", "dispatch, private",
+     *(event for event in EVENTS if event.startswith("run "))}
+)  # fmt: skip
+PUBLIC: Final = frozenset(event for event in EVENTS if not event.endswith(", private"))
 RUNS: Final = frozenset(
     {"run requested", "run succeeded", "run failed", "run cancelled", "run of a fork"}
 )
@@ -132,6 +136,7 @@ def published(**outputs: str) -> dict[str, Any]:
 TWO: Final = published(checksums="checksums.txt", checksums_rest="checksums.2.txt")
 ONE: Final = published(checksums="checksums.txt", checksums_rest="")
 EMPTY: Final = published(checksums="", checksums_rest="")
+ATTESTS: Final[dict[str, Any]] = {"vars": {"FLEET_ATTEST": "true"}}
 UNSAID: Final[dict[str, Any]] = {"steps": {"publish": {"outputs": {}}}}
 
 _GPU: Final = "model-pr jobs.gpu.if"
@@ -168,13 +173,19 @@ CONDITIONS: Final = [
     Condition("publish jobs.plan.if", ON_MAIN),
     *where_something_is_to_do("publish jobs.publish.if", "plan"),
     *with_an_app("publish jobs.publish.steps.app.if"),
-    Condition(_FIRST, ALL, TWO),
-    Condition(_FIRST, ALL, ONE),
-    Condition(_FIRST, ALL, ONE, "failure"),
+    # Where GitHub sells no attestations all is published without them, and nothing is red.
+    Condition(_FIRST, PUBLIC, TWO),
+    Condition(_FIRST, PUBLIC, ONE),
+    Condition(_FIRST, PUBLIC, ONE, "failure"),
     Condition(_FIRST, NONE, ONE, "cancelled"),
     Condition(_FIRST, NONE, EMPTY),
     Condition(_FIRST, NONE, UNSAID, "failure"),
-    Condition(_REST, ALL, TWO),
+    # A private repository that GitHub sells attestations to says so.
+    Condition(_FIRST, ALL, TWO | ATTESTS),
+    Condition(_FIRST, PUBLIC, TWO | {"vars": {"FLEET_ATTEST": "false"}}),
+    Condition(_FIRST, NONE, EMPTY | ATTESTS),
+    Condition(_REST, PUBLIC, TWO),
+    Condition(_REST, ALL, TWO | ATTESTS),
     Condition(_REST, NONE, ONE),
     Condition(_REST, NONE, UNSAID, "failure"),
     # Of forks too: nothing of theirs runs. A merge queue has no pull request to report to.
