@@ -40,6 +40,7 @@ from pipelines.records import (
 from pipelines.release_records import STABLE, short
 from pipelines.report_tree import VERDICTS
 from pipelines.tables import at as at_tokens
+from pipelines.verdict_rules import binding_outcome
 from pipelines.verify_records import VerifyRecord
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Sources:
         git: Where older records are; None if they are not asked for.
         base: Commit from which older records are counted back.
         times_s: How long each stage ran, of what was measured now.
+        is_uncovered: Whether something that is declared was never measured.
     """
 
     declared: JudgeSlice
@@ -117,6 +119,7 @@ class Sources:
     git: Git | None = None
     base: str = ""
     times_s: Mapping[str, float] | None = None
+    is_uncovered: bool = False
 
 
 # --- the model --------------------------------------------------------------------------------
@@ -135,6 +138,8 @@ def comment(given: Sources, mark_of: Mapping[str, str]) -> ModelComment:
     is_elsewhere = verdict != "PROMOTE" and len(hosts) > 1
     has_why = winner is None or verdict == "INVALID" or is_elsewhere
     why = _why(verdict, hosts) if has_why else ""
+    if verdict == "UNMEASURED" and hosts:
+        why = "the records are not those of what is declared here"
     found = ModelComment(
         name=name,
         verdict=verdict,
@@ -334,6 +339,9 @@ def _verdict(
     judged = {primary: told.judged} | {one.host: each.judged for one, each in others}
     found = tuple(gate.of_hosts(name, hosts, primary, judged))
     verdict = verdict_words.worst(*(one.verdict for one in found))
+    if verdict == "INVALID" and given.is_uncovered:
+        # Nothing was disturbed: the records are of what was declared before.
+        return tuple(_host_lines(found)), "UNMEASURED", f"`fleet repro {name}` measures it."
     step = next((one.next_step for one in found if one.verdict == verdict), "")
     return tuple(_host_lines(found)), verdict, step if verdict != "PROMOTE" else ""
 
@@ -472,7 +480,7 @@ def _proven(told: Told, rule: str) -> tuple[str, str] | None:
         if isinstance(built, QuantizeRecord) and (
             known.compared.challenger.gguf_sha256 == built.gguf.sha256
         ):
-            return _tidy(known.compared.outcome), "not worse"
+            return binding_outcome(known.compared, known.declared) or "nothing", "not worse"
     return None
 
 

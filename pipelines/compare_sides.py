@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -186,7 +187,7 @@ def _of_host(choice: records.ChoiceRecord, host: str | None) -> records.HostChoi
 
 def _side(source: str, quantized: records.QuantizeRecord, tools: Toolchain) -> Side:
     return Side(
-        source=source,
+        source=source[:12] if re.fullmatch(r"[0-9a-f]{40}", source) else source,
         key=quantized.key,
         type=quantized.type,
         gguf_sha256=quantized.gguf.sha256,

@@ -16,15 +16,14 @@ from pipelines.console import clean
 from pipelines.evaluate_records import EvaluateRecord
 from pipelines.records import QuantizeRecord
 from pipelines.report_tree import Finding, Section, TextTable
-from pipelines.verdict_rules import exchange_words, is_exchange, outcome_of
+from pipelines.verdict_rules import binding_outcome, exchange_words, is_exchange
 from pipelines.verify_records import VerifyRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pipelines.compare_records import Outcome
     from pipelines.evaluate_records import EvalResult, QuantEval
-    from pipelines.params import Objective
+    from pipelines.params import JudgeSlice
     from pipelines.verdict import ModelVerdict
     from pipelines.verdict_evidence import Evidence
     from pipelines.verify_records import Check
@@ -52,11 +51,7 @@ def sections(evidence: Evidence, judged: ModelVerdict) -> tuple[Section, ...]:
         found += _evals(evidence.evaluated)
     compared = evidence.compared
     if isinstance(compared, CompareRecord) and _speaks_of(compared, evidence):
-        declared = evidence.declared
-        outcome = outcome_of(
-            compared, declared.compare_effects, declared.alpha, objective=declared.objective
-        )
-        found.append(_comparison(compared, outcome, declared.objective))
+        found.append(_comparison(compared, evidence.declared))
     return tuple(found)
 
 
@@ -135,12 +130,13 @@ def _speaks_of(compared: CompareRecord, evidence: Evidence) -> bool:
     return compared.challenger.gguf_sha256 in {one.gguf.sha256 for one in built}
 
 
-def _comparison(compared: CompareRecord, outcome: Outcome | None, objective: Objective) -> Section:
+def _comparison(compared: CompareRecord, declared: JudgeSlice) -> Section:
     """Return what `fleet compare` prints: the outcome, the table, why it may be believed."""
+    outcome = binding_outcome(compared, declared)
     is_valid = compared.validity.verdict == "VALID" and outcome is not None
     said, *rest = compare_words.sentences(compared)
-    if is_exchange(compared):
-        rest = [exchange_words(compared, objective), *rest]
+    if is_valid and is_exchange(compared):
+        said, rest = exchange_words(compared, declared.objective), [said, *rest]
     rows = tuple(tuple(_tidy(cell) for cell in row.cells) for row in compare_words.rows(compared))
     heads = tuple(head or "test" for head in compare_words.HEADS)
     return Section(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pipelines.compare_records import CompareRecord, Outcome
     from pipelines.evaluate_records import EvalResult, QuantEval
-    from pipelines.params import Objective, Waivable
+    from pipelines.params import JudgeSlice, Objective, Waivable
     from pipelines.records import HostChoice
     from pipelines.verdict_evidence import Evidence
     from pipelines.verdict_words import Rule, Verdict
@@ -245,9 +245,7 @@ class Rules:
             yield self._reason("compare", "INVALID", clause, value, step, host=host.host)
             return
         declared = self.declared
-        outcome = outcome_of(
-            found, declared.compare_effects, declared.alpha, objective=declared.objective
-        )
+        outcome = binding_outcome(found, declared)
         if is_exchange(found):
             self.notes.append(exchange_words(found, declared.objective))
         said = wording.clause(tidy(found.sentence))
@@ -471,6 +469,11 @@ class Rules:
                 had, due = differing(str(found), str(wanted))
                 clause = f"{file} is of another {what} ({had}, not {due})"
                 yield self._reason(rule, "INVALID", clause, (f"{what} {had}", due, file))
+
+
+def binding_outcome(found: CompareRecord, declared: JudgeSlice) -> Outcome | None:
+    """Return the outcome that counts by what is declared now; see `outcome_of`."""
+    return outcome_of(found, declared.compare_effects, declared.alpha, objective=declared.objective)
 
 
 def is_exchange(found: CompareRecord) -> bool:
