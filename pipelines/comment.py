@@ -38,7 +38,8 @@ from pipelines.comment_model import Measured, Sources
 from pipelines.comment_post import Rendered
 from pipelines.comment_render import MARKS, render
 from pipelines.comment_tree import Comment
-from pipelines.errors import ParamsError
+from pipelines.coverage import Coverage
+from pipelines.errors import FleetError, ParamsError
 from pipelines.github.checks import Annotation
 from pipelines.layout import Layout
 from pipelines.report_tree import VERDICTS
@@ -105,6 +106,7 @@ class Side:
         on: What second machines measured: for each host the paths of a tree whose results/M are
             those of results/M/on/HOST.
         times_s: How long each stage ran, by model, of what was measured for this.
+        uncovered: Models of which something that is declared was never measured.
     """
 
     at: Layout
@@ -112,6 +114,7 @@ class Side:
     primary: str = ""
     on: Mapping[str, Layout] = field(default_factory=dict)
     times_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    uncovered: frozenset[str] = frozenset()
 
 
 # --- what is said -----------------------------------------------------------------------------
@@ -422,6 +425,7 @@ def _sources(  # noqa: PLR0913 - each is one independent fact
         git=git,
         base=base.commit if base else "",
         times_s=head.times_s.get(name),
+        is_uncovered=name in head.uncovered,
     )
 
 
@@ -488,6 +492,12 @@ def _post(at: Layout, options: Sequence[object]) -> int:
             "are for people.",
             hint="fleet comment --dry-run ...",
         )
+    if not runner.in_actions():
+        raise ParamsError(
+            "`fleet comment` puts a comment on the pull request of a run of Actions, and this is "
+            "none.",
+            hint="`fleet comment --dry-run` prints it here.",
+        )
     comment_post.post(GitHub.from_environment(), runner.event(), lambda one: rendered(one, at))
     return 0
 
@@ -520,7 +530,12 @@ def of_revisions(
     tree = at_revision(at.root, commit, into / "head") if head else at_working_tree(
         at.root, into / "head"
     )  # fmt: skip
-    second = Side(at=tree, commit=commit if head else WORKING_TREE, on=_on(tree, into / "on"))
+    second = Side(
+        at=tree,
+        commit=commit if head else WORKING_TREE,
+        on=_on(tree, into / "on"),
+        uncovered=_uncovered(tree, at.root),
+    )
     found = build(first, second, git=git, models=models)
     missing = [name for name in models if name not in {one.name for one in found.models}]
     if missing and found.state in {"judged", "empty"}:
@@ -530,6 +545,27 @@ def of_revisions(
             hint="Without --model every model that differs is shown.",
         )
     return found
+
+
+def _uncovered(tree: Layout, root: Path) -> frozenset[str]:
+    """
+    Return the models of which something that is declared was never measured, as `fleet plan` says.
+
+    That a measurement was disturbed is not meant: it was made.
+    """
+    try:
+        declared = declaration.load(tree.params)
+        coverage = Coverage(declared, tree, files=root)
+    except FleetError:
+        return frozenset()
+    primary = bundle.primary_host(declared)
+    return frozenset(
+        model
+        for host in bundle.measured_hosts(declared) or (primary,)
+        for model in declared.models
+        for run in coverage.runs(model, host=None if host == primary else host)
+        if gate_.NOT_TRUSTED not in run.why and not run.why.startswith("after ")
+    )
 
 
 def _on(tree: Layout, into: Path) -> dict[str, Layout]:
@@ -560,6 +596,12 @@ def read_gate(path: Path) -> GateRecord:
     """
     try:
         return GateRecord.model_validate_json(bundle.read_bounded(path, _GATE_LIMIT_BYTES))
+    except bundle.BundleError as error:
+        raise ParamsError(
+            error.message,
+            hint="`fleet gate --out FILE` writes it; of a run it is the artifact `gate`: "
+            "gh run download RUN --name gate",
+        ) from None
     except ValidationError as error:
         raise ParamsError(
             f"{path} is no record of a gate: {error.error_count()} of its fields are wrong.",

@@ -74,7 +74,7 @@ _SENTENCE: Final = 1900
 _MOST_FAILURES: Final = 100
 # "Re-run failed jobs" runs the gate alone, on the same records.
 RERUN: Final = "Re-run all jobs (not the failed ones alone): that measures again."
-_NOT_TRUSTED: Final = "the measurement was INVALID"
+NOT_TRUSTED: Final = "the measurement was INVALID"
 
 
 @dataclass(frozen=True)
@@ -665,7 +665,7 @@ def uncovered(
                 failures.append(
                     Failure(
                         wording.sentence(text + tidy(one.why, _SENTENCE - 200)),
-                        again=one.why == _NOT_TRUSTED,
+                        again=one.why == NOT_TRUSTED,
                     )
                 )
     return failures

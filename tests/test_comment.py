@@ -322,6 +322,38 @@ def test_the_verb_prints_the_comment_of_two_revisions(
     assert fork.git("status", "--short") == ""
 
 
+def test_a_quant_that_nobody_measured_is_called_that_and_not_a_disturbed_measurement(
+    fork: Fork, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who has only declared something is told what measures it, not to start jobs again."""
+    monkeypatch.chdir(fork.root)
+    quant = f"  {MODEL}-Q8_0:"
+    new = f"  {MODEL}-Q5_0: {{model: {MODEL}, type: Q5_0}}\n"
+    assert quant in fork.params
+    fork.at.params.write_text(fork.params.replace(quant, new + quant))
+
+    assert __main__.main(["comment", "--dry-run"]) == 0
+
+    told = capsys.readouterr().out
+    assert f"{MODEL}: not measured yet" in told
+    assert f"`fleet repro {MODEL}` measures it." in told
+    assert "Re-run" not in told
+    assert "disturbed" not in told
+
+
+def test_outside_a_run_the_verb_says_how_it_prints(
+    fork: Fork, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A person has no pull request at hand, and a missing file has a writer."""
+    monkeypatch.chdir(fork.root)
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+
+    assert __main__.main(["comment"]) == 2
+    assert "`fleet comment --dry-run` prints it here" in capsys.readouterr().err
+    assert __main__.main(["comment", "--dry-run", "--gate", "nope.json"]) == 2
+    assert "`fleet gate --out FILE` writes it" in capsys.readouterr().err
+
+
 def test_a_broken_declaration_is_told_by_its_lines(
     fork: Fork, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
