@@ -621,6 +621,10 @@ def distrusted(stage: str, path: Path) -> Iterator[str]:
         yield "the measurement was INVALID"
 
 
+# Of a whole entry of these sections one word says more than its values.
+_OF_HOSTS: Final = {"hosts": "host {} is", "slos": "slos of host {} are"}
+
+
 # --- differences ------------------------------------------------------------------------------
 
 
@@ -642,6 +646,9 @@ def differences(before: object, after: object, at: str = "") -> list[str]:
             for key in keys
             for line in differences(before.get(key), after.get(key), f"{at}.{key}" if at else key)
         ]
+    section, _, name = at.partition(".")
+    if section in _OF_HOSTS and name and "." not in name and None in (before, after):
+        return [f"{_OF_HOSTS[section].format(name)} {'new' if before is None else 'gone'}"]
     return [f"{at} {_shown(before)} -> {_shown(after)}".strip()]
 
 

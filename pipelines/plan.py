@@ -97,13 +97,19 @@ def main(
         0; 2 if the declaration is wrong; 5 if it costs more than is declared and nobody agreed.
 
     Raises:
-        ParamsError: There is no commit, or the checkout is not that of the pull request.
+        ParamsError: There is no commit, no such base, no folder for `out`, or the checkout is not
+            that of the pull request.
     """
+    if out is not None and not out.parent.is_dir():
+        raise ParamsError(
+            f"there is no folder {out.parent} for the plan.", hint=f"mkdir -p {out.parent}"
+        )
     plan = make(at, base=base, labels=labels)
     _warn_of_uncommitted(at, plan)
     if out is not None:
         records.write(out, plan)
-    _tell(plan, as_json=as_json)
+    differs = not runner.in_actions() and trees.Git(at.root).differs(plan.head, *trees.OWNED)
+    _tell(plan, as_json=as_json, where="here, not all of them committed," if differs else "in git")
     if runner.in_actions():
         runner.outputs(
             matrix=matrix(plan),
@@ -201,6 +207,9 @@ def _base(at: Layout, head: str, wanted: str | None) -> _Base:
     """Find where the head left the base, and what was declared there."""
     git = trees.Git(at.root)
     name = wanted or runner.base()
+    if wanted and not runner.in_actions():
+        # A person who types a name means it; the base of an event may be gone.
+        git.commit(wanted)
     if name is not None and git.parse(name) is None:
         shown = wording.quoted(name)
         deeper = f" {git.deeper()}" if git.is_shallow() else ""
@@ -510,15 +519,15 @@ def markdown(plan: PlanRecord) -> str:
 # --- for people -------------------------------------------------------------------------------
 
 
-def sentence(plan: PlanRecord) -> str:
-    """Say in one sentence what a plan comes to."""
+def sentence(plan: PlanRecord, *, where: str = "in git") -> str:
+    """Say in one sentence what a plan comes to; `where` are the records."""
     if plan.problems:
         return f"params.yaml cannot be built: {wording.counted(len(plan.problems), 'problem')}."
     if not plan.legs:
         changed = [one.model for one in plan.models]
         if not changed:
             return "nothing changes, and every record is there. Nothing has to be measured."
-        return "the records in git cover everything that is declared. Nothing has to be measured."
+        return f"the records {where} cover everything that is declared. Nothing has to be measured."
     models = len(dict.fromkeys(model for leg in plan.legs for model in leg.models))
     hosts = len({leg.host for leg in plan.legs})
     costs = _costs_of(plan.budget)
@@ -605,7 +614,7 @@ def _where(plan: PlanRecord, model: str) -> str:
     return "; ".join(f"{leg.host} ({', '.join(leg.runs_on)})" for leg in legs) or wording.ABSENT
 
 
-def _tell(plan: PlanRecord, *, as_json: bool) -> None:
+def _tell(plan: PlanRecord, *, as_json: bool, where: str) -> None:
     """Say what was planned: problems as annotations, the plan as lines or JSON on stdout."""
     for one in plan.problems:
         console.error(one.text, where=Problem(one.file, one.line, one.column, one.text))
@@ -616,13 +625,13 @@ def _tell(plan: PlanRecord, *, as_json: bool) -> None:
     if as_json:
         console.out(plan.model_dump_json(indent=2))
         return
-    for line in _lines(plan):
+    for line in _lines(plan, where):
         console.out(console.clean(line))
 
 
-def _lines(plan: PlanRecord) -> Iterator[str]:
+def _lines(plan: PlanRecord, where: str) -> Iterator[str]:
     against = "" if plan.problems else f" against {plan.base[:12] if plan.base else 'nothing'}"
-    yield f"{plan.head[:12]}{against}: {sentence(plan)}"
+    yield f"{plan.head[:12]}{against}: {sentence(plan, where=where)}"
     width = max((len(one.model) for one in plan.models), default=0)
     for one in plan.models:
         told = _changes(one)

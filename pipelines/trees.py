@@ -166,6 +166,12 @@ class Git:
         names = self.files(commit, path)
         return self.blobs([names[path]])[names[path]] if path in names else None
 
+    def differs(self, commit: str, *paths: str) -> bool:
+        """Tell whether the working tree has other files at or below paths than a commit."""
+        told = self._run("diff", "--quiet", commit, "--", *paths, ok_codes=(0, 1))
+        new = self._run("ls-files", "--others", "--exclude-standard", "--", *paths)
+        return told.code == 1 or bool(new.stdout.strip())
+
     def history(self, commit: str, path: str, most: int) -> list[tuple[str, bytes]]:
         """
         Return a file as it was written on a branch, the newest first, with the commit of each.

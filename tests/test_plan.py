@@ -335,9 +335,10 @@ def test_without_a_base_the_default_branch_is_taken(at: Layout) -> None:
 
 @pytest.mark.parametrize("base", ["nope", "0" * 40, "--output=/tmp/x", "$(touch x)"])
 def test_a_base_that_is_not_there_makes_everything_new_and_nothing_measured_twice(
-    at: Layout, fleet: Any, base: str
+    at: Layout, fleet: Any, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan goes on: what has to run is decided by the head alone."""
+    """In a run the plan goes on: what has to run is decided by the head alone."""
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
     edit(at.params, *GATE)
     commit(at.root)
     code, said, err = fleet(f"--base={base}", "--json")
@@ -348,6 +349,46 @@ def test_a_base_that_is_not_there_makes_everything_new_and_nothing_measured_twic
     assert [one.change for one in found.models] == ["added", "added"]
     assert [leg.models for leg in found.legs] == [(MODEL,)]
     assert not list(at.root.rglob("x"))
+
+
+def test_a_base_that_a_person_mistyped_is_refused(at: Layout, fleet: Any) -> None:
+    """Who types a name means it; nothing is planned against something else."""
+    commit(at.root)
+    code, said, err = fleet("--base=mian")
+    assert (code, said) == (2, "")
+    assert 'git knows no commit "mian"' in err
+    assert "next: " in err
+
+
+def test_a_plan_for_a_folder_that_is_not_there_makes_none(at: Layout, fleet: Any) -> None:
+    """A mistyped folder is not made on the way."""
+    code, _, err = fleet("--out", str(at.root / "nope/plan.json"))
+    assert code == 2
+    assert "mkdir -p" in err
+    assert not (at.root / "nope").exists()
+
+
+def test_records_that_are_not_committed_are_not_said_to_be_in_git(at: Layout, fleet: Any) -> None:
+    """A pull request holds only what is committed."""
+    path = at.model_record("load-test", MODEL)
+    before = hashlib.md5(path.read_bytes()).hexdigest()
+    path.write_text(path.read_text() + "\n")
+    edit(at.root / "dvc.lock", before, hashlib.md5(path.read_bytes()).hexdigest())
+    _, here, _ = fleet("--base=main")
+    commit(at.root)
+    _, there, _ = fleet("--base=main")
+    assert "the records here, not all of them committed, cover everything" in here
+    assert "the records in git cover everything" in there
+
+
+def test_a_host_that_comes_or_goes_is_one_word_and_no_json() -> None:
+    """Its values stand in params.yaml."""
+    before = {"hosts": {"local": {"memory_mib": 4096}}, "slos": {"local": {"ttft_ms": 500}}}
+    after = {"hosts": {"desk": {"vram_mib": 24576}}, "slos": {"desk": {"ttft_ms": 500}}}
+    assert coverage.differences(before, after) == [
+        "host local is gone", "host desk is new",
+        "slos of host local are gone", "slos of host desk are new",
+    ]  # fmt: skip
 
 
 def test_a_base_that_this_version_cannot_read_is_no_reason_to_stop(at: Layout, fleet: Any) -> None:
