@@ -102,6 +102,8 @@ def main(  # noqa: PLR0913 - one for each option
         console.info(f"{path}: {wording.counted(len(record.files), 'record')} of {model}")
         for clause in record.failures:
             console.warn(wording.sentence(f"{model} on {host}: {clause}"))
+        if record.failures and not console.in_actions():
+            console.info(f"  next: fleet repro {model} --until load-test, then bundle again")
     runner.outputs(bundles=" ".join(written))
     if refused is not None:
         raise refused

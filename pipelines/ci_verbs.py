@@ -104,7 +104,7 @@ def _bundle_options(verb: argparse.ArgumentParser) -> None:
         "--push",
         action=BooleanOptionalAction,
         default=False,
-        help="send the GGUFs to the default remote of DVC",
+        help="send the GGUFs to the default remote of DVC; default: they stay here",
     )
     verb.add_argument(
         "--plan", type=Path, metavar="FILE", help="the plan; its commit is what was measured"
@@ -131,7 +131,10 @@ def _gate_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--out", type=Path, required=True, metavar="FILE", help="what was found")
     verb.add_argument(
-        "--plan-result", choices=_RESULTS, default="success", help="how the planning job ended"
+        "--plan-result",
+        choices=_RESULTS,
+        default="success",
+        help="how the planning job ended; default: success",
     )
     verb.add_argument(
         "--measured",
@@ -222,7 +225,8 @@ def _health(at: Layout, args: argparse.Namespace) -> int:
         return runner_health.probe(at, host=args.host or None, out=args.out, as_json=args.json)
     if args.runners is None:
         raise ParamsError(
-            "`fleet runner-health issues` needs what `api` found.", hint="--runners FILE"
+            "`fleet runner-health issues` needs what `api` found.",
+            hint="fleet runner-health api --out runners.json, then issues --runners runners.json",
         )
     return runner_health.issues(
         at, runners=args.runners, probes=args.probes, dry_run=args.dry_run, as_json=args.json

@@ -675,10 +675,13 @@ def uncovered(
 
 
 def _tell(record: GateRecord) -> None:
+    """Say every result once: the outcome in one line, and before it what that does not say."""
     for one in record.models:
-        console.info(f"{one.model} on {one.host}: {one.sentence}")
+        if one.sentence not in record.sentence:
+            console.info(f"{one.model} on {one.host}: {one.sentence}")
     for text in record.failures:
-        console.error(text)
+        if text not in record.sentence:
+            console.error(text)
     say = console.info if record.conclusion == "success" else console.warn
     say(f"{record.conclusion}: {record.sentence}")
 

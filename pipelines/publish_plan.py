@@ -101,6 +101,10 @@ def main(
             console.out(f"{each.environment}: {each.model} to {each.registry}: {each.why}")
         if not found:
             console.out("no registry of params.yaml declares an `environment`: nothing to publish")
+            console.info(
+                "  next: give one `environment: production` (docs/github.md), or publish from "
+                "here: fleet publish --to NAME"
+            )
     runner.outputs(matrix=json.dumps(matrix), any=bool(matrix["include"]))
     runner.summary(_summary(found))
     return 0

@@ -196,7 +196,11 @@ def _read(path: Path, kind: type[records.R]) -> records.R:
     try:
         size_bytes = path.stat().st_size
     except OSError as error:
-        raise records.RecordError(f"{path} cannot be read: {error.strerror}.") from error
+        raise records.RecordError(
+            f"{path} cannot be read: {error.strerror}.",
+            hint="`fleet runner-health api --out FILE` writes what --runners takes, `probe` the "
+            "others.",
+        ) from error
     if size_bytes > _RECORD_LIMIT_BYTES or not path.is_file() or path.is_symlink():
         raise records.RecordError(f"{path} is no record: {size_bytes:,} bytes.")
     return records.read(path, kind)

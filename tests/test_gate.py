@@ -520,3 +520,5 @@ def test_a_wrong_declaration_ends_with_its_own_code(
 
     assert done.returncode == 2
     assert "params.yaml:3:1: gatez: unknown key" in done.stderr
+    # Outside Actions there is no summary beside it: once is enough.
+    assert done.stderr.count("gatez: unknown key") == 1
