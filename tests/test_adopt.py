@@ -145,6 +145,21 @@ def test_a_second_model_and_a_second_host_lie_beside_the_first(at: Layout) -> No
     assert (at.root / f"results/{MODEL}/release.json").exists()
 
 
+def test_after_a_merge_of_another_model_the_same_gate_is_adopted_again(at: Layout) -> None:
+    """Main's dvc.lock, then what was measured before the merge: nobody measures anew."""
+    ours = accepted(at, (MODEL, HOST)).rename(at.root.parent / "ours.json")
+    shutil.rmtree(at.root.parent / "bundles")
+    # What came from main: another model, its records, and a lock that knows nothing of ours.
+    with_twin(at)
+    adopt.main(at, accepted(at, (TWIN, HOST)))
+
+    adopt.main(at, ours)
+
+    coverage = Coverage(declaration.load(at.params), at)
+    assert coverage.runs(MODEL) == ()
+    assert coverage.runs(TWIN) == ()
+
+
 def test_what_a_quant_left_goes_with_its_declaration(at: Layout) -> None:
     """Records and entries of what is not declared any more go; release and ledger stay."""
     told = yaml.safe_load(at.params.read_text())
