@@ -240,7 +240,8 @@ def _concerned(  # noqa: PLR0913 - each is one independent fact
     if not found:
         where = "any declared registry"
         if wanted != tuple(names(declared)):
-            where = f"{'registry' if len(wanted) == 1 else 'registries'} {wording.listed(list(wanted))}"
+            noun = "registry" if len(wanted) == 1 else "registries"
+            where = f"{noun} {wording.listed(list(wanted))}"
         raise StoreError(
             f"{model} was never published to {where}: there is nothing to roll back to.",
             hint=f"fleet releases {model}",
