@@ -324,7 +324,7 @@ def test_a_new_quant_is_measured_reported_merged_published_and_rolled_back(fork:
     assert run.jobs == dict.fromkeys(("plan", "gpu", "gate", "adopt"), "success")
     (leg,) = run.legs("gpu")
     assert (leg["host"], leg["models"]) == ("local", MODEL)
-    assert ran(run) >= {f"{stage}@{MODEL}-Q4_K_M" for stage in ("quantize", "benchmark")}
+    assert f"benchmark@{MODEL}-Q4_K_M" in ran(run)
     assert f"benchmark@{MODEL}-Q8_0" not in ran(run)
     bundles = list(run.artifact("bundle-local-1").iterdir())
     assert sum(path.stat().st_size for path in bundles) < 1 << 20
