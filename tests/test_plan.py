@@ -408,13 +408,20 @@ def test_a_base_that_this_version_cannot_read_is_no_reason_to_stop(at: Layout, f
 
 
 def test_a_shallow_clone_says_what_checkout_has_to_bring(
-    at: Layout, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    at: Layout,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What actions/checkout leaves without `fetch-depth: 0`."""
+    """What actions/checkout leaves without `fetch-depth: 0`; a base typed by hand has to exist."""
     base = git(at.root, "rev-parse", "HEAD")
     edit(at.params, *GATE)
     commit(at.root)
     git(tmp_path, "clone", "-q", "--depth=1", f"file://{at.root}", "shallow")
+    with pytest.raises(ParamsError) as refused:
+        plan.make(Layout(tmp_path / "shallow"), base=base)
+    assert "fetch-depth: 0" in refused.value.hint
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
     found = plan.make(Layout(tmp_path / "shallow"), base=base)
     assert found.base is None
     assert "fetch-depth: 0" in capsys.readouterr().err
