@@ -178,6 +178,16 @@ class Layout:
         )
 
     @property
+    def upstream(self) -> Path:
+        """What the last look at upstream found; not in git, since the next look makes it again."""
+        return self.root / "results/upstream.json"
+
+    @property
+    def upstream_notices(self) -> Path:
+        """What the report says of upstream: without times, so that it changes when facts do."""
+        return self.root / "work/upstream.json"
+
+    @property
     def report_markdown(self) -> Path:
         """The report for a terminal, a pull request, a job summary."""
         return self.root / "results/report.md"

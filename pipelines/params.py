@@ -17,7 +17,15 @@ import warnings
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+)
 
 # A dot would break DVC's parameter paths, an upper-case letter Ollama's and the registries' names.
 MODEL_KEY = r"^[a-z0-9][a-z0-9_-]{0,62}$"
@@ -58,6 +66,9 @@ SENTENCE = r"^(?=.*[A-Za-z])[ -~]{3,300}$"
 # A label of a runner, and the name of a deployment environment. No `$` and no `{`: both become part
 # of a job's description.
 LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+# What git takes for a branch, of letters that mean nothing to a shell or an address; with a `*` it
+# is a pattern of tags.
+TRACK = r"^(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)|[./]$))[A-Za-z0-9*][A-Za-z0-9._/*-]{0,99}$"
 
 # What a pattern means, for people: error messages, the schema and docs/params.md say this.
 PATTERN_WORDS = {
@@ -81,6 +92,7 @@ PATTERN_WORDS = {
     DAY: "a day such as 2027-01-31",
     SENTENCE: "3 to 300 printable ASCII characters with a letter in them",
     LABEL: "at most 63 letters, digits, `.`, `_` and `-`",
+    TRACK: "a branch such as main, or a pattern of tags such as v*",
 }
 
 # What llama-quantize of the pinned commit makes (tools/quantize/quantize.cpp, QUANT_OPTIONS), less
@@ -170,6 +182,8 @@ LicenseId = Annotated[str, StringConstraints(pattern=LICENSE), _PRINTABLE]
 Day = Annotated[str, StringConstraints(pattern=DAY), _PRINTABLE, AfterValidator(existing_day)]
 Sentence = Annotated[str, StringConstraints(pattern=SENTENCE), _PRINTABLE]
 Label = Annotated[str, StringConstraints(pattern=LABEL), _PRINTABLE]
+Tracked = Annotated[str, StringConstraints(pattern=TRACK), _PRINTABLE]
+Days = Annotated[int, Field(ge=0, le=3650)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 
@@ -318,6 +332,25 @@ class Model(Closed):
     source: Source = Field(description="`hf:owner/repo`, or `path:` of a directory here.")
     revision: Revision = Field(
         description="40-hex commit on the Hub; for `path:` the digest that `fleet digest` prints."
+    )
+    track: Tracked = Field(
+        "main",
+        description="What `check-upstream` follows on the Hub: a branch, or, with a `*`, the "
+        "newest tag that matches.",
+    )
+    cooldown_days: Days | None = Field(
+        None, description="Override of `check_upstream.cooldown_days`."
+    )
+    ignore: tuple[Revision, ...] = Field(
+        (),
+        description="Commits that `check-upstream` passes over. A pull request of `bump` that was "
+        "closed says the same of its commit.",
+        max_length=64,
+    )
+    ignore_code: bool = Field(
+        default=False,
+        description="Take a model whose repository names Python code of its own (`auto_map`): the "
+        "code is never fetched, and the model is converted without it.",
     )
     context_tokens: Tokens = Field(description="Context at which the model will be served.")
     evaluation: CorpusKey = Field(
@@ -737,6 +770,42 @@ class Plan(Closed):
     )
 
 
+class CheckUpstream(Closed):
+    """How models and engines are watched. Nothing of it changes what is made of a commit."""
+
+    cooldown_days: Days = Field(
+        3,
+        description="Age that a change has to reach before it is proposed: time for others to find "
+        "out that it is broken or hostile.",
+    )
+    period_hours: Annotated[int, Field(ge=1, le=8760)] = Field(
+        24,
+        description="How often upstream is looked at. What could not be looked at for two periods "
+        "is an alarm in the report.",
+    )
+    cards: bool = Field(
+        default=False, description="Propose also what changes nothing but the model card."
+    )
+    engines: bool = Field(default=True, description="Watch llama-cpp-python and Ollama, too.")
+    deadline_seconds: Annotated[int, Field(ge=5, le=3600)] = Field(
+        120, description="For one look at everything, with all repeats."
+    )
+
+
+class Fetch(Closed):
+    """How patient a download is. Nothing of it changes the bytes."""
+
+    deadline_minutes: Annotated[int, Field(ge=1, le=10_080)] = Field(
+        720, description="For all files of a model, with all repeats."
+    )
+    min_rate_kib_s: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
+        100, description="A transfer that is slower for `stall_seconds` is ended and begun again."
+    )
+    stall_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        60, description="See `min_rate_kib_s`."
+    )
+
+
 class Declaration(Closed):
     """params.yaml."""
 
@@ -758,6 +827,10 @@ class Declaration(Closed):
     load_test: LoadTest = Field(default=LoadTest(), description="The load test.")
     track: Track = Field(default=Track(), description="MLflow.")
     plan: Plan = Field(default=Plan(), description="What a pull request may cost.")
+    check_upstream: CheckUpstream = Field(
+        default=CheckUpstream(), description="The watch over models and engines."
+    )
+    fetch: Fetch = Field(default=Fetch(), description="Downloads.")
     hosts: dict[HostKey, DeclaredHost] = Field(
         description="Where models are served, by name.", min_length=1
     )
@@ -771,11 +844,20 @@ class Declaration(Closed):
 
 
 class FetchSlice(Closed):
-    """Decides the bytes that fetch brings."""
+    """Decides the bytes that fetch brings, and whether it brings any."""
 
     model: str
     source: str
     revision: str
+    ignore_code: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not: a new field lets no model be fetched again."""
+        fields: dict[str, Any] = handler(self)
+        if not self.ignore_code:
+            del fields["ignore_code"]
+        return fields
 
 
 class ConvertSlice(Closed):
@@ -934,7 +1016,12 @@ class ReportSlice(Closed):
 def fetch_slice(declared: Declaration, model: str) -> FetchSlice:
     """Resolve what `fetch` of a model reads."""
     spec = declared.models[model]
-    return FetchSlice(model=model, source=spec.source, revision=spec.revision)
+    return FetchSlice(
+        model=model,
+        source=spec.source,
+        revision=spec.revision,
+        ignore_code=spec.ignore_code,
+    )
 
 
 def convert_slice(declared: Declaration, model: str) -> ConvertSlice:

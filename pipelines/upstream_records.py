@@ -1,0 +1,198 @@
+"""
+What a look at upstream found: results/upstream.json.
+
+Only `check-upstream` writes it, and nothing is built of it: it is what a person, `bump` and the
+report read. It is not in git; the next look makes it again. Every text in it may be a stranger's:
+it is bounded here, and escaped where it is shown.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import AwareDatetime, Field, StringConstraints
+
+from pipelines.params import MODEL_KEY, REVISION, SHA256
+from pipelines.records import Part, Record
+
+# What changed, from what costs most to what costs nothing.
+ChangeClass = Literal["weights", "tokenizer", "template", "config", "generation", "licence", "card"]
+CLASSES: Final[tuple[ChangeClass, ...]] = (
+    "weights", "tokenizer", "template", "config", "generation", "licence", "card",
+)  # fmt: skip
+# current   what is declared is the newest
+# moved     there is something newer, and it may be proposed
+# waiting   there is something newer that is younger than `cooldown_days`
+# ignored   there is something newer that somebody does not want
+# card      there is something newer that differs in nothing but the card, or in no file of a build
+# asks      a person has to look: renamed, gone, gated, another owner, another history
+# unknown   it could not be asked
+State = Literal["current", "moved", "waiting", "ignored", "card", "asks", "unknown"]
+# Why a person has to look.
+Doubt = Literal[
+    "renamed", "gone", "gated", "disabled", "owner", "history", "revision-gone", "track-gone",
+    "unusable",
+]  # fmt: skip
+Engine = Literal["llama.cpp", "ollama"]
+
+Word = Annotated[str, StringConstraints(max_length=200)]
+Sentence = Annotated[str, StringConstraints(max_length=2000)]
+Commit = Annotated[str, StringConstraints(pattern=REVISION)]
+Size = Annotated[int, Field(ge=0, le=1 << 60)]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+
+
+class FileState(Part):
+    """One version of a file: its size, and sha256 or, of a file in git itself, its blob id."""
+
+    size_bytes: Size
+    sha256: Annotated[str, StringConstraints(pattern=SHA256)] | None = None
+    git_sha1: Commit | None = None
+
+
+class FileChange(Part):
+    """A file that a build reads and that is not what it was; `old` or `new` is None if absent."""
+
+    name: Word
+    kind: ChangeClass
+    old: FileState | None
+    new: FileState | None
+
+
+class TensorChanges(Part):
+    """
+    What the headers of the weights say, before a byte of a weight is fetched.
+
+    Attributes:
+        compared_count: Tensors of the new revision whose header was read.
+        added, removed: Names that only one side has; the first ones, with the count of all.
+        retyped: `NAME: OLD -> NEW`, of shape or dtype.
+        touched_count: Tensors in changed files that look the same: their values may differ.
+        same_count: Tensors in files that did not change a byte.
+        header_bytes: That were fetched to know it.
+    """
+
+    compared_count: Count
+    added: Annotated[tuple[Word, ...], Field(max_length=20)] = ()
+    added_count: Count = 0
+    removed: Annotated[tuple[Word, ...], Field(max_length=20)] = ()
+    removed_count: Count = 0
+    retyped: Annotated[tuple[Word, ...], Field(max_length=20)] = ()
+    retyped_count: Count = 0
+    touched_count: Count = 0
+    same_count: Count = 0
+    header_bytes: Size = 0
+
+
+class Difference(Part):
+    """
+    What lies between the declared and the newest revision.
+
+    Attributes:
+        classes: What changed, each once, in the order of `CLASSES`; empty if no file of a build.
+        files: Every changed file of a build; the first 100.
+        files_count: All of them.
+        tensors: None if no weight changed, or if the headers could not be read (see `notes`).
+        stages: That have to run again, by the words of the graph.
+        download_bytes: Of files that are not here and not in the declared revision.
+        notes: Sentences: template, tokenizer, licence, configuration, in words.
+        details: What is shown folded, title -> text (a unified diff, say); a stranger's.
+    """
+
+    classes: tuple[ChangeClass, ...]
+    files: Annotated[tuple[FileChange, ...], Field(max_length=100)]
+    files_count: Count
+    tensors: TensorChanges | None
+    stages: Annotated[tuple[Word, ...], Field(max_length=20)]
+    download_bytes: Size
+    notes: Annotated[tuple[Sentence, ...], Field(max_length=50)] = ()
+    details: dict[Word, Annotated[str, StringConstraints(max_length=20_000)]] = Field(
+        default_factory=dict
+    )
+
+
+class ModelUpstream(Part):
+    """
+    One model.
+
+    Attributes:
+        source: As declared.
+        track: As declared; what `newest` is the newest of.
+        pinned: The declared revision.
+        newest: Commit; None if it could not be asked or is not there.
+        newest_tag: Tag that it has, where tags are tracked.
+        newest_at: When the Hub got it, by its own clock.
+        state: What follows.
+        doubt: Of `asks`: why.
+        reason: One sentence for people; of `moved`, what changed.
+        next_step: What to do; may be empty.
+        owner: Of the repository, as the Hub names it.
+        repository_id: The Hub's own id of the repository; another one under the same name is
+            another repository.
+        difference: None unless there is something newer.
+        commits: Titles of the commits between, newest first; a stranger's.
+        last_success_at: When it was last asked with success; None if never.
+    """
+
+    model: Annotated[str, StringConstraints(pattern=MODEL_KEY)]
+    source: Word
+    track: Word
+    pinned: Commit
+    newest: Commit | None = None
+    newest_tag: Word | None = None
+    newest_at: AwareDatetime | None = None
+    state: State
+    doubt: Doubt | None = None
+    reason: Sentence
+    next_step: Sentence = ""
+    owner: Word | None = None
+    repository_id: Word | None = None
+    difference: Difference | None = None
+    commits: Annotated[tuple[Word, ...], Field(max_length=50)] = ()
+    last_success_at: AwareDatetime | None = None
+
+
+class EngineUpstream(Part):
+    """
+    One engine.
+
+    Attributes:
+        pinned: The declared version.
+        newest: The newest release that is no pre-release and was not withdrawn; None if unknown.
+        sha256: Of the sdist of `newest`, by the package index's own metadata (llama.cpp alone).
+        size_bytes: Of the sdist.
+        newest_at: When it was uploaded or tagged.
+        state: `current`, `moved`, `waiting`, `ignored` or `unknown`.
+        versions_between: Releases between the two, newest first.
+        reason, next_step, last_success_at: See `ModelUpstream`.
+    """
+
+    engine: Engine
+    pinned: Word
+    newest: Word | None = None
+    sha256: Annotated[str, StringConstraints(pattern=SHA256)] | None = None
+    size_bytes: Size | None = None
+    newest_at: AwareDatetime | None = None
+    state: State
+    versions_between: Annotated[tuple[Word, ...], Field(max_length=50)] = ()
+    reason: Sentence
+    next_step: Sentence = ""
+    last_success_at: AwareDatetime | None = None
+
+
+class UpstreamRecord(Record):
+    """
+    One look.
+
+    Attributes:
+        checked_at: When.
+        requests_count: That were sent to the Hub and to the package indexes.
+        alarms: One sentence for each model or engine that was silent for two periods.
+    """
+
+    stage: Literal["check-upstream"] = "check-upstream"
+    checked_at: AwareDatetime
+    requests_count: Count
+    models: tuple[ModelUpstream, ...]
+    engines: tuple[EngineUpstream, ...] = ()
+    alarms: tuple[Sentence, ...] = ()
