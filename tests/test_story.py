@@ -236,6 +236,12 @@ def add(type_: str) -> Callable[[str], str]:
     return lambda text: text.replace("quants:\n", f"quants:\n{line}", 1)
 
 
+def only(type_: str) -> Callable[[str], str]:
+    """Return the edit after which a quant is the only one: what wins is what it measures."""
+    quants = re.compile(rf"^  {MODEL}-\S+: .*\n", re.MULTILINE)
+    return lambda text: add(type_)(quants.sub("", text))
+
+
 def ran(run: act.Run) -> set[str]:
     """Return the stages that the machine with the label ran."""
     return {
@@ -380,11 +386,7 @@ def test_what_fails_its_gate_is_rejected_and_nothing_is_published(fork: Fork) ->
     """The check is red, the comment says which limit, the registry stays as it is."""
     before = fork.stable()
 
-    def worse(text: str) -> str:
-        text = re.sub(rf"^  {MODEL}-\S+: .*\n", "", text, flags=re.MULTILINE)
-        return add("Q2_K")(text)
-
-    number = fork.propose("only-q2", worse, "Serve Q2_K alone")
+    number = fork.propose("only-q2", only("Q2_K"), "Serve Q2_K alone")
     asked = fork.api.head_of(number)
 
     run = fork.measured(number)
@@ -409,14 +411,13 @@ def test_what_a_busy_machine_measured_is_invalid_and_the_comment_says_measure_ag
 ) -> None:
     """Neutral in the list of checks, red at the gate, no commit, nothing published."""
     before = fork.stable()
-    number = fork.propose("add-q6", add("Q6_K"), "Add Q6_K")
+    number = fork.propose("only-q6", only("Q6_K"), "Serve Q6_K alone")
     asked = fork.api.head_of(number)
 
     with busy():
         run = fork.measure(number)
 
-    assert run.rc == 1
-    assert run.outputs("gate", "gate/fleet")["verdict"] == "INVALID", run.text
+    assert (run.rc, run.outputs("gate", "gate/fleet")["verdict"]) == (1, "INVALID"), run.text
     assert run.errors == []
     assert "adopt" not in run.jobs
     assert fork.api.head_of(number) == asked
