@@ -23,10 +23,14 @@ from pipelines.errors import UpstreamError
 from pipelines.wording import first_few, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 MAX_HEADER_BYTES: Final = 100_000_000
+# The first 8 bytes are the length of the header.
+LENGTH_BYTES: Final = 8
+# What is asked for at once of a file elsewhere: the headers of most shards are shorter.
+GUESS_BYTES: Final = 64 << 10
 _LENGTH: Final = struct.Struct("<Q")
 _MAX_ELEMENTS: Final = (1 << 63) - 1
 
@@ -104,24 +108,98 @@ def read(path: Path) -> tuple[Tensor, ...]:
     Raises:
         UpstreamError: The file is not safetensors, or not all of it is there.
     """
-    file_size_bytes = path.stat().st_size
+    size_bytes = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(_LENGTH.size)
-        if len(start) < _LENGTH.size:
-            raise _refused(path, f"it has {file_size_bytes} bytes, too few for a header")
-        (header_bytes,) = _LENGTH.unpack(start)
-        data_bytes = file_size_bytes - _LENGTH.size - header_bytes
-        if header_bytes > MAX_HEADER_BYTES or data_bytes < 0:
-            raise _refused(path, _disguise(start) or _cut(header_bytes, file_size_bytes))
-        raw = file.read(header_bytes)
-    entries = _json_object(path, raw)
+        length = header_length(file.read(LENGTH_BYTES), name=path.name, size_bytes=size_bytes)
+        return parse(file.read(length), name=path.name, size_bytes=size_bytes)
+
+
+def header_length(start: bytes, *, name: str, size_bytes: int) -> int:
+    """
+    Tell from the first 8 bytes of a file how many bytes of header follow them.
+
+    Args:
+        start: The file's first bytes; what is behind the eighth tells what else the file is.
+        name: Of the file, for messages.
+        size_bytes: Of the whole file.
+
+    Raises:
+        UpstreamError: No header of that length fits into the file, or into `MAX_HEADER_BYTES`.
+    """
+    if len(start) < LENGTH_BYTES:
+        raise _refused(name, f"it has {size_bytes} bytes, too few for a header")
+    (length,) = _LENGTH.unpack(start[:LENGTH_BYTES])
+    if length > MAX_HEADER_BYTES or LENGTH_BYTES + length > size_bytes:
+        raise _refused(name, _disguise(start) or _cut(length, size_bytes))
+    return int(length)
+
+
+def parse(header: bytes, *, name: str, size_bytes: int) -> tuple[Tensor, ...]:
+    """
+    Read a header; the tensors come in the order of their data.
+
+    Args:
+        header: Exactly the bytes that `header_length` counts, those behind the first 8.
+        name: Of the file, for messages.
+        size_bytes: Of the whole file: the data has to end where the file does.
+
+    Raises:
+        UpstreamError: It is no header of safetensors, or not of a file of that size.
+    """
+    entries = _json_object(name, header)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise _refused(path, "its __metadata__ is no object")
-    tensors = [_tensor(path, name, entry) for name, entry in entries.items()]
+        raise _refused(name, "its __metadata__ is no object")
+    tensors = [_tensor(name, tensor, entry) for tensor, entry in entries.items()]
     tensors.sort(key=lambda item: item[0])
-    _require_cover(path, tensors, data_bytes)
+    _require_cover(name, tensors, size_bytes - LENGTH_BYTES - len(header))
     return tuple(tensor for _, tensor in tensors)
+
+
+def read_ranges(
+    read_range: Callable[[int, int], bytes],
+    *,
+    name: str,
+    size_bytes: int,
+    limit_bytes: int = MAX_HEADER_BYTES,
+) -> tuple[tuple[Tensor, ...], int]:
+    """
+    Read the header of a file elsewhere, in one request, or in two where it is long.
+
+    Args:
+        read_range: Returns the bytes from the first position up to, not with, the second one.
+        name: Of the file, for messages.
+        size_bytes: Of the whole file.
+        limit_bytes: A header that would need more bytes than these is not fetched.
+
+    Returns:
+        The tensors, in the order of their data, and the number of bytes that were fetched.
+
+    Raises:
+        UpstreamError: See `read`; or the header is longer than the limit, or other bytes came than
+            were asked for. And whatever `read_range` raises.
+    """
+    start = _range(read_range, 0, min(size_bytes, GUESS_BYTES, limit_bytes), name)
+    end = LENGTH_BYTES + header_length(start, name=name, size_bytes=size_bytes)
+    if end > limit_bytes:
+        raise UpstreamError(
+            f"the header of {first_few([name])} has {end - LENGTH_BYTES:,} bytes, more than are "
+            f"fetched to look at it ({limit_bytes:,})."
+        )
+    if end > len(start):
+        start += _range(read_range, len(start), end, name)
+    header = start[LENGTH_BYTES:end]
+    return parse(header, name=name, size_bytes=size_bytes), len(start)
+
+
+def _range(read_range: Callable[[int, int], bytes], start: int, end: int, name: str) -> bytes:
+    """Fetch one range; a server may answer a range with anything."""
+    found = read_range(start, end) if end > start else b""
+    if len(found) != end - start:
+        raise UpstreamError(
+            f"{len(found):,} bytes of {first_few([name])} came where {end - start:,} were wanted."
+        )
+    return found
 
 
 def read_checkpoint(directory: Path, shards: Sequence[str], index: Path | None) -> Checkpoint:
@@ -164,18 +242,28 @@ def weight_map(index: Path) -> dict[str, str]:
         UpstreamError: It is no JSON object with a weight_map of strings.
     """
     if index.stat().st_size > MAX_HEADER_BYTES:
-        raise _refused(index, f"it has {index.stat().st_size} bytes")
-    mapping = _json_object(index, index.read_bytes()).get("weight_map")
+        raise _refused(index.name, f"it has {index.stat().st_size} bytes")
+    return parse_weight_map(index.read_bytes(), name=index.name)
+
+
+def parse_weight_map(raw: bytes, *, name: str) -> dict[str, str]:
+    """
+    Read {tensor: shard} from the bytes of an index; see `weight_map`.
+
+    Raises:
+        UpstreamError: It is no JSON object with a weight_map of strings.
+    """
+    mapping = _json_object(name, raw).get("weight_map")
     if (
         not isinstance(mapping, dict)
         or not mapping
         or not all(isinstance(shard, str) for shard in mapping.values())
     ):
-        raise _refused(index, "it has no weight_map from tensors to files")
+        raise _refused(name, "it has no weight_map from tensors to files")
     return mapping
 
 
-def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
+def _json_object(file: str, raw: bytes) -> dict[str, Any]:
     """Parse a JSON object in which no key comes twice, at any depth."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -188,31 +276,31 @@ def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise _refused(path, f"its header is no JSON: {error}") from error
+        raise _refused(file, f"its header is no JSON: {error}") from error
     if not isinstance(parsed, dict):
-        raise _refused(path, "its header is no JSON object")
+        raise _refused(file, "its header is no JSON object")
     return parsed
 
 
-def _tensor(path: Path, name: str, entry: object) -> tuple[int, Tensor]:
+def _tensor(file: str, name: str, entry: object) -> tuple[int, Tensor]:
     """Check one entry; return where its data begins, and the tensor."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _refused(path, f"tensor {quoted(name)} has not exactly dtype, shape and data_offsets")
+        raise _refused(file, f"tensor {quoted(name)} has not exactly dtype, shape and data_offsets")
     dtype = entry["dtype"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise _refused(path, f"tensor {quoted(name)} is of the unknown dtype {quoted(str(dtype))}")
+        raise _refused(file, f"tensor {quoted(name)} is of the unknown dtype {quoted(str(dtype))}")
     shape = _naturals(entry["shape"])
     offsets = _naturals(entry["data_offsets"])
     if shape is None or offsets is None or len(offsets) != 2:  # noqa: PLR2004 - begin and end
-        raise _refused(path, f"tensor {quoted(name)} has a malformed shape or data_offsets")
+        raise _refused(file, f"tensor {quoted(name)} has a malformed shape or data_offsets")
     begin, end = offsets
     elements = math.prod(shape)
     if elements > _MAX_ELEMENTS:
-        raise _refused(path, f"tensor {quoted(name)} claims {len(shape)} axes of impossible length")
+        raise _refused(file, f"tensor {quoted(name)} claims {len(shape)} axes of impossible length")
     wanted_bits = elements * _BITS[dtype]
     if (end - begin) * 8 != wanted_bits:
         raise _refused(
-            path,
+            file,
             f"tensor {quoted(name)} of {dtype} {list(shape)} needs {wanted_bits / 8:g} bytes and "
             f"has {end - begin}",
         )
@@ -228,18 +316,18 @@ def _naturals(value: object) -> tuple[int, ...] | None:
     return tuple(value)
 
 
-def _require_cover(path: Path, tensors: list[tuple[int, Tensor]], data_bytes: int) -> None:
+def _require_cover(file: str, tensors: list[tuple[int, Tensor]], data_bytes: int) -> None:
     """Refuse data that is not covered once and only once by the sorted `(begin, tensor)`."""
     position = 0
     for begin, tensor in tensors:
         if begin != position:
             what = "overlaps the one before it" if begin < position else "leaves a gap before it"
-            raise _refused(path, f"the data of tensor {quoted(tensor.name)} {what}")
+            raise _refused(file, f"the data of tensor {quoted(tensor.name)} {what}")
         position += tensor.size_bytes
     if position > data_bytes:
-        raise _refused(path, f"it is truncated: {position - data_bytes} bytes are missing")
+        raise _refused(file, f"it is truncated: {position - data_bytes} bytes are missing")
     if position < data_bytes:
-        raise _refused(path, f"{data_bytes - position} bytes after the last tensor are nobody's")
+        raise _refused(file, f"{data_bytes - position} bytes after the last tensor are nobody's")
 
 
 def _require_index(index: Path, home: Mapping[str, str]) -> None:
@@ -283,8 +371,8 @@ def _cut(header_bytes: int, file_size_bytes: int) -> str:
     return f"it is truncated: {file_size_bytes} bytes cannot hold a header of {header_bytes}"
 
 
-def _refused(path: Path, why: str) -> UpstreamError:
+def _refused(file: str, why: str) -> UpstreamError:
     return UpstreamError(
-        f"{path.name} is no complete safetensors file: {why}.",
+        f"{first_few([file])} is no complete safetensors file: {why}.",
         hint="Fetch or copy it again; if it is like this upstream, take another revision.",
     )
