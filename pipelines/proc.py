@@ -319,7 +319,7 @@ def watched_by(
 
 class Dialogue:
     """
-    A program of ours that answers each line that it is told by one line.
+    A program of ours that answers each line that it is told by one line, or by several.
 
     It has a process group of its own, so that a Ctrl-C does not tear what it is just doing. It ends
     by itself when its stdin does, which only we hold open: when we are killed, it ends after the
@@ -338,6 +338,7 @@ class Dialogue:
             MachineError: The program does not exist, or is none for this machine.
         """
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the program
+        self._heard = bytearray()
         try:
             self._child = subprocess.Popen(
                 list(argv),
@@ -363,21 +364,55 @@ class Dialogue:
             BaseException: We were interrupted; it is then gone too, for its answer would be taken
                 for that to the next question.
         """
+        deadline = time.monotonic() + within_s
+        with self._gone_on_failure(within_s):
+            self._tell(line, deadline)
+            answer = self._hear(deadline)
+            if answer is None:
+                raise TimeoutError
+            return answer
+
+    def tell(self, line: str, *, within_s: float) -> None:
+        """
+        Tell it a line, to which it says as many as it likes; `hear` returns them.
+
+        Raises:
+            ToolError, BaseException: See `ask`.
+        """
+        with self._gone_on_failure(within_s):
+            self._tell(line, time.monotonic() + within_s)
+
+    def hear(self, *, within_s: float) -> str | None:
+        """
+        Return the next line that it says; None if it says none in time.
+
+        Raises:
+            ToolError: It has ended; what it said before was returned before.
+            BaseException: See `ask`.
+        """
+        with self._gone_on_failure(within_s):
+            return self._hear(time.monotonic() + within_s)
+
+    @contextmanager
+    def _gone_on_failure(self, within_s: float) -> Iterator[None]:
+        """End the program when the block fails, and say how it ended."""
         try:
-            return self._ask(line, time.monotonic() + within_s)
+            yield
         except (BrokenPipeError, EOFError):
-            cause = _cause(self.close())
+            raise self._error(_cause(self.close())) from None
         except TimeoutError:
             self.close()
-            cause = f"was stopped after {within_s:.0f} s"
+            raise self._error(f"was stopped after {within_s:.0f} s") from None
         except BaseException:
             self.close()
             raise
-        raise ToolError(f"{self._name} {cause}.\n{self._last_words}".rstrip())
 
-    def _ask(self, line: str, deadline: float) -> str:
-        told, answers = self._child.stdin, self._child.stdout
-        if told is None or answers is None or told.closed:
+    def _error(self, cause: str) -> ToolError:
+        return ToolError(f"{self._name} {cause}.\n{self._last_words}".rstrip())
+
+    def _tell(self, line: str, deadline: float) -> None:
+        told = self._child.stdin
+        if told is None or told.closed:
             raise EOFError
         rest = memoryview(line.encode() + b"\n")
         while rest:
@@ -386,20 +421,26 @@ class Dialogue:
             if not writable:
                 raise TimeoutError
             rest = rest[os.write(told.fileno(), rest) :]
-        answer = bytearray()
-        while True:
+
+    def _hear(self, deadline: float) -> str | None:
+        answers = self._child.stdout
+        if answers is None or answers.closed:
+            raise EOFError
+        searched = 0
+        while (end := self._heard.find(b"\n", searched)) < 0:
+            searched = len(self._heard)
+            if searched > _LONGEST_ANSWER_BYTES:
+                raise EOFError
             ready, _, _ = select.select([answers], [], [], max(deadline - time.monotonic(), 0))
             if not ready:
-                raise TimeoutError
+                return None
             chunk = os.read(answers.fileno(), 1 << 16)
             if not chunk:
                 raise EOFError
-            answer += chunk
-            # Nobody asked, so nothing follows the line.
-            if chunk.endswith(b"\n"):
-                return answer[:-1].decode(errors="replace")
-            if len(answer) > _LONGEST_ANSWER_BYTES:
-                raise EOFError
+            self._heard += chunk
+        line = self._heard[:end].decode(errors="replace")
+        del self._heard[: end + 1]
+        return line
 
     @property
     def _name(self) -> str:

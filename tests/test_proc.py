@@ -270,6 +270,20 @@ def test_each_line_that_a_program_is_told_gets_one_answer() -> None:
     assert dialogue.close() == 0
 
 
+def test_a_program_may_say_several_lines_to_one() -> None:
+    """Each is returned by itself, in order; silence is no error, its end is one."""
+    talker = "print('a', flush=True); print('b', flush=True); input(); print(input() + '!')"
+    dialogue = proc.Dialogue([sys.executable, "-c", talker], env={})
+
+    dialogue.tell("begin", within_s=30)
+    assert [dialogue.hear(within_s=30), dialogue.hear(within_s=30)] == ["a", "b"]
+    assert dialogue.hear(within_s=0.01) is None
+    dialogue.tell("c", within_s=30)
+    assert dialogue.hear(within_s=30) == "c!"
+    with pytest.raises(ToolError, match="ended with exit code 0"):
+        dialogue.hear(within_s=30)
+
+
 def test_a_program_that_ends_in_a_dialogue_says_why_at_each_question() -> None:
     """Its last words are in the error; no answer is made up."""
     dialogue = proc.Dialogue([sys.executable, "-c", "raise SystemExit('no key')"], env={})
