@@ -16,7 +16,7 @@ from github_api import Fault, GitHubApi
 from hosted_job import Hosted
 from release_checkout import MODEL, OTHER, PARAMS, REASON, Checkout
 
-from pipelines import declaration, publishing, registries, rollback, stable_line
+from pipelines import declaration, pin_lines, publishing, registries, rollback, stable_line
 from pipelines.errors import GateError, MachineError, ParamsError, RetryLaterError
 from pipelines.params import Registry
 from pipelines.stores import open_store
@@ -699,13 +699,13 @@ def test_an_edit_at_the_same_moment_is_not_lost(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody saves params.yaml while we write: his words stay, ours are refused."""
-    real = stable_line._require_one_change
+    real = pin_lines._require_only
 
     def slow(*args: Any) -> None:
         real(*args)
         checkout.at.params.write_text(PARAMS + "# mine\n")
 
-    monkeypatch.setattr(stable_line, "_require_one_change", slow)
+    monkeypatch.setattr(pin_lines, "_require_only", slow)
 
     with pytest.raises(MachineError, match="saved by somebody else"):
         stable_line.write(checkout.at.params, MODEL, ID)
