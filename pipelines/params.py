@@ -184,6 +184,7 @@ Sentence = Annotated[str, StringConstraints(pattern=SENTENCE), _PRINTABLE]
 Label = Annotated[str, StringConstraints(pattern=LABEL), _PRINTABLE]
 Tracked = Annotated[str, StringConstraints(pattern=TRACK), _PRINTABLE]
 Days = Annotated[int, Field(ge=0, le=3650)]
+Version = Annotated[str, StringConstraints(pattern=VERSION), _PRINTABLE]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 
@@ -770,6 +771,15 @@ class Plan(Closed):
     )
 
 
+class IgnoredReleases(Closed):
+    """Releases of the engines that `check-upstream` passes over, by the key that pins them."""
+
+    llama_cpp_python: tuple[Version, ...] = Field(
+        (), description="Of llama-cpp-python.", max_length=64
+    )
+    ollama: tuple[Version, ...] = Field((), description="Of Ollama.", max_length=64)
+
+
 class CheckUpstream(Closed):
     """How models and engines are watched. Nothing of it changes what is made of a commit."""
 
@@ -787,6 +797,11 @@ class CheckUpstream(Closed):
         default=False, description="Propose also what changes nothing but the model card."
     )
     engines: bool = Field(default=True, description="Watch llama-cpp-python and Ollama, too.")
+    ignore: IgnoredReleases = Field(
+        default=IgnoredReleases(),
+        description="Releases of the engines that are passed over; of a model that is "
+        "`models.*.ignore`. A pull request of `bump` that was closed says the same of its release.",
+    )
     deadline_seconds: Annotated[int, Field(ge=5, le=3600)] = Field(
         120, description="For one look at everything, with all repeats."
     )

@@ -158,12 +158,17 @@ class EngineUpstream(Part):
 
     Attributes:
         pinned: The declared version.
-        newest: The newest release that is no pre-release and was not withdrawn; None if unknown.
-        sha256: Of the sdist of `newest`, by the package index's own metadata (llama.cpp alone).
-        size_bytes: Of the sdist.
-        newest_at: When it was uploaded or tagged.
-        state: `current`, `moved`, `waiting`, `ignored` or `unknown`.
+        newest: The newest release that may be proposed: no pre-release, not withdrawn, not ignored,
+            old enough. If none may be, the newest of those that are newer; None if unknown.
+        sha256: Of its sdist, by the package index's own metadata; of Ollama that of the release
+            archive, where one is declared.
+        size_bytes: Of the same file.
+        newest_at: When it was uploaded or tagged; None if nobody tells.
+        state: `current`, `moved`, `waiting`, `ignored`, `asks` or `unknown`.
         versions_between: Releases between the two, newest first.
+        younger: The newest release of all, where it is younger than `newest` and has to wait.
+        first_seen: When a look first saw a release that is newer than `pinned`.
+        notes: Sentences on what else there is to know, such as a Go that is too old.
         reason, next_step, last_success_at: See `ModelUpstream`.
     """
 
@@ -175,6 +180,11 @@ class EngineUpstream(Part):
     newest_at: AwareDatetime | None = None
     state: State
     versions_between: Annotated[tuple[Word, ...], Field(max_length=50)] = ()
+    younger: Word | None = None
+    first_seen: Annotated[dict[Word, AwareDatetime], Field(max_length=50)] = Field(
+        default_factory=dict
+    )
+    notes: Annotated[tuple[Sentence, ...], Field(max_length=20)] = ()
     reason: Sentence
     next_step: Sentence = ""
     last_success_at: AwareDatetime | None = None
