@@ -120,6 +120,10 @@ class Layout:
         """Champion against challenger, with every sample; written by `fleet compare` alone."""
         return self.root / "results" / model / "compare.json"
 
+    def engine_record(self, model: str) -> Path:
+        """Old engine against new one on the same GGUF; beside the comparison that it belongs to."""
+        return self.root / "results" / model / "engine.json"
+
     def tools_record(self, model: str) -> Path:
         """What the tools were that made its records: `toolchain`, byte for byte, in git."""
         return self.root / "results" / model / "toolchain.json"
@@ -165,6 +169,7 @@ class Layout:
             self.load_metrics(model),
             self.frontier(model),
             self.comparison(model),
+            self.engine_record(model),
             self.tools_record(model),
             self.times(model),
             self.on_hosts(model),
