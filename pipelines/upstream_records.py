@@ -132,6 +132,10 @@ class ModelUpstream(Part):
         difference: None unless there is something newer.
         commits: Titles of the commits between, newest first; a stranger's.
         last_success_at: When it was last asked with success; None if never.
+        first_asked_at: When it was asked for the first time: silence is counted from here where
+            there was no success yet.
+        seen_after: The last look with success that saw something else as the newest. So long is
+            what is now the newest not there, whatever its own time says.
     """
 
     model: Annotated[str, StringConstraints(pattern=MODEL_KEY)]
@@ -150,6 +154,8 @@ class ModelUpstream(Part):
     difference: Difference | None = None
     commits: Annotated[tuple[Word, ...], Field(max_length=50)] = ()
     last_success_at: AwareDatetime | None = None
+    first_asked_at: AwareDatetime | None = None
+    seen_after: AwareDatetime | None = None
 
 
 class EngineUpstream(Part):
@@ -198,6 +204,8 @@ class UpstreamRecord(Record):
         checked_at: When.
         requests_count: That were sent to the Hub and to the package indexes.
         alarms: One sentence for each model or engine that was silent for two periods.
+        params_sha256: Of params.yaml, if this was a look at all of it; None if it was a part.
+        next_at: When the next look is due, as declared then.
     """
 
     stage: Literal["check-upstream"] = "check-upstream"
@@ -206,3 +214,21 @@ class UpstreamRecord(Record):
     models: tuple[ModelUpstream, ...]
     engines: tuple[EngineUpstream, ...] = ()
     alarms: tuple[Sentence, ...] = ()
+    params_sha256: Annotated[str, StringConstraints(pattern=SHA256)] | None = None
+    next_at: AwareDatetime | None = None
+
+
+class UpstreamNotices(Record):
+    """
+    What the report says of upstream: work/upstream.json, which has the same bytes until that changes.
+
+    Attributes:
+        alarms: See `UpstreamRecord`, without the times.
+        asks: One sentence for each model about which a person has to decide.
+        moved: One sentence for each model or engine of which there is something newer to propose.
+    """
+
+    stage: Literal["check-upstream"] = "check-upstream"
+    alarms: tuple[Sentence, ...] = ()
+    asks: tuple[Sentence, ...] = ()
+    moved: tuple[Sentence, ...] = ()
