@@ -81,6 +81,8 @@ REQUIRED_CHECKS: Final[Mapping[tuple[str, str], str]] = {
 APP_TOKENS: Final[Mapping[tuple[str, str], Mapping[str, str]]] = {
     # One commit on the branch of the pull request, after which its checks start.
     ("model-pr", "adopt"): {"contents": "write"},
+    # Branches with one changed pin, and their pull requests, whose checks then start.
+    ("check-upstream", "bump"): {"contents": "write", "pull-requests": "write"},
     # A branch and its pull request: ledger and releases, `stable:`.
     ("publish", "publish"): {"contents": "write", "pull-requests": "write"},
     ("rollback", "rollback"): {"contents": "write", "pull-requests": "write"},
@@ -102,6 +104,7 @@ ARTIFACTS: Final[Mapping[str, str]] = {
     r"plan": "plan.json",
     r"gate": "gate.json",
     r"bundle-.+": "bundles",
+    r"upstream": "upstream.json",
     r"runners": "runners.json",
     r"health-.+": "health-${{ matrix.host }}.json",
 }
@@ -113,6 +116,11 @@ OWN_PULL_REQUEST: Final = "github.event.pull_request.head.repo.full_name == gith
 # A branch may say anything of registries and releases; a tag can have the name of a branch.
 DEFAULT_BRANCH: Final = (
     "github.ref == format('refs/heads/{0}', github.event.repository.default_branch)"
+)
+# The same where a timer and a relay start it too: their events name no default branch, and they run
+# on no other.
+DISPATCHED_ON_DEFAULT_BRANCH: Final = (
+    f"(github.event_name != 'workflow_dispatch' || {DEFAULT_BRANCH})"
 )
 
 # What `make test` wants and GitHub's machines have not.
@@ -127,6 +135,7 @@ _HAND_OVER: Final = "actions/upload-artifact"
 _APP: Final = "actions/create-github-app-token"
 _ATTEST: Final = "actions/attest"
 _HEALTH: Final = "./actions/runner-health"
+_LOOK: Final = "./actions/check-upstream"
 
 _APP_KEY: Final = "FLEET_APP_KEY"
 _LOGINS: Final = frozenset(
@@ -232,6 +241,46 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
                     "pull-requests": ("write", "the comment"),
                 },
                 steps=(_CHECKOUT, _SETUP, "./actions/comment"),
+            ),
+        },
+    ),
+    "check-upstream": Workflow(
+        on={
+            "schedule": [{"cron": "41 4 * * *"}],
+            "workflow_dispatch": {"inputs": {"models": {"type": "string", "default": ""}}},
+            "repository_dispatch": {"types": ["hub-webhook"]},
+        },
+        # One that waits may be replaced: the next one looks at the same.
+        concurrency={"group": "check-upstream", "cancel-in-progress": False},
+        cache_mode="none",
+        jobs={
+            # Reads what strangers wrote on the Hub: writes nothing.
+            "look": Job(
+                permissions={
+                    **READS,
+                    "actions": ("read", "the record of the last look"),
+                    "issues": ("read", "whether an issue is open"),
+                    "pull-requests": ("read", "whether a proposal is open"),
+                },
+                steps=(_CHECKOUT, _SETUP, _LOOK, _HAND_OVER),
+                guards=(DISPATCHED_ON_DEFAULT_BRANCH,),
+                environment=_BOT,
+                secrets=frozenset({"HF_TOKEN"}),
+            ),
+            "bump": Job(
+                permissions={
+                    "contents": ("write", "branches with one changed pin"),
+                    "pull-requests": ("write", "their pull requests, with labels"),
+                },
+                steps=(_CHECKOUT, _SETUP, _TAKE, _APP, "./actions/bump"),
+                needs=("look",),
+                environment=_BOT,
+                secrets=frozenset({_APP_KEY}),
+            ),
+            "issue": Job(
+                permissions={**READS, "issues": ("write", "one issue for a person")},
+                steps=(_CHECKOUT, _SETUP, _TAKE, _LOOK),
+                needs=("look",),
             ),
         },
     ),

@@ -90,6 +90,13 @@ def dispatch(ref: str = "refs/heads/main", *, private: bool = False) -> dict[str
     return _context("workflow_dispatch", event, ref=ref)
 
 
+def repository_dispatch() -> dict[str, Any]:
+    """Return the context of a run that a relay started from outside."""
+    event = payload("repository_dispatch")
+    event.update(action="hub-webhook", branch="main")
+    return _context("repository_dispatch", event, ref="refs/heads/main")
+
+
 def workflow_run(
     action: str = "completed", *, conclusion: str | None = "success", fork: bool = False,
     event_name: str = "pull_request",

@@ -39,6 +39,7 @@ EVENTS: Final[Mapping[str, Callable[[], dict[str, Any]]]] = {
     "dispatch, private": lambda: github.dispatch(private=True),
     "dispatch on a branch": lambda: github.dispatch("refs/heads/bump/tiny"),
     "dispatch on a tag called main": lambda: github.dispatch("refs/tags/main"),
+    "hub webhook": github.repository_dispatch,
     "run requested": lambda: github.workflow_run("requested", conclusion=None),
     "run succeeded": github.workflow_run,
     "run failed": lambda: github.workflow_run(conclusion="failure"),
@@ -54,9 +55,10 @@ OWN: Final = frozenset(
 )  # fmt: skip
 # A workflow_run has the ref of the default branch, whatever it is about.
 ON_MAIN: Final = frozenset(
-    {"push to main", "push to main, private", "dispatch", "dispatch, private",
+    {"push to main", "push to main, private", "dispatch", "dispatch, private", "hub webhook",
      *(event for event in EVENTS if event.startswith("run "))}
 )  # fmt: skip
+OFF_MAIN: Final = frozenset({"dispatch on a branch", "dispatch on a tag called main"})
 PUBLIC: Final = frozenset(event for event in EVENTS if not event.endswith(", private"))
 RUNS: Final = frozenset(
     {"run requested", "run succeeded", "run failed", "run cancelled", "run of a fork"}
@@ -116,15 +118,16 @@ def with_an_app(name: str) -> list[Condition]:
     ]
 
 
-def where_something_is_to_do(name: str, planner: str) -> list[Condition]:
+def where_something_is_to_do(name: str, planner: str, output: str = "any") -> list[Condition]:
     """Return the rows of what runs if the job before found something."""
+    yes, no = {output: "true"}, {output: "false"}
     return [
-        Condition(name, ALL, needs(planner, any="true")),
-        Condition(name, NONE, needs(planner, any="false")),
+        Condition(name, ALL, needs(planner, **yes)),
+        Condition(name, NONE, needs(planner, **no)),
         Condition(name, NONE, needs(planner)),
-        Condition(name, NONE, needs(planner, "failure", any="true"), "failure"),
+        Condition(name, NONE, needs(planner, "failure", **yes), "failure"),
         Condition(name, NONE, needs(planner, "skipped"), "failure"),
-        Condition(name, NONE, needs(planner, any="true"), "cancelled"),
+        Condition(name, NONE, needs(planner, **yes), "cancelled"),
     ]
 
 
@@ -169,6 +172,11 @@ CONDITIONS: Final = [
     Condition(_ADOPT, NONE, needs("gate", new_records="false")),
     Condition(_ADOPT, NONE, needs("gate", "failure"), "failure"),
     *with_an_app("model-pr jobs.adopt.steps.app.if"),
+    # A proposal changes the default branch, so the look is of that one. A timer tells no branch.
+    Condition("check-upstream jobs.look.if", ALL - OFF_MAIN),
+    *where_something_is_to_do("check-upstream jobs.bump.if", "look", "bump"),
+    *with_an_app("check-upstream jobs.bump.steps.app.if"),
+    *where_something_is_to_do("check-upstream jobs.issue.if", "look", "issue"),
     # What is published is what was agreed on, by whatever ref somebody starts it.
     Condition("publish jobs.plan.if", ON_MAIN),
     *where_something_is_to_do("publish jobs.publish.if", "plan"),
