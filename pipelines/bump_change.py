@@ -1,10 +1,11 @@
 """
 One proposed change of a pin: what a pull request, a branch or a dry run is made of.
 
-A bump is of a model (`tiny-llama`) or of an engine (`llama.cpp`). It has one branch, `bump/SUBJECT`,
-with one commit on top of the default branch that changes single values of params.yaml, and one open
-pull request. The marker in its body says what it proposes; it is the whole memory of a bump: a pull
-request that somebody closed means that this very change is not wanted.
+A bump is of a model (`tiny-llama`) or of an engine (`llama.cpp`). It has one branch,
+`bump/SUBJECT`, with one commit on top of the default branch that changes single values of
+params.yaml, and one open pull request. The marker in its body says what it proposes; it is the
+whole memory of a bump: a pull request that somebody closed means that this very change is not
+wanted.
 """
 
 from __future__ import annotations
