@@ -586,6 +586,8 @@ class GitHubApi:
                 "repo": self.repo(self.repository),
             },
         }
+        made["merged_at"] = now() if pull["merged"] else None
+        made["closed_at"] = None if pull["state"] == "open" else now()
         if not simple:
             made["merged"] = pull["merged"]
         return made
@@ -882,6 +884,17 @@ def _add_labels(api: GitHubApi, call: Call) -> tuple[int, Any]:
     return 200, api.shown_labels(labels)
 
 
+@_route("delete", f"{R}/issues/{{issue_number}}/labels/{{name}}")
+def _remove_label(api: GitHubApi, call: Call) -> tuple[int, Any]:
+    number, name = call.number("issue_number"), call.operation.path["name"]
+    api.shown_issue(number)
+    labels = (api.issues.get(number) or api.pulls[number])["labels"]
+    if name not in labels:
+        raise AnswerError(404, "Label does not exist")
+    labels.remove(name)
+    return 200, api.shown_labels(labels)
+
+
 # --- check runs
 
 
@@ -966,15 +979,31 @@ def _download_artifact(api: GitHubApi, call: Call) -> tuple[int, Any]:
     return 302, f"{api.blob_url}/{artifact.id}?sig=secret-of-the-storage"
 
 
-@_route("get", f"{R}/actions/runs/{{run_id}}")
-def _get_run(api: GitHubApi, call: Call) -> tuple[int, Any]:
-    run = api.found(api.runs, call.number("run_id"))
-    shown = api.contract.example("workflow-run") | {"id": call.number("run_id")} | run
+def _shown_run(api: GitHubApi, number: int) -> dict[str, Any]:
+    whole = api.contract.example("workflow-run")
+    shown: dict[str, Any] = whole | {"id": number} | api.runs[number]
     # The event of a run says less of a repository than the API does.
     if shown.get("head_repository"):
-        whole = api.contract.example("workflow-run")["head_repository"]
-        shown["head_repository"] = whole | shown["head_repository"]
-    return 200, shown
+        shown["head_repository"] = whole["head_repository"] | shown["head_repository"]
+    return shown
+
+
+@_route("get", f"{R}/actions/runs/{{run_id}}")
+def _get_run(api: GitHubApi, call: Call) -> tuple[int, Any]:
+    api.found(api.runs, call.number("run_id"))
+    return 200, _shown_run(api, call.number("run_id"))
+
+
+@_route("get", f"{R}/actions/workflows/{{workflow_id}}/runs")
+def _list_runs_of_workflow(api: GitHubApi, call: Call) -> tuple[int, Any]:
+    file = f".github/workflows/{call.operation.path['workflow_id']}"
+    branch = call.query.get("branch")
+    every = [_shown_run(api, number) for number in sorted(api.runs, reverse=True)]
+    of_file = [each for each in every if str(each["path"]).partition("@")[0] == file]
+    if not of_file and file not in api.workflows:
+        raise AnswerError(404, "Not Found")
+    found = [each for each in of_file if branch in {None, each["head_branch"]}]
+    return 200, {"total_count": len(found), "workflow_runs": found}
 
 
 @_route("get", f"{R}/actions/runs")
@@ -1155,13 +1184,54 @@ def _make_commit(api: GitHubApi, call: Call) -> tuple[int, Any]:
     tree = call.body["tree"]
     if api.git.resolve(f"{tree}^{{tree}}") != tree:
         raise AnswerError(422, "Tree SHA does not exist")
-    sha = api.git.commit_tree(tree, call.body.get("parents", []), call.body["message"])
+    sha = api.git.commit_tree(
+        tree, call.body.get("parents", []), call.body["message"], author=call.token.login
+    )
     return 201, api.shown_commit(sha)
 
 
 @_route("get", f"{R}/git/commits/{{commit_sha}}")
 def _get_commit(api: GitHubApi, call: Call) -> tuple[int, Any]:
     return 200, api.shown_commit(call.operation.path["commit_sha"])
+
+
+@_route("get", f"{R}/compare/{{basehead}}")
+def _compare(api: GitHubApi, call: Call) -> tuple[int, Any]:
+    base, _, head = call.operation.path["basehead"].partition("...")
+    if not api.git.resolve(f"{base}^{{commit}}") or not api.git.resolve(f"{head}^{{commit}}"):
+        raise AnswerError(404, "Not Found")
+    made = api.contract.example("commit-comparison")
+    shown = made["commits"][0]
+    commits = []
+    for sha in api.git.text("rev-list", "--reverse", f"{base}..{head}").split():
+        form = "%an%x00%cn%x00%P%x00%T%x00%B"
+        told = api.git.git("show", "-s", f"--format={form}", sha).decode()
+        author, committer, parents, tree, message = told.split("\0")
+        commits.append(
+            shown
+            | {
+                "sha": sha,
+                "commit": shown["commit"]
+                | {
+                    "message": message.rstrip("\n"),
+                    "tree": shown["commit"]["tree"] | {"sha": tree},
+                },
+                "author": api.user(author),
+                # What GitHub signs for a bot, it commits itself.
+                "committer": api.user("web-flow" if committer == "GitHub" else committer),
+                "parents": [shown["parents"][0] | {"sha": each} for each in parents.split()],
+            }
+        )
+    behind = api.git.text("rev-list", "--count", f"{head}..{base}")
+    return 200, made | {
+        "status": "ahead" if commits else "identical",
+        "ahead_by": len(commits),
+        "behind_by": int(behind),
+        "total_commits": len(commits),
+        "commits": commits[-250:],
+        "merge_base_commit": shown | {"sha": api.git.text("merge-base", base, head)},
+        "files": [],
+    }
 
 
 @_route("get", f"{R}/contents/{{path}}")

@@ -63,7 +63,12 @@ class BareRepository:
             return None
 
     def commit(
-        self, branch: str, files: dict[str, str | bytes | None], message: str = "change"
+        self,
+        branch: str,
+        files: dict[str, str | bytes | None],
+        message: str = "change",
+        *,
+        author: str | None = None,
     ) -> str:
         """Change files of a branch as a person does who pushes; make the branch if need be."""
         parent = self.head(branch)
@@ -74,7 +79,9 @@ class BareRepository:
             for path, content in files.items()
         }
         tree = self.tree(f"{parent}^{{tree}}" if parent else None, entries)
-        made = self.commit_tree(tree, [parent] if parent else [], message)
+        made = self.commit_tree(
+            tree, [parent] if parent else [], message, author=author, committer=author
+        )
         self.git("update-ref", f"refs/heads/{branch}", made)
         return made
 
@@ -118,10 +125,21 @@ class BareRepository:
             self.git("update-index", "-z", "--index-info", data=data, GIT_INDEX_FILE=index)
             return self.git("write-tree", GIT_INDEX_FILE=index).decode().strip()
 
-    def commit_tree(self, tree: str, parents: list[str], message: str) -> str:
-        """Store a commit; return its name."""
+    def commit_tree(
+        self,
+        tree: str,
+        parents: list[str],
+        message: str,
+        *,
+        author: str | None = None,
+        committer: str | None = None,
+    ) -> str:
+        """Store a commit; return its name. By default GitHub made it for the token of a job."""
         arguments = [part for parent in parents for part in ("-p", parent)]
-        return self.git("commit-tree", tree, *arguments, data=message.encode()).decode().strip()
+        who = {"GIT_AUTHOR_NAME": author, "GIT_COMMITTER_NAME": committer}
+        told = {name: value for name, value in who.items() if value}
+        made = self.git("commit-tree", tree, *arguments, data=message.encode(), **told)
+        return made.decode().strip()
 
     def is_forward(self, before: str, after: str) -> bool:
         """Tell whether one commit is an ancestor of another."""

@@ -54,6 +54,18 @@ def login(gh: GitHub) -> str:
         raise
 
 
+def starts_checks(gh: GitHub) -> bool:
+    """
+    Tell whether GitHub starts workflows for what this token does, as far as a token shows it.
+
+    For a pull request that the token of a job opens or renews it prepares them, and they wait for
+    somebody's click; an App's token and a person's start them.
+
+    Source: docs.github.com, "GITHUB_TOKEN", "When GITHUB_TOKEN triggers workflow runs".
+    """
+    return bool(os.environ.get(APP_SLUG_VARIABLE)) or not gh.is_installation
+
+
 def login_of(answer: dict[str, Any]) -> str:
     """Return who wrote a comment or an issue; empty if that account is gone."""
     user = answer.get("user")

@@ -111,6 +111,12 @@ def merged(there: str | None, body: str) -> str:
     return (f"{ours}\n\n{there}" if there.strip() else ours)[:BODY_CHARACTERS]
 
 
+def ours(body: object) -> str:
+    """Return our part of a body; empty if it has none."""
+    found = _OURS.search(body.replace("\r\n", "\n")) if isinstance(body, str) else None
+    return found[0].removeprefix(BEGIN).removesuffix(END).strip("\n") if found else ""
+
+
 def _opened(gh: GitHub, *, head: str, base: str, title: str, body: str) -> dict[str, Any]:
     request = {"title": title, "head": head, "base": base, "body": merged(None, body)}
     for attempt in range(_ATTEMPTS):
