@@ -156,7 +156,7 @@ def _shorter(view: View) -> Iterator[View]:
     yield _less(view, "ends of sentences", risks=_brief(view.risks[:_FEW]), facts=facts)
 
 
-def _less(view: View, what: str, **changes: Any) -> View:
+def _less(view: View, what: str, **changes: Any) -> View:  # noqa: ANN401 - fields of it
     """Shorten one part of it, and say so if there was more."""
     shorter = replace(view, **changes)
     if shorter == view or what in view.truncated:
