@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, cast
 
-from pipelines import __version__, ci_verbs, console, release_verbs
+from pipelines import __version__, ci_verbs, console, release_verbs, upstream_verbs
 from pipelines.errors import FleetError, MachineError, ParamsError
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_stage(verbs, stage)
     release_verbs.add(verbs, _add, _layout)
     ci_verbs.add(verbs, _add, _layout)
+    upstream_verbs.add(verbs, _add, _layout)
     return parser
 
 

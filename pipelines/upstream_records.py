@@ -136,6 +136,7 @@ class ModelUpstream(Part):
             there was no success yet.
         seen_after: The last look with success that saw something else as the newest. So long is
             what is now the newest not there, whatever its own time says.
+        last_state, last_reason: Of `unknown`: what the last success came to.
     """
 
     model: Annotated[str, StringConstraints(pattern=MODEL_KEY)]
@@ -156,6 +157,8 @@ class ModelUpstream(Part):
     last_success_at: AwareDatetime | None = None
     first_asked_at: AwareDatetime | None = None
     seen_after: AwareDatetime | None = None
+    last_state: State | None = None
+    last_reason: Sentence = ""
 
 
 class EngineUpstream(Part):
@@ -175,7 +178,7 @@ class EngineUpstream(Part):
         younger: The newest release of all, where it is younger than `newest` and has to wait.
         first_seen: When a look first saw a release that is newer than `pinned`.
         notes: Sentences on what else there is to know, such as a Go that is too old.
-        reason, next_step, last_success_at: See `ModelUpstream`.
+        reason, next_step, last_success_at, first_asked_at: See `ModelUpstream`.
     """
 
     engine: Engine
@@ -194,6 +197,7 @@ class EngineUpstream(Part):
     reason: Sentence
     next_step: Sentence = ""
     last_success_at: AwareDatetime | None = None
+    first_asked_at: AwareDatetime | None = None
 
 
 class UpstreamRecord(Record):
@@ -220,7 +224,7 @@ class UpstreamRecord(Record):
 
 class UpstreamNotices(Record):
     """
-    What the report says of upstream: work/upstream.json, which has the same bytes until that changes.
+    What the report says of upstream: work/upstream.json, the same bytes until that changes.
 
     Attributes:
         alarms: See `UpstreamRecord`, without the times.

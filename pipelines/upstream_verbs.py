@@ -1,0 +1,103 @@
+"""
+The verbs that follow upstream, as the command line sees them: names, options, help.
+
+What each does is in a module of its own, which is imported when it is typed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipelines.ci_verbs import words
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from pipelines.layout import Layout
+    from pipelines.release_verbs import AddVerb
+
+
+class _Verb(NamedTuple):
+    """A verb: its options, and what it does in a checkout."""
+
+    name: str
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Layout, argparse.Namespace], int]
+
+
+def add(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_verb: AddVerb,
+    find: Callable[[], Layout],
+) -> None:
+    """
+    Add every verb.
+
+    Args:
+        verbs: Of the command line.
+        add_verb: Adds one.
+        find: Returns the paths of the checkout that we stand in.
+    """
+    for each in _VERBS:
+        verb = add_verb(verbs, each.name, each.help, partial(_in_checkout, find, each))
+        each.add_options(verb)
+
+
+def _in_checkout(find: Callable[[], Layout], verb: _Verb, args: argparse.Namespace) -> int:
+    return verb.run(find(), args)
+
+
+# --- one pair for each verb: its options, and the call ----------------------------------------
+
+
+def _check_upstream_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("models", nargs="*", metavar="MODEL", help="default: the whole fleet")
+    verb.add_argument("--json", action="store_true", help="print the record as JSON")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="write the record here, too")
+    verb.add_argument(
+        "--previous",
+        type=Path,
+        metavar="FILE",
+        help="the record of the look before; default: that of this checkout",
+    )
+    verb.add_argument(
+        "--if-due",
+        action="store_true",
+        help="only if the last look is older than check_upstream.period_hours; asks no index of "
+        "engines",
+    )
+    verb.add_argument(
+        "--strict", action="store_true", help="exit 5 if something moved or a person has to look"
+    )
+
+
+def _check_upstream(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import upstream_due  # noqa: PLC0415 - not for --help
+
+    if args.if_due and upstream_due.is_fresh(at):
+        return 0
+    from pipelines import check_upstream  # noqa: PLC0415 - pydantic
+
+    return check_upstream.main(
+        at,
+        words(args.models),
+        as_json=args.json,
+        out=args.out,
+        previous=args.previous,
+        if_due=args.if_due,
+        strict=args.strict,
+    )
+
+
+_VERBS = (
+    _Verb(
+        "check-upstream",
+        "say what is newer upstream than what is declared; the only verb that asks",
+        _check_upstream_options,
+        _check_upstream,
+    ),
+)
