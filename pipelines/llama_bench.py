@@ -104,7 +104,7 @@ def speed_argv(  # noqa: PLR0913 - each is one option of the tool
         *("-m", model, "-o", "jsonl", "--progress", "-r", str(repetitions), "--prio", "0"),
         *("-p", str(prompt_tokens), "-n", str(generate_tokens)),
         *("-d", ",".join(str(depth) for depth in depths)),
-        *_bench_options(execution, load_mode="auto", embeddings=embeddings),
+        *_bench_options(tools, execution, load_mode="auto", embeddings=embeddings),
     ]
 
 
@@ -134,7 +134,7 @@ def memory_argv(
         str(tools.tool("llama-bench")),
         *("-m", model, "-o", "jsonl", "--progress", "-r", "1", "--prio", "0", "--no-warmup"),
         *("--delay", str(MEMORY_PAUSE_S), "-p", f"{context_tokens},1", "-n", "0", "-d", "0"),
-        *_bench_options(execution, load_mode="none", embeddings=embeddings),
+        *_bench_options(tools, execution, load_mode="none", embeddings=embeddings),
     ]
 
 
@@ -145,12 +145,21 @@ def memory_tests(context_tokens: int) -> tuple[SpeedTest, ...]:
     )
 
 
-def _bench_options(execution: Execution, *, load_mode: str, embeddings: bool) -> list[str]:
+# The option came with this release. llama-bench of earlier ones repacks, too, and cannot be told
+# not to (use_extra_bufts of llama_model_default_params); a comparison runs it beside a newer one.
+_REPACK_SINCE = (0, 3, 36)
+
+
+def _bench_options(
+    tools: Toolchain, execution: Execution, *, load_mode: str, embeddings: bool
+) -> list[str]:
+    release = tuple(map(int, tools.manifest["llama_cpp_python"].split(".")))
     return [
         *execution.argv(),
         *("-lm", load_mode, "-sm", "layer", "-mg", "0", "-ncmoe", "0", "-nkvo", "0"),
         *("--poll", "50", "--cpu-strict", "0", "-nopo", "0", "--no-host", "0"),
-        *("-embd", "1" if embeddings else "0", "--repack", "1"),
+        *("-embd", "1" if embeddings else "0"),
+        *(("--repack", "1") if release >= _REPACK_SINCE else ()),
     ]
 
 
