@@ -7,6 +7,7 @@ says so instead of giving a verdict. The result is results/MODEL/compare.json, w
 `fleet repro` judges with it. docs/compare.md describes the method and what it was proven with.
 
     compare_sides      who the two are, and how their bytes come here
+    compare_engine     the engine alone, where the two sides run on two of them
     compare_run        the processes in turns, the journal, what voids a pair
     compare_quality    divergence from f16, block by block
     compare_words      what the record says
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +26,7 @@ from pipelines import (
     architectures,
     benchmark,
     bundle,
+    compare_engine_words,
     compare_quality,
     compare_run,
     compare_sides,
@@ -43,6 +45,7 @@ from pipelines import (
     toolchain,
     wording,
 )
+from pipelines.compare_engine_records import EngineRecord
 from pipelines.compare_records import CompareRecord, FlipComparison, SpeedComparison
 from pipelines.errors import FleetError, ParamsError
 from pipelines.records import FileDigest, Validity
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from pipelines.compare_engine import Axis
     from pipelines.compare_records import QualityComparison
     from pipelines.compare_run import Pair, Plan, ProcessRun, Session
     from pipelines.compare_sides import Contender
@@ -63,6 +67,8 @@ if TYPE_CHECKING:
 # makes 16 % of 32.
 MAX_DRIFT: Final = 0.20
 _MIN_PAIRS: Final = 4
+# Of the text, for the divergence: by both sides, and by the f16, maybe of each.
+READINGS: Final = 4
 # Lower end of the true scatter over that of four pairs: sqrt(3 / 9.35), by the 97.5th percentile of
 # chi squared with three degrees of freedom.
 _LEAST_SCATTER: Final = 0.57
@@ -143,7 +149,7 @@ def _task(  # noqa: PLR0913, PLR0917 - the options of the verb
         else compare_sides.of_commit(at, model, base, new.side, host=host)
     )
     budget_s = 60.0 * (declared.compare.max_minutes if budget_minutes is None else budget_minutes)
-    return Task(declared, at, model, old, new, budget_s)
+    return Task(declared, at, model, old, new, budget_s, host)
 
 
 def _compared(task: Task, *, plan_only: bool, fresh: bool, as_json: bool) -> CompareRecord | None:
@@ -151,21 +157,31 @@ def _compared(task: Task, *, plan_only: bool, fresh: bool, as_json: bool) -> Com
     if task.is_same:
         # No record: nothing was measured, and one of an earlier comparison stays as it is.
         same = task.nothing_to_compare()
+        task.drop_stale_engine()
         if as_json:
             registries.print_json(json.loads(same.model_dump_json()))
         else:
             console.out(same.sentence)
         return None
     with measuring.one_at_a_time(toolchain.default_cache_root(), f"compare {task.model}"):
-        record = task.run(plan_only=plan_only, fresh=fresh)
-    if record is not None:
+        bench = task.prepare(fresh=fresh)
+        if plan_only:
+            return None
+        record = task.run(bench)
         _finish(task, record, as_json=as_json)
+        if bench.axis is not None:
+            _finish_engine(task, bench.axis.measure(record), as_json=as_json)
+            bench.axis.forget()
+        # Only now: until here a run that is killed goes on with what was measured.
+        bench.session.journal.remove()
     return record
 
 
 def _finish(task: Task, record: CompareRecord, *, as_json: bool) -> None:
     """Write the record, and say what it says."""
     path = task.at.comparison(task.model)
+    # That of another comparison speaks of nothing any more; this one's is written after it.
+    task.at.engine_record(task.model).unlink(missing_ok=True)
     records.write(path, record)
     if runner.in_actions():
         runner.summary(_markdown(record))
@@ -181,19 +197,66 @@ def _finish(task: Task, record: CompareRecord, *, as_json: bool) -> None:
     console.out(f"Written to {where}; `fleet repro` judges with it.")
 
 
+def _finish_engine(task: Task, record: EngineRecord, *, as_json: bool) -> None:
+    """Write what was found of the engine alone, and say what it says."""
+    path = task.at.engine_record(task.model)
+    records.write(path, record)
+    rows, said = compare_engine_words.rows(record), compare_engine_words.sentences(record)
+    if runner.in_actions():
+        title = f"The engine alone: {record.model}"
+        runner.summary(_as_markdown(title, compare_engine_words.HEADS, rows, said))
+    where = path.relative_to(task.at.root)
+    if as_json:
+        console.info(f"{record.sentence} Written to {where}.")
+        return
+    lines = ["", *compare_engine_words.table(record)] if rows else []
+    console.out("\n".join([*lines, "", *said, f"Written to {where}."]))
+
+
 def _markdown(record: CompareRecord) -> str:
     """Say what a record says as the summary of a job."""
+    rows = [row.cells for row in compare_words.rows(record)]
+    title = f"fleet compare: {record.model}"
+    return _as_markdown(title, compare_words.HEADS, rows, compare_words.sentences(record))
+
+
+def _as_markdown(
+    title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], sentences: Sequence[str]
+) -> str:
     from pipelines.render import escape_markdown  # noqa: PLC0415 - jinja2
 
-    lines = [f"### fleet compare: {escape_markdown(record.model)}"]
-    rows = compare_words.rows(record)
+    lines = [f"### {escape_markdown(title)}"]
     if rows:
-        lines += ["", "| " + " | ".join(compare_words.HEADS) + " |"]
-        lines += ["|" + "---|" * len(compare_words.HEADS)]
-        lines += ["| " + " | ".join(map(escape_markdown, row.cells)) + " |" for row in rows]
-    for sentence in compare_words.sentences(record):
+        lines += ["", "| " + " | ".join(heads) + " |"]
+        lines += ["|" + "---|" * len(heads)]
+        lines += ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows]
+    for sentence in sentences:
         lines += ["", escape_markdown(sentence)]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """
+    A comparison that is laid out: nothing of it but the warm-up was measured.
+
+    Attributes:
+        hardware: This machine.
+        plan: What is run.
+        files: The two GGUFs, below the checkout.
+        sides: The two as they are run.
+        session: Where it stands.
+        estimate: How long it takes.
+        axis: The engine alone; None where both sides run on one.
+    """
+
+    hardware: dict[str, Any]
+    plan: Plan
+    files: tuple[Path, Path]
+    sides: tuple[compare_run.Runner, compare_run.Runner]
+    session: Session
+    estimate: Estimate
+    axis: Axis | None
 
 
 @dataclass(frozen=True)
@@ -206,6 +269,7 @@ class Task:
     champion: Contender
     challenger: Contender
     budget_s: float
+    host: str | None = None
 
     @property
     def is_same(self) -> bool:
@@ -228,17 +292,29 @@ class Task:
         )
         return self._record(hardware, validity, sentence=said, outcome="equal")
 
-    def run(self, *, plan_only: bool = False, fresh: bool = False) -> CompareRecord | None:
-        """Bring both, measure, and judge; None if only the plan was asked for."""
+    def drop_stale_engine(self) -> None:
+        """Remove what was found of an engine that this checkout does not run any more."""
+        path = self.at.engine_record(self.model)
+        known = records.read_or_reason(path, EngineRecord)
+        if isinstance(known, str) or known.challenger != self.challenger.side:
+            path.unlink(missing_ok=True)
+
+    def prepare(self, *, fresh: bool = False) -> Bench:
+        """
+        Bring both files, run each side once, and say how long all will take.
+
+        Raises:
+            FleetError: A file cannot be had, or a side does not run.
+        """
         hardware = measuring.this_machine(self.at)
-        files = [
+        brought = [
             compare_sides.bring(self.declared, self.at, self.model, each, each.gguf)
             for each in (self.champion, self.challenger)
         ]
         plan = plan_of(
             self.declared,
             self.model,
-            files[1],
+            brought[1],
             backend=self.challenger.tools.backend,
             cores=hardware["cpu"]["cores_count"],
         )
@@ -248,9 +324,9 @@ class Task:
                 model=str(file.relative_to(self.at.root)),
                 model_size_bytes=tensor_bytes(file),
             )
-            for each, file in zip((self.champion, self.challenger), files, strict=True)
+            for each, file in zip((self.champion, self.challenger), brought, strict=True)
         ]
-        key = compare_run.journal_key(self._facts(hardware, plan))
+        key = compare_run.journal_key(facts_of((self.champion, self.challenger), hardware, plan))
         path = self.at.scratch(self.model) / f"compare-{key}.jsonl"
         for other in self.at.scratch(self.model).glob("compare-*.jsonl"):
             if fresh or other != path:
@@ -269,44 +345,78 @@ class Task:
                 "llama-bench"
             )
         estimate = estimate_of(session, self._quality_tokens(plan))
+        bench = Bench(
+            hardware=hardware,
+            plan=plan,
+            files=(brought[0], brought[1]),
+            sides=(sides[0], sides[1]),
+            session=session,
+            estimate=estimate,
+            axis=None,
+        )
+        axis = self._axis(bench, fresh=fresh)
         console.info(f"{self._who()}: {estimate.sentence}")
-        if plan_only:
+        if axis is not None:
+            before_s = estimate.total_s(plan.pairs)
+            console.info(axis.estimate.sentence(axis.what, before_s, self.budget_s))
+        return replace(bench, axis=axis)
+
+    def _axis(self, bench: Bench, *, fresh: bool) -> Axis | None:
+        """Lay out the engine alone, where the two sides run on two of them."""
+        from pipelines import compare_engine, compare_engine_releases  # noqa: PLC0415 - it uses us
+
+        if fresh:
+            compare_engine.sweep(self.at, self.model)
+        if not compare_engine.differs(self.champion, self.challenger):
             return None
-        estimate.require()
-        measured = measure(session, doubling_fits=estimate.doubling_fits)
-        quality, notes = self._quality(plan, files, sides)
-        record = self._record(
-            hardware,
+        released = compare_engine_releases.released(self.declared, self.at, self.model, self.host)
+        return compare_engine.Axis(
+            declared=self.declared,
+            at=self.at,
+            model=self.model,
+            champion=self.champion,
+            challenger=self.challenger,
+            files=bench.files,
+            plan=bench.plan,
+            hardware=bench.hardware,
+            budget_s=self.budget_s,
+            estimate=compare_engine.estimate_of(
+                bench.estimate,
+                releases=len(released.found),
+                is_one_file=self.champion.side.gguf_sha256 == self.challenger.side.gguf_sha256,
+            ),
+            released=released,
+            spent_s=lambda: bench.session.spent_s,
+        )
+
+    def run(self, bench: Bench) -> CompareRecord:
+        """
+        Measure, and judge.
+
+        Raises:
+            ParamsError: It does not fit the budget.
+            FleetError: A tool failed.
+        """
+        bench.estimate.require()
+        measured = measure(bench.session, doubling_fits=bench.estimate.doubling_fits)
+        quality, notes = self._quality(bench.plan, bench.files, bench.sides)
+        return self._record(
+            bench.hardware,
             measured.validity,
             speed=measured.speed,
             quality=quality,
             flips=self._flips(),
             doubled=measured.doubled,
-            void_pairs=tuple(session.void),
+            void_pairs=tuple(bench.session.void),
             notes=notes,
-            wall_s=round(session.spent_s, 3),
+            wall_s=round(bench.session.spent_s, 3),
         )
-        session.journal.remove()
-        return record
 
     def _who(self) -> str:
         return (
             f"{compare_words.side(self.challenger.side)} against "
             f"{compare_words.side(self.champion.side)}"
         )
-
-    def _facts(self, hardware: dict[str, Any], plan: Plan) -> dict[str, object]:
-        """Return what decides what is measured: samples of anything else are not gone on with."""
-        both = (self.champion, self.challenger)
-        return {
-            "sides": [each.side.model_dump() for each in both],
-            "hw_id": hardware["hw_id"],
-            # Driver, kernel and governor, and the very programs, which may be built anew.
-            "env_ids": [measuring.machine_id(hardware, each.tools).env_id for each in both],
-            "programs": [each.tools.manifest_text() for each in both],
-            "tests": [vars(test) for test in plan.tests],
-            "run": [plan.repetitions, plan.execution.argv(), plan.is_encoder],
-        }
 
     def _record(self, hardware: dict[str, Any], validity: Validity, **parts: Any) -> CompareRecord:  # noqa: ANN401 - fields of the record
         speed: tuple[SpeedComparison, ...] = parts.get("speed", ())
@@ -344,7 +454,7 @@ class Task:
         if plan.is_encoder:
             return 0
         quality = self.declared.benchmark.quality
-        return 4 * quality.chunks * quality.context_tokens
+        return READINGS * quality.chunks * quality.context_tokens
 
     def _quality(
         self, plan: Plan, files: Sequence[Path], sides: Sequence[compare_run.Runner]
@@ -432,6 +542,22 @@ def flips(name: str, before: str, after: str, alpha: float) -> FlipComparison:
 
 
 # --- the plan ---------------------------------------------------------------------------------
+
+
+def facts_of(
+    both: tuple[Contender, Contender], hardware: dict[str, Any], plan: Plan, **more: object
+) -> dict[str, object]:
+    """Return what decides what is measured: samples of anything else are not gone on with."""
+    return {
+        "sides": [each.side.model_dump() for each in both],
+        "hw_id": hardware["hw_id"],
+        # Driver, kernel and governor, and the very programs, which may be built anew.
+        "env_ids": [measuring.machine_id(hardware, each.tools).env_id for each in both],
+        "programs": [each.tools.manifest_text() for each in both],
+        "tests": [vars(test) for test in plan.tests],
+        "run": [plan.repetitions, plan.execution.argv(), plan.is_encoder],
+        **more,
+    }
 
 
 def plan_of(declared: Declaration, model: str, gguf: Path, *, backend: str, cores: int) -> Plan:

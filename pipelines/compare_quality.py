@@ -49,8 +49,10 @@ class Subject:
         gguf: Its file, below the checkout.
         model_size_bytes: Tensor data.
         tools: Its llama.cpp.
-        f16: The file that it was made from, below the checkout.
+        f16: The file that it is held against, below the checkout: the one that it was made from.
         f16_digest: What that file is.
+        f16_tools: llama.cpp that reads that file, if not the side's own.
+        place: Folder in scratch for an f16 that is not that of this checkout, and its logits.
     """
 
     gguf: Path
@@ -58,6 +60,8 @@ class Subject:
     tools: Toolchain
     f16: Path
     f16_digest: FileDigest
+    f16_tools: Toolchain | None = None
+    place: str = "champion"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,22 @@ class Divergences:
     chunks: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """
+    All that one reading says.
+
+    Attributes:
+        found: The statistics over the whole text.
+        divergences: The same by blocks of windows.
+        reference_ppl: Perplexity that was printed when the logits were written.
+    """
+
+    found: llama_perplexity.Divergence
+    divergences: Divergences
+    reference_ppl: float
+
+
 def measure(at: Layout, wanted: BenchmarkSlice, run_as: Execution, subject: Subject) -> Divergences:
     """
     Compare one side with its own f16, over the text and the windows of the benchmark.
@@ -77,15 +97,39 @@ def measure(at: Layout, wanted: BenchmarkSlice, run_as: Execution, subject: Subj
         ToolError: llama-perplexity failed, or printed what cannot be trusted.
         MachineError: The disk is too small for the logits.
     """
+    return read(at, wanted, run_as, subject).divergences
+
+
+def reference(
+    at: Layout, wanted: BenchmarkSlice, run_as: Execution, subject: Subject
+) -> benchmark.Logits:
+    """
+    Return the logits of the file that a side is held against, made unless scratch has them.
+
+    Raises:
+        ToolError: llama-perplexity failed, or left a file of another format.
+        MachineError: The disk is too small for the logits.
+    """
     place = at if subject.f16 == at.f16(wanted.model) else _apart(at, wanted, subject)
     bench = benchmark.Bench(
         wanted=wanted,
         at=place,
-        tools=subject.tools,
+        tools=subject.f16_tools or subject.tools,
         model_size_bytes=subject.model_size_bytes,
         execution=run_as,
     )
-    logits = benchmark.reference_logits(bench, subject.f16_digest)
+    return benchmark.reference_logits(bench, subject.f16_digest)
+
+
+def read(at: Layout, wanted: BenchmarkSlice, run_as: Execution, subject: Subject) -> Reading:
+    """
+    Read the text as one side does, and hold it against the logits of another file.
+
+    Raises:
+        ToolError: llama-perplexity failed, or printed what cannot be trusted.
+        MachineError: The disk is too small for the logits.
+    """
+    logits = reference(at, wanted, run_as, subject)
     window = logits.header.context_tokens
     batch = llama_perplexity.window_batch(window, run_as.batch_tokens)
     log = at.log("compare", wanted.model)
@@ -116,17 +160,21 @@ def measure(at: Layout, wanted: BenchmarkSlice, run_as: Execution, subject: Subj
         )
     found = llama_perplexity.parse_divergence(done.stdout, done.stderr, base=logits.header, log=log)
     running = llama_perplexity.running_divergence(done.stdout, logits.header, log)
-    return Divergences(
-        mean_nats=found.kld_mean_nats,
-        # The last mean is printed once more, with one more decimal.
-        blocks_nats=block_means((*running[:-1], found.kld_mean_nats)),
-        chunks=logits.header.chunks,
+    return Reading(
+        found=found,
+        divergences=Divergences(
+            mean_nats=found.kld_mean_nats,
+            # The last mean is printed once more, with one more decimal.
+            blocks_nats=block_means((*running[:-1], found.kld_mean_nats)),
+            chunks=logits.header.chunks,
+        ),
+        reference_ppl=logits.ppl,
     )
 
 
 def _apart(at: Layout, wanted: BenchmarkSlice, subject: Subject) -> Layout:
     """Lay out another f16 as a checkout of its own, so that its logits are not taken for ours."""
-    place = Layout(at.scratch(wanted.model) / "champion")
+    place = Layout(at.scratch(wanted.model) / subject.place)
     for source, target in (
         (subject.f16, place.f16(wanted.model)),
         (at.root / wanted.corpus.path, place.root / wanted.corpus.path),
