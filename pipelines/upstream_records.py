@@ -96,6 +96,7 @@ class Difference(Part):
         stages: That have to run again, by the words of the graph.
         download_bytes: Of files that are not here and not in the declared revision.
         notes: Sentences: template, tokenizer, licence, configuration, in words.
+        refusals: Those of `notes` by which fetch or convert would not take the new revision.
         details: What is shown folded, title -> text (a unified diff, say); a stranger's.
     """
 
@@ -106,6 +107,7 @@ class Difference(Part):
     stages: Annotated[tuple[Word, ...], Field(max_length=20)]
     download_bytes: Size
     notes: Annotated[tuple[Sentence, ...], Field(max_length=50)] = ()
+    refusals: Annotated[tuple[Sentence, ...], Field(max_length=20)] = ()
     details: dict[Word, Annotated[str, StringConstraints(max_length=20_000)]] = Field(
         default_factory=dict
     )
