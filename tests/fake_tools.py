@@ -45,5 +45,10 @@ def with_fake(folder: Path, tools: Toolchain | None, name: str, body: str) -> To
     program.chmod(0o755)
     if tools and not (folder / "share").exists():
         (folder / "share").symlink_to(tools.prefix / "share", target_is_directory=True)
-    manifest = {"tools": {name: {}}, "llama_cpp_commit": "f" * 40, "backend": "cpu"}
+    manifest = {
+        "tools": {name: {}},
+        "llama_cpp_python": "0.3.36",
+        "llama_cpp_commit": "f" * 40,
+        "backend": "cpu",
+    }
     return Toolchain(prefix=folder, manifest=manifest)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fake_tools import with_fake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -675,3 +676,17 @@ def _same_or_refused(parse: Callable[[], Any], is_same: Callable[[Any], bool]) -
     except ToolError:
         return
     assert is_same(found)
+
+
+def test_a_build_without_repack_is_not_told_to_and_one_with_it_is(tmp_path: Path) -> None:
+    """A comparison of engines runs llama-bench of two releases; the older one knows no --repack."""
+
+    def argv(release: str) -> list[str]:
+        tools = with_fake(tmp_path, None, "llama-bench", "")
+        tools.manifest["llama_cpp_python"] = release
+        return llama_bench.memory_argv(tools, "m.gguf", context_tokens=64, execution=RUN)
+
+    assert argv("0.3.36")[-2:] == ["--repack", "1"]
+    assert argv("0.4.0")[-2:] == ["--repack", "1"]
+    assert "--repack" not in argv("0.3.35")
+    assert argv("0.3.36")[:-2] == argv("0.3.35")
