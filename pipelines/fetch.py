@@ -4,10 +4,13 @@ Fetch: the bytes of one pinned revision, every one of them verified, in work/<mo
 A source is `path:` a directory of the checkout or `hf:owner/repo`. Of either, only the files that
 a build reads are taken, by an allow-list of names: weights in safetensors, configuration,
 tokenizer, chat template, card and licence. Code and pickles never are, so there is nothing that a
-later tool could run. Small files come first: a model that nobody converts is refused before its
-weights are touched.
+later tool could run, and a model that is said to need code of its own is refused unless the
+operator wants it without. Small files come first: a model that nobody converts is refused before
+its weights are touched.
 
-The directory appears under its name only when all of it is there and right.
+The directory appears under its name only when all of it is there and right. What of it is here
+already, of a fetch that was killed or of another revision, is not transferred again
+(`pipelines.fetch_downloads`).
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import json
 import re
 import stat
 import tempfile
-from contextlib import suppress
+import time
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -37,15 +41,17 @@ from pipelines import (
     wording,
 )
 from pipelines.errors import DigestError, UpstreamError
+from pipelines.fetch_downloads import Downloads
 from pipelines.hashing import Digests
 from pipelines.hub import HubRepo, RemoteFile
+from pipelines.hub_download import QUICK, Patience
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pipelines.hub import Gate
     from pipelines.layout import Layout
-    from pipelines.params import FetchSlice
+    from pipelines.params import Fetch, FetchSlice
     from pipelines.safetensors_header import Checkpoint
 
 CONFIG: Final = "config.json"
@@ -70,6 +76,11 @@ TOKENIZERS: Final = (
     ("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",),
     ("tekken.json",), ("*.tiktoken",), ("rwkv_vocab_*.txt",),
 )  # fmt: skip
+# Where a model says which code of its own has to be loaded.
+_CODE_NAMING: Final = (
+    CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
+    "generation_config.json", "modules.json",
+)  # fmt: skip
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 _SAFE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -89,8 +100,20 @@ class Upstream(Protocol):
         """Return how upstream guards its files; None if everybody may have them."""
         ...
 
+    def expect(self, files: Sequence[RemoteFile]) -> Mapping[str, int]:
+        """Prepare to bring files; return {name: bytes} of what is here already."""
+        ...
+
     def bring(self, file: RemoteFile, target: Path, progress: Callable[[int], None]) -> Digests:
         """Put one file, verified as far as the listing allows, at `target`."""
+        ...
+
+    def done(self) -> None:
+        """Say that everything has its final name."""
+        ...
+
+    def close(self) -> None:
+        """End what the source still does."""
         ...
 
 
@@ -131,6 +154,16 @@ class LocalDirectory:
 
     def gated(self) -> None:
         """Nobody guards what lies in the checkout."""
+
+    def expect(self, _files: Sequence[RemoteFile]) -> Mapping[str, int]:
+        """Nothing is here of a copy that was not made yet."""
+        return {}
+
+    def done(self) -> None:
+        """Nothing was kept."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def bring(self, file: RemoteFile, target: Path, progress: Callable[[int], None]) -> Digests:
         """
@@ -178,7 +211,7 @@ def run(slice_: FetchSlice, at: Layout) -> records.FetchRecord:
         DigestError: Bytes differ from what is declared or listed. Nothing was kept.
         MachineError: The disk is too small, said before the first byte.
     """
-    source = upstream(slice_.source, slice_.revision, at)
+    source = _source(slice_, at)
     if isinstance(source, LocalDirectory):
         source.files()  # what is missing is said before a toolchain is built
     tools = toolchain.load(at)
@@ -189,6 +222,7 @@ def run(slice_: FetchSlice, at: Layout) -> records.FetchRecord:
         known_architectures=architectures.supported(tools.converter),
         llama_cpp_commit=tools.commit,
         revision=slice_.revision if slice_.source.startswith("path:") else None,
+        ignore_code=slice_.ignore_code,
     )
     directory = at.source(slice_.model)
     dvc_state.remember_all(
@@ -217,9 +251,41 @@ def run(slice_: FetchSlice, at: Layout) -> records.FetchRecord:
 
 
 def upstream(source: str, revision: str, at: Layout) -> Upstream:
-    """Open a declared source."""
+    """Open a declared source for a question on the way, which must not take long."""
     kind, _, place = source.partition(":")
-    return HubRepo(place, revision) if kind == "hf" else LocalDirectory(at.root / place)
+    if kind == "hf":
+        return HubRepo(place, revision, patience=QUICK)
+    return LocalDirectory(at.root / place)
+
+
+def patience_of(declared: Fetch) -> Patience:
+    """Take over how patient a download is declared to be."""
+    return Patience(
+        deadline_s=declared.deadline_minutes * 60.0,
+        min_rate_bytes_s=declared.min_rate_kib_s * 1024.0,
+        stall_s=float(declared.stall_seconds),
+    )
+
+
+def _source(slice_: FetchSlice, at: Layout) -> Upstream:
+    """
+    Open the source of a stage.
+
+    How patient it is stands in the declaration and not in the slice: it changes no byte, so that no
+    edit of it lets a model be fetched again.
+    """
+    kind, _, place = slice_.source.partition(":")
+    if kind != "hf":
+        return LocalDirectory(at.root / place)
+    from pipelines import declaration  # noqa: PLC0415 - it reads this module
+
+    declared = declaration.load(at.params) if at.params.exists() else None
+    return HubRepo(
+        place,
+        slice_.revision,
+        downloads=Downloads(at, slice_.model, slice_.source, slice_.revision, declared=declared),
+        patience=None if declared is None else patience_of(declared.fetch),
+    )
 
 
 def fetch(  # noqa: PLR0913 - each is one independent fact, named at the call
@@ -230,6 +296,7 @@ def fetch(  # noqa: PLR0913 - each is one independent fact, named at the call
     known_architectures: frozenset[str],
     llama_cpp_commit: str,
     revision: str | None,
+    ignore_code: bool = False,
 ) -> Fetched:
     """
     Bring what a build needs from `source` to the directory `into`, whole or not at all.
@@ -242,31 +309,63 @@ def fetch(  # noqa: PLR0913 - each is one independent fact, named at the call
         llama_cpp_commit: Its commit, for messages.
         revision: The content digest that the files must have; None where the listing has digests
             of its own.
+        ignore_code: Take the model without the code that it is said to need.
 
     Raises:
         UpstreamError, RetryLaterError, DigestError, MachineError: See `run`.
     """
+    try:
+        fetched = _fetch(
+            source,
+            into,
+            label=label,
+            known_architectures=known_architectures,
+            llama_cpp_commit=llama_cpp_commit,
+            revision=revision,
+            ignore_code=ignore_code,
+        )
+        source.done()
+    finally:
+        source.close()
+    return fetched
+
+
+def _fetch(  # noqa: PLR0913 - see fetch
+    source: Upstream,
+    into: Path,
+    *,
+    label: str,
+    known_architectures: frozenset[str],
+    llama_cpp_commit: str,
+    revision: str | None,
+    ignore_code: bool,
+) -> Fetched:
     listing = source.files()
     small, weights = _small_files(listing), _matching_weights(listing)
-    total_bytes = sum(file.size_bytes for file in (*small, *weights))
-    disk.require(into, total_bytes, label)
+    # The index, which is not here yet, may name weights that no pattern of ours matches.
+    here = source.expect((*small, *_possible_weights(listing)))
+    missing_bytes = sum(file.size_bytes - here.get(file.name, 0) for file in (*small, *weights))
+    disk.require(into, missing_bytes, label)
     with (
         atomic.replacing(into) as part,
-        console.Progress(label, total=total_bytes, unit="bytes") as progress,
+        console.Progress(label, total=missing_bytes, unit="bytes") as progress,
     ):
         part.mkdir()
-        bringer = _Bringer(source, part, progress)
+        bringer = _Bringer(source, part, progress, here)
         bringer.bring(small)
         config = read_config(part)
         architecture = architectures.require_supported(
             config, known_architectures, llama_cpp_commit
         )
         _require_unquantized(config)
+        if not ignore_code:
+            _require_no_code(part)
         _require_tokenizer([file.name for file in small])
         _require_pooling(part)
         shards = _shards(listing, part)
-        # The index may name weights that no pattern of ours matched.
-        disk.require(part, sum(shard.size_bytes for shard in shards), label)
+        disk.require(
+            part, sum(shard.size_bytes - here.get(shard.name, 0) for shard in shards), label
+        )
         bringer.bring(shards)
         checkpoint = _checkpoint(part, shards)
         if revision is not None:
@@ -350,7 +449,11 @@ def size_of(source: str, revision: str, at: Layout) -> disk.Size:
         UpstreamError: The source is not there, or has no weights in safetensors.
         RetryLaterError: It cannot be asked now.
     """
-    opened = upstream(source, revision, at)
+    with closing(upstream(source, revision, at)) as opened:
+        return _size_of(opened)
+
+
+def _size_of(opened: Upstream) -> disk.Size:
     listing = opened.files()
     weights = _matching_weights(listing)
     weights_bytes = sum(file.size_bytes for file in weights)
@@ -470,22 +573,31 @@ def _clone(source: IO[bytes], target: IO[bytes]) -> bool:
 class _Bringer:
     """Brings files one after another, and keeps their digests and the sum for the progress line."""
 
-    def __init__(self, source: Upstream, into: Path, progress: console.Progress) -> None:
+    def __init__(
+        self, source: Upstream, into: Path, progress: console.Progress, here: Mapping[str, int]
+    ) -> None:
         self.digests: dict[str, Digests] = {}
         self._source = source
         self._into = into
         self._progress = progress
+        self._here = here
         self._done_bytes = 0
 
     def bring(self, files: Sequence[RemoteFile]) -> None:
         """Bring files; the source verifies what it can."""
         for file in files:
             self.digests[file.name] = self._bring(file)
-            self._done_bytes += file.size_bytes
+            self._done_bytes += file.size_bytes - self._here.get(file.name, 0)
 
     def _bring(self, file: RemoteFile) -> Digests:
+        started = time.monotonic()
+        # What was here before takes no time that would say anything of the rest.
+        here_bytes = self._here.get(file.name, 0)
+
         def show(size_bytes: int) -> None:
-            self._progress.update(self._done_bytes + size_bytes, file.name)
+            new_bytes = max(size_bytes - here_bytes, 0)
+            rate = new_bytes / 2**20 / max(time.monotonic() - started, 0.001)
+            self._progress.update(self._done_bytes + new_bytes, f"{file.name} at {rate:,.1f} MiB/s")
 
         target = self._into / file.name
         target.parent.mkdir(exist_ok=True)
@@ -546,6 +658,15 @@ def _matching_weights(listing: Sequence[RemoteFile]) -> list[RemoteFile]:
     )
 
 
+def _possible_weights(listing: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Return everything that an index could name."""
+    return [
+        file
+        for file in listing
+        if file.name.endswith(".safetensors") and _SAFE_NAME.fullmatch(file.name)
+    ]
+
+
 def _shards(listing: Sequence[RemoteFile], directory: Path) -> list[RemoteFile]:
     """
     Return the weights exactly: those that the index in `directory` names, or all without an index.
@@ -594,6 +715,47 @@ def _require_tokenizer(names: Sequence[str]) -> None:
         f"the tokenizer is missing: there is none of {wanted}.",
         hint="Add the tokenizer's files, or declare the base model's repository.",
     )
+
+
+def _require_no_code(directory: Path) -> None:
+    """
+    Refuse a model that says that code of its repository has to run for it to work.
+
+    Nobody runs it here, with this or without: a `*.py` is never fetched. But a model that needs it
+    may be converted wrongly without it, which only a person can know.
+    """
+    for name in _CODE_NAMING:
+        try:
+            told = json.loads((directory / name).read_bytes())
+        except FileNotFoundError:
+            continue
+        except (ValueError, RecursionError) as error:
+            raise UpstreamError(f"{name} is not JSON: {error}.") from error
+        named = sorted(_named_code(name, told))
+        if named:
+            files = sorted({f"{one.split('--')[-1].partition('.')[0]}.py" for one in named})
+            raise UpstreamError(
+                f"{name} names code of the repository: {console.clean(wording.first_few(named))} "
+                f"({console.clean(wording.first_few(files))}). It was not fetched.",
+                hint="Take a repository that works without, or, if you know that this one does, "
+                "write `ignore_code: true` into the model's entry of params.yaml.",
+            )
+
+
+def _named_code(name: str, told: object) -> Iterator[str]:
+    """Yield classes that transformers or sentence-transformers would load from the repository."""
+    if name == "modules.json":
+        for module in told if isinstance(told, list) else ():
+            type_ = str(module.get("type", "")) if isinstance(module, dict) else ""
+            if type_ and not type_.startswith("sentence_transformers."):
+                yield type_[:120]
+        return
+    declared = told.get("auto_map") if isinstance(told, dict) else None
+    values = declared.values() if isinstance(declared, dict) else [declared]
+    for value in values:
+        for one in value if isinstance(value, list) else [value]:
+            if one:
+                yield str(one)[:120]
 
 
 def _require_pooling(directory: Path) -> None:

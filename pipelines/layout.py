@@ -55,6 +55,11 @@ class Layout:
         """Whole output of every program that the stage started."""
         return self.root / "work/logs" / f"{stage}-{key}.log"
 
+    @property
+    def downloads(self) -> Path:
+        """Directory of files that are not here as a whole yet, each named by its digest."""
+        return self.root / "work/downloads"
+
     def source(self, model: str) -> Path:
         """Directory with the verified files of the pinned upstream revision."""
         return self.root / "work" / model / "source"

@@ -89,6 +89,10 @@ class Git:
             return "This clone is shallow: give actions/checkout `fetch-depth: 0`."
         return "This clone is shallow: git fetch --unshallow (in a workflow: `fetch-depth: 0`)."
 
+    def default_branch(self) -> str | None:
+        """Return the commit that the default branch means, under its usual names; None: none is."""
+        return next(filter(None, map(self.parse, _DEFAULT_BRANCHES)), None)
+
     def fork_point(self, head: str, *others: str) -> str | None:
         """
         Return the commit where `head` left the first of the others that there is.

@@ -1,0 +1,280 @@
+"""
+What a fetch need not transfer: the beginnings of files, and files that DVC has already.
+
+    work/downloads/<digest>.part     a file of the Hub, as far as it came; named by what it will be
+    work/downloads/needed.json       which declared revision needs which of them
+
+A digest is the name that the listing has for the bytes: sha256 of what is in LFS, git's blob id of
+the rest. A run that is killed, by whatever, leaves its parts; the next one goes on from there, of
+this model or of another with the same file. What no declared revision needs is removed.
+
+A file that was fetched before, of whatever revision or model, is in DVC's cache under the md5 of
+its record, and records are in git. DVC removes `work/<model>/source` and the record itself before
+it runs the stage, so records are read from the commit that is checked out and from the default
+branch as well. Nothing that is found gets a name before it was hashed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import ValidationError
+
+from pipelines import atomic, console, dvc_state, hashing, locks, records, trees
+from pipelines.errors import FleetError
+from pipelines.hub import found_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from pipelines.hub import RemoteFile
+    from pipelines.layout import Layout
+    from pipelines.params import Declaration
+
+NEEDED: Final = "needed.json"
+_PART: Final = re.compile(r"(?:[0-9a-f]{40}|[0-9a-f]{64})\.part")
+_MD5: Final = re.compile(r"[0-9a-f]{32}")
+_FETCHED: Final = re.compile(rf"{trees.RESULTS}/[^/]+/fetch\.json")
+
+
+class Downloads:
+    """What one fetch of one model keeps, and may take from others."""
+
+    def __init__(
+        self,
+        at: Layout,
+        model: str,
+        source: str,
+        revision: str,
+        *,
+        declared: Declaration | None = None,
+    ) -> None:
+        """
+        Describe the fetch; nothing is read or written yet.
+
+        Args:
+            at: The checkout.
+            model: Key of the model.
+            source: As it is declared.
+            revision: As it is declared.
+            declared: All that is declared, so that what nobody needs can go; without it, what
+                other models need stays.
+        """
+        self._at = at
+        self._directory = at.downloads
+        self._model = model
+        self._needs = {"source": source, "revision": revision}
+        self._declared = declared
+        self._held = ExitStack()
+        self._cached: dict[str, tuple[Path, ...]] | None = None
+
+    def part(self, file: RemoteFile) -> Path:
+        """Return where the bytes of a file are kept until all of them are here."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        return self._directory / f"{file.digest}.part"
+
+    def expect(self, files: Iterable[RemoteFile], *, within_s: float) -> dict[str, int]:
+        """
+        Keep others out, drop what nobody needs, and say what is here of `files`.
+
+        Args:
+            files: All that may be brought.
+            within_s: Seconds to wait for another fetch in this checkout.
+
+        Returns:
+            {name: bytes that need neither be transferred nor written}.
+
+        Raises:
+            RetryLaterError: Another process was at it all the time.
+        """
+        files = tuple(files)
+        lock = self._directory / ".lock"
+        self._held.enter_context(
+            locks.exclusively(lock, "downloading", silent_s=0.5, timeout_s=within_s)
+        )
+        self._note(sorted({file.digest for file in files}))
+        device = self._directory.stat().st_dev
+        found = {}
+        for file in files:
+            part = self._directory / f"{file.digest}.part"
+            # Across file systems nothing can be linked: a copy has to be written.
+            if any(path.stat().st_dev == device for path in self._candidates(file)):
+                found[file.name] = file.size_bytes
+            elif part.exists():
+                found[file.name] = min(part.stat().st_size, file.size_bytes)
+        return found
+
+    def known(
+        self, file: RemoteFile, target: Path, progress: Callable[[int], None]
+    ) -> hashing.Digests | None:
+        """
+        Give a file that is here already the name `target`, after hashing it.
+
+        It is linked where the disk can, else copied; DVC links what it caches as well.
+
+        Returns:
+            Its digests; None if it is not here, or no longer what its record says.
+        """
+        for source in self._candidates(file):
+            # The very inode that gets the name is hashed, not what had another name before.
+            digests = _linked(source, target, progress)
+            if digests is None:
+                continue
+            if found_digest(target, file, digests) == file.digest:
+                return digests
+            atomic.remove(target)
+            if file.sha256 is not None:
+                console.warn(
+                    f"{source} is not the file that its name says: it has sha256 {digests.sha256}, "
+                    f"its record {file.sha256}. {file.name} is downloaded again. `fleet repro` "
+                    "removes what is damaged."
+                )
+        return None
+
+    def done(self) -> None:
+        """Drop what was kept for another try of this fetch."""
+        self._note([])
+
+    def close(self) -> None:
+        """Let others at it."""
+        self._held.close()
+
+    # --- what is kept ---
+
+    def _note(self, digests: list[str]) -> None:
+        """Write down what this fetch needs, and remove what no declared revision does."""
+        path = self._directory / NEEDED
+        needed = {
+            model: needs
+            for model, needs in _needed(path).items()
+            if self._is_declared(model, needs)
+        }
+        needed[self._model] = self._needs | {"digests": digests}
+        if not digests:
+            del needed[self._model]
+        if needed:
+            atomic.write_json(path, needed)
+        else:
+            atomic.remove(path)
+        kept = {f"{digest}.part" for needs in needed.values() for digest in needs["digests"]}
+        for part in self._directory.iterdir():
+            is_torn = part.name == atomic.part_name(path).name
+            if is_torn or (_PART.fullmatch(part.name) and part.name not in kept):
+                atomic.remove(part)
+
+    def _is_declared(self, model: str, needs: Mapping[str, Any]) -> bool:
+        if model == self._model or self._declared is None:
+            return model != self._model
+        spec = self._declared.models.get(model)
+        return spec is not None and (spec.source, spec.revision) == (
+            needs["source"],
+            needs["revision"],
+        )
+
+    # --- what was fetched before ---
+
+    def _candidates(self, file: RemoteFile) -> Iterator[Path]:
+        """Yield files that may have the bytes; those of git, of which no record has the id, too."""
+        if self._cached is None:
+            self._cached = _recorded(self._at)
+        key = file.sha256 or _small_key(file.name, file.size_bytes)
+        for path in self._cached.get(key, ()):
+            if _size_bytes(path) == file.size_bytes:
+                yield path
+
+
+def here_bytes(at: Layout, model: str, source: str, revision: str) -> int:
+    """Return how many bytes of a declared revision are here from a fetch that did not end."""
+    needs = _needed(at.downloads / NEEDED).get(model)
+    if needs is None or (needs["source"], needs["revision"]) != (source, revision):
+        return 0
+    parts = (at.downloads / f"{digest}.part" for digest in needs["digests"])
+    return sum(part.stat().st_size for part in parts if part.exists())
+
+
+def _needed(path: Path) -> dict[str, dict[str, Any]]:
+    """Read who needs what; a file that is not ours or torn says nothing, and parts are swept."""
+    try:
+        told = json.loads(path.read_bytes())
+        return {
+            str(model): {
+                "source": str(needs["source"]),
+                "revision": str(needs["revision"]),
+                "digests": [str(digest) for digest in needs["digests"]],
+            }
+            for model, needs in told.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _linked(source: Path, target: Path, progress: Callable[[int], None]) -> hashing.Digests | None:
+    """Link or copy a file to `target` and hash it there; None if it cannot be read."""
+    from pipelines import fetch  # noqa: PLC0415 - it reads this module
+
+    try:
+        # DVC may have made a symbolic link of the file; its target is what counts.
+        real = source.resolve(strict=True)
+        try:
+            target.hardlink_to(real)
+        except OSError:  # another file system, or one without hard links
+            with real.open("rb", buffering=0) as file:
+                return fetch.copy_file(file, target, progress)
+        return hashing.digest(target, progress=progress)
+    except OSError:
+        atomic.remove(target)
+        return None
+
+
+def _recorded(at: Layout) -> dict[str, tuple[Path, ...]]:
+    """Return where files of records may lie, by sha256, and by name and size."""
+    cache = dvc_state.cache_dir(at.root) / "files/md5"
+    found: dict[str, dict[Path, None]] = {}
+    for record, is_here in _records(at):
+        for file in record.files:
+            if not _MD5.fullmatch(file.md5):
+                continue
+            for path in (
+                cache / file.md5[:2] / file.md5[2:],
+                *([at.source(record.model) / file.name] if is_here else []),
+            ):
+                for key in (file.sha256, _small_key(file.name, file.size_bytes)):
+                    found.setdefault(key, {})[path] = None
+    return {key: tuple(paths) for key, paths in found.items()}
+
+
+def _size_bytes(path: Path) -> int | None:
+    """Return the size of a regular file; None if it is not there."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _small_key(name: str, size_bytes: int) -> str:
+    return f"{name} {size_bytes}"
+
+
+def _records(at: Layout) -> Iterator[tuple[records.FetchRecord, bool]]:
+    """
+    Yield the records of fetches that the checkout, its commit and the default branch hold.
+
+    With each comes whether it lies in the checkout, that is, whether it tells of work/MODEL/source.
+    """
+    here = [path.read_bytes() for path in sorted(at.root.glob("results/*/fetch.json"))]
+    kept: list[bytes] = []
+    with contextlib.suppress(FleetError):
+        git = trees.Git(at.root)
+        for commit in dict.fromkeys(filter(None, (git.parse("HEAD"), git.default_branch()))):
+            names = git.files(commit, trees.RESULTS)
+            kept += git.blobs(
+                blob for path, blob in names.items() if _FETCHED.fullmatch(path)
+            ).values()
+    for content in dict.fromkeys((*here, *kept)):
+        with contextlib.suppress(ValidationError):
+            yield records.FetchRecord.model_validate_json(content), content in here
