@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from markupsafe import Markup
 
@@ -58,6 +58,13 @@ class Link:
             raise ValueError(f"{self.url!r} is no address of ours")
 
 
+class Risk(NamedTuple):
+    """What needs a look before anything else: a word of ours, and a sentence."""
+
+    label: str
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileLine:
     """
@@ -84,7 +91,7 @@ class View:
 
     Attributes:
         lead: What this is, in one or two sentences.
-        risks: What needs a look before anything else, as sentences.
+        risks: What needs a look before anything else.
         facts: Rows of the table: a label and its text.
         links: Where to read on.
         files: What changed; the first ones of `files_count`.
@@ -96,13 +103,13 @@ class View:
         ignore: How not to have it, as a sentence.
         rollback: Commands that take it back once it is merged; of ours.
         rollback_note: What they do, or why there are none.
-        notice: What somebody has to do so that checks start; empty if nothing.
+        notice: What somebody has to do so that checks start, Markdown of ours; empty if nothing.
         truncated: What was left out for length, in words; `render` fills it in.
     """
 
     lead: str
     facts: tuple[tuple[str, str], ...]
-    risks: tuple[str, ...] = ()
+    risks: tuple[Risk, ...] = ()
     links: tuple[Link, ...] = ()
     files: tuple[FileLine, ...] = ()
     files_count: int = 0
@@ -153,7 +160,8 @@ def _shorter(view: View) -> Iterator[View]:
     view = _less(view, "files", files=view.files[:_FEW])
     yield view
     facts = tuple((name, _cut(text)) for name, text in view.facts)
-    yield _less(view, "ends of sentences", risks=_brief(view.risks[:_FEW]), facts=facts)
+    risks = tuple(Risk(one.label, _cut(one.text)) for one in view.risks[:_FEW])
+    yield _less(view, "ends of sentences", risks=risks, facts=facts)
 
 
 def _less(view: View, what: str, **changes: Any) -> View:  # noqa: ANN401 - fields of it

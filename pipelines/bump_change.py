@@ -32,6 +32,8 @@ _MARKER: Final = re.compile(
     r"(?P<withdrawn> withdrawn)? -->"
 )
 _TRAILED: Final = re.compile(rf"(?m)^{_TRAILER}: {_WORD} {_WORD}$")
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_SHORT: Final = 7
 # How `fleet adopt` begins the message of a commit of records.
 _RECORDS: Final = "Records: "
 
@@ -120,6 +122,16 @@ def withdrawn(body: str) -> str:
     )
 
 
+def short(text: str) -> str:
+    """Shorten a commit for people; a version stays."""
+    return text[:_SHORT] if _COMMIT.fullmatch(text) else text
+
+
+def is_bump(message: str) -> bool:
+    """Tell whether a commit has the message of a bump."""
+    return bool(_TRAILED.search(message))
+
+
 def is_ours(message: str) -> bool:
     """Tell whether a commit has a message of ours: a bump, or records that a gate accepted."""
-    return bool(_TRAILED.search(message)) or message.startswith(_RECORDS)
+    return is_bump(message) or message.startswith(_RECORDS)

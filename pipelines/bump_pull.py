@@ -179,7 +179,9 @@ def _objection(
         )
     if there == dict(bump.edits):
         return Outcome(
-            subject=bump.subject, state="pinned", sentence=f"{main.name} pins {_short(bump.new)}."
+            subject=bump.subject,
+            state="pinned",
+            sentence=f"{main.name} pins {bump_change.short(bump.new)}.",
         )
     if there != dict(seen):
         return Outcome(
@@ -191,9 +193,12 @@ def _objection(
     closed = None if pull else _refused(gh, bump)
     if closed is not None:
         return _of_pull(
-            closed, bump, "ignored", f"{_short(bump.new)} is not wanted: #{closed['number']} was "
-            "closed. Reopen that to have it back.",
-        )  # fmt: skip
+            closed,
+            bump,
+            "ignored",
+            f"{bump_change.short(bump.new)} is not wanted: #{closed['number']} was closed. Reopen "
+            "that to have it back.",
+        )
     return None
 
 
@@ -211,7 +216,7 @@ def _brought(gh: GitHub, bump: Bump, seen: Mapping[Place, Value]) -> Outcome:
                 subject=bump.subject,
                 state="left",
                 sentence=f"{bump.branch} is left as it is: {branch.foreign} Delete the branch to "
-                f"have it made anew with {_short(bump.new)}.",
+                f"have it made anew with {bump_change.short(bump.new)}.",
             )
         made = _commit(gh, bump, main, branch)
     return _renewed(gh, bump, main, pull, made)
@@ -382,7 +387,7 @@ def _commit(gh: GitHub, bump: Bump, main: Main, branch: _Branch | None) -> str:
 
 def settle(
     gh: GitHub,
-    reason: Callable[[str, Marker, Main], str | None],
+    reason: Callable[[Marker, Main], str | None],
     doubt: Callable[[str], str | None],
 ) -> Iterator[Outcome | FleetError]:
     """
@@ -407,7 +412,7 @@ def settle(
         if marker is None or ref != bump_change.branch_of(marker.subject):
             continue
         try:
-            why, sentence = reason(marker.subject, marker, main), doubt(marker.subject)
+            why, sentence = reason(marker, main), doubt(marker.subject)
             if why is not None:
                 yield _withdrawn(gh, pull, marker, main, why)
             elif sentence is not None:
@@ -472,7 +477,3 @@ def _doubted(gh: GitHub, pull: Mapping[str, Any], marker: Marker, sentence: str)
         url=str(taken(pull, "html_url", str)),
         number=number,
     )
-
-
-def _short(text: str) -> str:
-    return text[:7] if len(text) == 40 else text  # noqa: PLR2004 - a commit
