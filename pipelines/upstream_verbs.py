@@ -93,11 +93,60 @@ def _check_upstream(at: Layout, args: argparse.Namespace) -> int:
     )
 
 
+def _bump_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("models", nargs="*", metavar="MODEL", help="the only models to propose")
+    verb.add_argument(
+        "--engine",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="propose this engine: llama.cpp or ollama",
+    )
+    verb.add_argument(
+        "--all", action="store_true", help="propose every model and engine that moved"
+    )
+    where = verb.add_mutually_exclusive_group()
+    where.add_argument(
+        "--local", action="store_true", help="make the branch in this clone, without GitHub"
+    )
+    where.add_argument(
+        "--dry-run", action="store_true", help="print the pull request, and change nothing"
+    )
+    verb.add_argument(
+        "--upstream",
+        type=Path,
+        metavar="FILE",
+        help="the record of a look; default: the last one of this checkout",
+    )
+    verb.add_argument("--json", action="store_true", help="print what was done as JSON")
+
+
+def _bump(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import bump  # noqa: PLC0415 - pydantic
+
+    return bump.main(
+        at,
+        words(args.models),
+        engines=words(args.engine),
+        everything=args.all,
+        local=args.local,
+        dry_run=args.dry_run,
+        upstream=args.upstream,
+        as_json=args.json,
+    )
+
+
 _VERBS = (
     _Verb(
         "check-upstream",
         "say what is newer upstream than what is declared; the only verb that asks",
         _check_upstream_options,
         _check_upstream,
+    ),
+    _Verb(
+        "bump",
+        "propose what is newer: one branch, one pull request, one changed pin each",
+        _bump_options,
+        _bump,
     ),
 )
