@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from pipelines import console, mainline
+from pipelines import check_upstream, console, mainline, records, runner
+from pipelines.errors import ParamsError
 from pipelines.github import artifacts
-from pipelines.github.client import taken
+from pipelines.github.client import GitHub, taken
 from pipelines.github.errors import GitHubError
 from pipelines.upstream_records import UpstreamRecord
 
 if TYPE_CHECKING:
-    from pipelines.github.client import GitHub
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from pipelines.layout import Layout
 
 WORKFLOW: Final = "check-upstream.yml"
 ARTIFACT: Final = "upstream"
@@ -50,6 +54,63 @@ class Work(NamedTuple):
 
     bump: bool
     issue: bool
+
+
+def look(at: Layout, models: Sequence[str], *, out: Path | None, as_json: bool) -> int:
+    """
+    Do `fleet check-upstream --github look`: go on from the last run's record; name the next jobs.
+
+    Outputs `bump` and `issue`, see `Work`, beside those of `check_upstream.main`.
+
+    Args:
+        at: The checkout.
+        models: See `check_upstream.main`.
+        out: File for the record.
+        as_json: Print the record.
+
+    Raises:
+        ParamsError: See `check_upstream.main`; also if there is no token.
+        GitHubError, RetryLaterError: GitHub does not say what there is.
+    """
+    gh = GitHub.from_environment()
+    before = previous(gh)
+    if before is not None:
+        at.upstream.parent.mkdir(parents=True, exist_ok=True)
+        records.write(at.upstream, before)
+    code = check_upstream.main(at, models, out=out, as_json=as_json)
+    there_is = work(gh, check_upstream.read(at))
+    runner.outputs(bump=there_is.bump, issue=there_is.issue)
+    return code
+
+
+def issue(at: Layout, path: Path | None) -> int:
+    """
+    Do `fleet check-upstream --github issue`: keep the one issue as a record says.
+
+    Args:
+        at: The checkout.
+        path: Of the record.
+
+    Raises:
+        ParamsError: There is no record, or no token.
+        GitHubError, RetryLaterError: See `upstream_issues.settle`.
+    """
+    from pipelines import declaration, upstream_issues  # noqa: PLC0415 - jinja2
+
+    if path is None:
+        raise ParamsError(
+            "`fleet check-upstream --github issue` needs the record of a look.",
+            hint="fleet check-upstream --out FILE, then --github issue --previous FILE",
+        )
+    record = check_upstream.read(path)
+    done = upstream_issues.settle(
+        GitHub.from_environment(),
+        record,
+        declared=declaration.load(at.params).models,
+        run_url=runner.run_url(),
+    )
+    console.info(f"The issue on what asks for a person: {done}.")
+    return 0
 
 
 def previous(gh: GitHub) -> UpstreamRecord | None:

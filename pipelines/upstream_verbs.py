@@ -57,10 +57,10 @@ def _in_checkout(find: Callable[[], Layout], verb: _Verb, args: argparse.Namespa
 def _check_upstream_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("models", nargs="*", metavar="MODEL", help="default: the whole fleet")
     verb.add_argument("--json", action="store_true", help="print the record as JSON")
-    verb.add_argument("--out", type=Path, metavar="FILE", help="write the record here, too")
+    verb.add_argument("--out", type=_file, metavar="FILE", help="write the record here, too")
     verb.add_argument(
         "--previous",
-        type=Path,
+        type=_file,
         metavar="FILE",
         help="the record of the look before; default: that of this checkout",
     )
@@ -73,6 +73,17 @@ def _check_upstream_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--strict", action="store_true", help="exit 5 if something moved or a person has to look"
     )
+    verb.add_argument(
+        "--github",
+        choices=("look", "issue"),
+        help="in a workflow: look, from the record of its last run on; or, by the record that "
+        "--previous names, keep one issue for what a person has to look at",
+    )
+
+
+def _file(text: str) -> Path | None:
+    """Read a path; an action passes an empty one for none."""
+    return Path(text) if text else None
 
 
 def _check_upstream(at: Layout, args: argparse.Namespace) -> int:
@@ -80,6 +91,14 @@ def _check_upstream(at: Layout, args: argparse.Namespace) -> int:
 
     if args.if_due and upstream_due.is_fresh(at):
         return 0
+    if args.github == "issue":
+        from pipelines import upstream_github  # noqa: PLC0415 - not for --help
+
+        return upstream_github.issue(at, args.previous)
+    if args.github == "look":
+        from pipelines import upstream_github  # noqa: PLC0415 - not for --help
+
+        return upstream_github.look(at, words(args.models), out=args.out, as_json=args.json)
     from pipelines import check_upstream  # noqa: PLC0415 - pydantic
 
     return check_upstream.main(
