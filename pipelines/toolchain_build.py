@@ -584,21 +584,35 @@ def _pip(words: list[str | Path], root: Path, log: Path) -> None:
         ToolError: pip failed.
         MachineError: there is no pip and none can be made.
     """
-    argv: list[str | Path] = [sys.executable, "-m", "pip"]
-    if importlib.util.find_spec("pip") is None:
-        argv = [_private_pip(root, log)]
     quiet = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     command, *rest = words
-    proc.run([*argv, command, *quiet, *rest], log=log, on_line=None)
+    argv = [pip_python(root, log), "-m", "pip", command, *quiet, *rest]
+    proc.run(argv, log=log, on_line=None)
+
+
+def pip_python(root: Path, log: Path) -> Path:
+    """
+    Return the interpreter whose pip downloads: ours, else one in the cache, without our packages.
+
+    Args:
+        root: `toolchain` in the user's cache.
+        log: What making it prints.
+
+    Raises:
+        MachineError: there is no pip and none can be made.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return Path(sys.executable)
+    return _private_pip(root, log)
 
 
 def _private_pip(root: Path, log: Path) -> Path:
-    """A pip in a venv below `root`; made once, 4 s."""
+    """The interpreter of a venv with pip below `root`; made once, 4 s."""
     home = root / "pip"
-    program = home / "bin" / "pip"
+    program = home / "bin" / "python"
     mark = home / "complete"  # a venv cannot be moved into place: its scripts hold its path
     with exclusively(root / "pip.lock", "installing pip"):
-        if mark.is_file() and (home / "bin" / "python").exists():
+        if mark.is_file() and program.exists():
             return program  # the Python it links to may have been removed since
         try:
             proc.run([sys.executable, "-m", "venv", "--clear", home], log=log)

@@ -175,7 +175,7 @@ def _built(version: str, root: Path, log: Path) -> Path:
     """The program that Go made of `version`, made now if it is not there."""
     home = root / f"{version}-go"
     if not _is_complete(home):
-        go = _go(log)
+        go = go_program(log)
         compilers = _compilers()
         work = root / f"{version}-go.build"
         _require_room(root, _GO_NEEDED_GIB)
@@ -190,8 +190,13 @@ def _built(version: str, root: Path, log: Path) -> Path:
     return home / "bin" / "ollama"
 
 
-def _go(log: Path) -> Path:
-    """The Go of PATH, or the usual one if that is newer: a service often sees an old one only."""
+def go_program(log: Path) -> Path:
+    """
+    The Go of PATH, or the usual one if that is newer: a service often sees an old one only.
+
+    Raises:
+        MachineError: There is none.
+    """
     on_path = shutil.which("go")
     found = [Path(on_path)] if on_path else []
     if os.access(_USUAL_GO, os.X_OK):
@@ -203,10 +208,10 @@ def _go(log: Path) -> Path:
         )
     if len({path.resolve() for path in found}) == 1:
         return found[0]
-    return max(found, key=lambda go: _go_version(go, log))
+    return max(found, key=lambda go: go_version(go, log))
 
 
-def _go_version(go: Path, log: Path) -> tuple[int, ...]:
+def go_version(go: Path, log: Path) -> tuple[int, ...]:
     """E.g. (1, 26, 8); nothing for a Go that does not run."""
     try:
         said = proc.run([go, "version"], log=log, timeout_s=30).stdout
