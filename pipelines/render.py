@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from pipelines import chart, chart_latency, tables, wording
 from pipelines.console import clean
-from pipelines.report_tree import VERDICTS, Finding
+from pipelines.report_tree import NOTICES, VERDICTS, Finding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -134,6 +134,7 @@ def html(report: Report) -> str:
         charts=charts,
         load_charts=load_charts,
         tones=_TONES,
+        notices=NOTICES,
         number=wording.number,
         prose=prose,
         commands=lambda model: "\n".join(model.commands),
@@ -234,7 +235,8 @@ def terminal(report: Report, width: int = 80, *, colour: bool = False) -> str:
     blocks = [_terminal_model(model, width, colour=colour) for model in report.models]
     released = [f"{model.name}: {text}" for model in report.models for text in model.released]
     last = f"{report.summary}. Details: results/report.md, results/report.html"
-    blocks.append([line for text in (*released, last) for line in _wrap(text, width)])
+    upstream = [f"upstream, {one.kind}: {one.text}" for one in report.upstream]
+    blocks.append([line for text in (*released, *upstream, last) for line in _wrap(text, width)])
     return "\n\n".join("\n".join(block) for block in blocks)
 
 

@@ -48,10 +48,12 @@ from pipelines.report_tree import (
     File,
     HostVerdict,
     ModelReport,
+    Notice,
     Reason,
     Report,
     Row,
 )
+from pipelines.upstream_records import UpstreamNotices
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -113,7 +115,19 @@ def build(slice_: ReportSlice, at: Layout) -> Report:
     return Report(
         models=models,
         counts=tuple((standing, counts[standing]) for standing in STANDINGS if counts[standing]),
+        upstream=_upstream(at),
     )
+
+
+def _upstream(at: Layout) -> tuple[Notice, ...]:
+    """Say what the last look at upstream left to say; nothing where there was no look."""
+    if not at.upstream_notices.exists():
+        return ()
+    found = records.read_or_reason(at.upstream_notices, UpstreamNotices)
+    if isinstance(found, str):
+        return (Notice(kind="alarm", text=_tidy(wording.sentence(found))),)
+    told = (("alarm", found.alarms), ("asks", found.asks), ("newer", found.moved))
+    return tuple(Notice(kind=kind, text=_tidy(text)) for kind, texts in told for text in texts)
 
 
 # --- one model --------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ _STANDING_WORDS = {
     "PROMOTE": "promoted", "HOLD": "on hold", "REJECT": "rejected", "INVALID": "invalid",
     UNMEASURED: "not measured yet",
 }  # fmt: skip
+# What the report says of upstream, worst first, and the tone of the style sheet that it has.
+NOTICES = {"alarm": "reject", "asks": "hold", "newer": "pass"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,11 +229,20 @@ class ModelReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Notice:
+    """One sentence about upstream; `kind` is one of `NOTICES`."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """The whole fleet, in the order of the declaration."""
+    """The whole fleet, in the order of the declaration; `upstream` is empty on a quiet day."""
 
     models: tuple[ModelReport, ...]
     counts: tuple[tuple[str, int], ...] = field(default=())
+    upstream: tuple[Notice, ...] = ()
 
     @property
     def summary(self) -> str:

@@ -253,7 +253,7 @@ def plan_of(declared: Declaration, targets: Sequence[str], *, until: str | None 
     ]
     return Plan(
         targets=tuple(named) if targets else (),
-        stages=tuple(stages if targets else [*stages, "report"]),
+        stages=tuple(stages if targets else [*stages, "check-upstream", "report"]),
         models=tuple(touched),
     )
 

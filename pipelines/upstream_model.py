@@ -430,18 +430,18 @@ class _Look:
 
     def _directory_unread(self, directory: Path) -> ModelUpstream:
         """Leave the bytes of a large directory to whoever asks by name, and to fetch."""
+        by_name = f"fleet check-upstream {self._subject.model}"
         known = records.read_or_reason(
             self._subject.at.model_record("fetch", self._subject.model), FetchRecord
         )
-        flaw = fetch.revision_flaw(
-            directory, self._pinned, None if isinstance(known, str) else known
-        )
-        if flaw:
-            return self.unknown(flaw, f"fleet check-upstream {self._subject.model}")
+        if isinstance(known, str) or known.revision != self._pinned:
+            return self.unknown("the directory is large and was not read.", by_name)
+        if flaw := fetch.revision_flaw(directory, self._pinned, known):
+            return self.unknown(flaw, by_name)
         return self._told(
             "current",
             "The directory has the files and sizes that are declared; its bytes are read by "
-            f"`fleet check-upstream {self._subject.model}` and by fetch.",
+            f"`{by_name}` and by fetch.",
         )
 
     def _directory_difference(

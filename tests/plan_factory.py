@@ -111,6 +111,7 @@ def _write_outputs(at: Layout) -> None:
         path = at.gguf(quant.model, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(key)
+    at.upstream_notices.write_text('{"schema_version": 1, "stage": "check-upstream"}')
     at.report_markdown.write_text("# Report\n")
     at.report_html.write_text("<h1>Report</h1>\n")
 

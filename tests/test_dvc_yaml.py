@@ -17,6 +17,9 @@ from pipelines.layout import Layout
 if TYPE_CHECKING:
     from pathlib import Path
 
+# They look around at every run.
+ALWAYS = {"pipelines/dvc.yaml:machine", "pipelines/dvc.yaml:check-upstream"}
+
 
 @pytest.fixture(name="stages")
 def _stages(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -33,10 +36,8 @@ def test_every_key_has_its_stages(stages: dict[str, Any], checkout: Path) -> Non
     """Each stage exists for each model or quant of params.yaml, and nothing else exists."""
     slices = declaration.slices(declaration.load(checkout / "params.yaml"))
 
-    expected = {"report" if stage == "report" else f"{stage}@{key}" for stage, key in slices} | {
-        "pipelines/dvc.yaml:machine"
-    }
-    assert set(stages) == expected
+    expected = {"report" if stage == "report" else f"{stage}@{key}" for stage, key in slices}
+    assert set(stages) == expected | ALWAYS
 
 
 def test_a_stage_types_what_a_person_types(stages: dict[str, Any]) -> None:
@@ -44,8 +45,10 @@ def test_a_stage_types_what_a_person_types(stages: dict[str, Any]) -> None:
     for address, stage in stages.items():
         name, _, key = address.rpartition(":")[2].partition("@")
 
-        assert stage.cmd.split() == ["python", "-m", "pipelines", name, *([key] if key else [])]
-        if name != "machine":
+        # The watch is a verb of its own; in the graph it looks only when that is due.
+        more = [key] if key else ["--if-due"] if name == "check-upstream" else []
+        assert stage.cmd.split() == ["python", "-m", "pipelines", name, *more]
+        if address not in ALWAYS:
             assert name in {known.name for known in STAGES}
 
 
@@ -53,7 +56,7 @@ def test_a_stage_tracks_exactly_the_slice_that_it_reads(stages: dict[str, Any]) 
     """Every stage depends on its own resolved parameters and on no other's."""
     for address, stage in stages.items():
         name, _, key = address.rpartition(":")[2].partition("@")
-        if name == "machine":
+        if address in ALWAYS:
             continue
         tracked = [dep.def_path for dep in stage.deps if type(dep).__name__ == "ParamsDependency"]
 
@@ -194,9 +197,32 @@ def test_everything_runs_after_the_probe(stages: dict[str, Any], checkout: Path)
         graph = repo.index.graph
         for stage in graph.nodes:
             upstream = {node.addressing for node in descendants(graph, stage)}
-            if stage.addressing != "pipelines/dvc.yaml:machine":
+            if stage.addressing not in ALWAYS:
                 assert "pipelines/dvc.yaml:machine" in upstream
     assert stages
+
+
+def test_what_is_newer_upstream_feeds_the_report_and_nothing_that_is_built(
+    stages: dict[str, Any],
+) -> None:
+    """The watch runs at every `dvc repro`, reads no file of the graph, and only the report it."""
+    watch = stages["pipelines/dvc.yaml:check-upstream"]
+    notices = str(Layout().upstream_notices)
+
+    assert watch.always_changed
+    assert not watch.deps
+    assert {out.def_path for out in watch.outs} == {notices}
+    assert not any(out.use_cache for out in watch.outs)
+    readers = {
+        address
+        for address, stage in stages.items()
+        if notices in {dep.def_path for dep in stage.deps}
+    }
+    assert readers == {"report"}
+    known = str(Layout().upstream)
+    assert not any(
+        known in {each.def_path for each in (*stage.deps, *stage.outs)} for stage in stages.values()
+    )
 
 
 def test_dvc_draws_the_graph(checkout: Path) -> None:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from pipelines.toolchain import Toolchain
 
-PROBED = "Running stage 'pipelines/dvc.yaml:machine':\n> python -m pipelines machine\n"
+PROBED = (
+    "Running stage 'pipelines/dvc.yaml:machine':\n> python -m pipelines machine\n"
+    "Running stage 'pipelines/dvc.yaml:check-upstream':\n> python -m pipelines check-upstream\n"
+)
 SKIPPED = "Stage 'fetch@m0' didn't change, skipping\nStage 'convert@m0' didn't change, skipping\n"
 # Logs as `pipelines.proc` writes them: commands with their folder, quoted words over several lines.
 CONVERT = """\
@@ -67,7 +70,7 @@ def test_only_the_tools_are_typed_again_without_our_launchers(tmp_path: Path) ->
 
 @pytest.mark.parametrize("did", ["Running stage 'track@m0':", "Stage 'track@m0' is cached - skip"])
 def test_a_noop_in_which_a_stage_ran_gives_no_figure(did: str) -> None:
-    """Only the probe may run; a stage that DVC brings out of its run cache was work, too."""
+    """Only what always runs may run; a stage that DVC brings out of its run cache was work, too."""
     noop.require_noop(PROBED + SKIPPED, 0, "", 2)
 
     with pytest.raises(SystemExit, match=r"1 stages ran \(track@m0\), and 2 of 3"):

@@ -483,7 +483,7 @@ def test_no_target_means_the_whole_graph() -> None:
 
     assert plan.targets == ()
     assert plan.models == ("tiny", "small")
-    assert len(plan.stages) == 1 + 2 * (3 + 4) + 3 * 2 + 1
+    assert len(plan.stages) == 2 + 2 * (3 + 4) + 3 * 2 + 1
 
 
 def test_model_means_its_choice_and_its_runs() -> None:
