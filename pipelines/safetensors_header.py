@@ -64,6 +64,10 @@ _DISGUISES: Final = {
 }
 
 
+class RangeError(UpstreamError):
+    """The bytes of a header elsewhere did not come as they were asked for, or are too many."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
     """One tensor as the header declares it."""
@@ -176,13 +180,13 @@ def read_ranges(
         The tensors, in the order of their data, and the number of bytes that were fetched.
 
     Raises:
-        UpstreamError: See `read`; or the header is longer than the limit, or other bytes came than
-            were asked for. And whatever `read_range` raises.
+        RangeError: The header is longer than the limit, or other bytes came than were asked for.
+        UpstreamError: See `read`. And whatever `read_range` raises.
     """
     start = _range(read_range, 0, min(size_bytes, GUESS_BYTES, limit_bytes), name)
     end = LENGTH_BYTES + header_length(start, name=name, size_bytes=size_bytes)
     if end > limit_bytes:
-        raise UpstreamError(
+        raise RangeError(
             f"the header of {first_few([name])} has {end - LENGTH_BYTES:,} bytes, more than are "
             f"fetched to look at it ({limit_bytes:,})."
         )
@@ -196,7 +200,7 @@ def _range(read_range: Callable[[int, int], bytes], start: int, end: int, name: 
     """Fetch one range; a server may answer a range with anything."""
     found = read_range(start, end) if end > start else b""
     if len(found) != end - start:
-        raise UpstreamError(
+        raise RangeError(
             f"{len(found):,} bytes of {first_few([name])} came where {end - start:,} were wanted."
         )
     return found

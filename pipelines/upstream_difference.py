@@ -231,6 +231,8 @@ class _Comparison:
     def _notes(self) -> tuple[str, ...]:
         told = [
             *self._refusals(),
+            *self.notes["licence"],
+            *([_HELD] if self.notes["licence"] else []),
             *(note for kind in _TOLD_FIRST for note in self.notes[kind]),
             *self.remarks,
         ]
@@ -335,6 +337,9 @@ class _Comparison:
                 tensor_words.Weights(files=only_new, read_range=self.new.read_range),
                 same_count=same_count,
             )
+        except tensor_words.NotWeightsError as error:
+            self.refusals.append(error.message)
+            return
         except NotToldError as error:
             self.notes["weights"].append(
                 f"Weights: what changed in them is not known before they are fetched: "
@@ -399,17 +404,17 @@ class _Comparison:
             case _ if one.kind == "licence":
                 self._tell_licence(one, old, new)
             case _:
-                self._say(
-                    one, [f"{len(old):,} -> {len(new):,} bytes, for which there are no words"]
-                )
+                both = one.old is not None and one.new is not None
+                size = f"{len(old):,} -> {len(new):,} bytes; what differs cannot be told in words"
+                self._say(one, [size] if both else [])
 
     def _say(self, one: _Changed, clauses: Sequence[str]) -> None:
         """Add a sentence about a file that is there on both sides, or the one that it is not."""
         told = wording.shortened(words.several(clauses), _MAX_NOTE - 300)
         if one.old is None or one.new is None:
-            fate = "is new" if one.old is None else "is gone"
-            self.notes[one.kind].append(f"{one.label} {fate}{f': {told}' if told else ''}.")
-        elif told:
+            fate = f"is new{f': {told}' if told else ''}" if one.old is None else "is gone"
+            self.notes[one.kind].append(f"{one.label} {fate}.")
+        elif clauses:
             self.notes[one.kind].append(f"{one.label}: {told}.")
         else:
             self.notes[one.kind].append(f"{one.label} is only written anew: it says the same.")
@@ -446,7 +451,10 @@ class _Comparison:
         try:
             found = words.load(raw)
         except NotToldError as error:
-            self._untold(file, side, error.message, one.kind)
+            if isinstance(error, words.NotJsonError) and side is self.new and file.name in _NEEDED:
+                self.refusals.append(f"{one.label} cannot be read: {error.message}")
+            else:
+                self._untold(file, side, error.message, one.kind)
             return None
         return found if isinstance(found, dict) else {"(all)": found}
 
@@ -469,21 +477,22 @@ class _Comparison:
     def _tell_config(self, one: _Changed, was: dict[str, Any], now: dict[str, Any]) -> None:
         clauses = config_words.of_config(was, now)
         self._say(one, clauses)
-        self._fold(one.label, clauses)
         if one.new is None:
             self.refusals.append(f"{fetch.CONFIG} is gone")
         else:
+            self._fold(one.label, clauses)
             self.refusals += config_words.refusals(now, self.known)
         if words.written(was.get("license")) != words.written(now.get("license")):
             one.more.add("licence")
-            self.notes["licence"].append(
-                f"{one.label}: {words.clause('license', was, now)}. {_HELD}"
-            )
+            self.notes["licence"].append(f"{one.label}: {words.clause('license', was, now)}.")
 
     def _tell_tokenizer_config(
         self, one: _Changed, was: dict[str, Any], now: dict[str, Any]
     ) -> None:
-        clauses = tokenizer_words.of_tokenizer_config(was, now)
+        clauses = config_words.of_config(
+            *({key: each for key, each in side.items() if key != "chat_template"}
+              for side in (was, now))
+        )  # fmt: skip
         then, later = template_words.of_json(was), template_words.of_json(now)
         if then != later:
             self.templates[one.name] = then, later
@@ -550,18 +559,15 @@ class _Comparison:
             clauses.append(f"it begins with {begins[1]}{was}")
         self.details[one.label], size = words.diff(before, after)
         self._say(one, [f"{size} (folded below)", *clauses])
-        self.notes[one.kind][-1] += f" {_HELD}"
 
     def _tell_card(self, one: _Changed, old: bytes, new: bytes) -> None:
         before, after = (raw.decode("utf-8", errors="replace") for raw in (old, new))
         was, now = config_words.card(before), config_words.card(after)
         one.kind = "licence" if config_words.licence_differs(was, now) else "card"
         one.reach = "gguf" if config_words.card_reaches_gguf(was, now) else "source"
-        clauses = config_words.of_card(was, now)
-        if clauses or one.old is None or one.new is None:
-            self._say(one, clauses)
-        if one.kind == "licence":
-            self.notes["licence"][-1] += f" {_HELD}"
+        self._say(one, config_words.of_card(was, now))
+        if "\ufffd" in after and "\ufffd".encode() not in new:
+            self.refusals.append(f"{one.label} is not UTF-8, and the converter reads it")
 
     # --- what is beside them
 
@@ -587,11 +593,13 @@ class _Comparison:
             self.refusals.append("the tokenizer is missing")
 
 
-# What people look at first: what no measurement shows, then what changes answers.
+# After the licence, which no measurement shows: what people look at first.
 _TOLD_FIRST: Final[tuple[ChangeClass, ...]] = (
-    "licence", "template", "tokenizer", "config", "generation", "weights", "card",
+    "template", "tokenizer", "config", "generation", "weights", "card",
 )  # fmt: skip
-_HELD: Final = "A release is held until somebody accepts it (`waivers`, `license`)."
+_HELD: Final = "A release waits until somebody has read the licence and accepts it (`license`)."
+# What fetch or the converter cannot do without.
+_NEEDED: Final = frozenset({fetch.CONFIG, _TOKENIZER, _TOKENIZER_CONFIG})
 _LONG: Final = frozenset({_TOKENIZER, "vocab.json", "merges.txt", "vocab.txt", "tekken.json"})
 
 

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final
 
+from pipelines import wording
 from pipelines.upstream_difference_words import (
     changed,
     clause,
     leaves,
     quoted,
     several,
+    shown,
     value,
-    visible,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 # What the most important keys decide; they are told first, in this order. Those of a part, as of
 # `text_config`, count like the whole model's.
@@ -35,7 +36,11 @@ _MEANINGS: Final = {
     "rope_parameters": "positions",
     "sliding_window": "how far attention reaches",
     "eos_token_id": "where answers end",
+    "eos_token": "where answers end",
     "bos_token_id": "",
+    "bos_token": "",
+    "add_bos_token": "",
+    "tokenizer_class": "",
     "pad_token_id": "",
     "vocab_size": "",
     "hidden_size": "",
@@ -209,22 +214,32 @@ def card_reaches_gguf(old: Card, new: Card) -> bool:
 
 
 def of_card(old: Card, new: Card) -> list[str]:
-    """Say what differs in the front matter of two cards."""
+    """Say what differs between two cards."""
     clauses = []
     if licence_differs(old, new):
-        then, now = _licence(old.license), _licence(new.license)
+        then, now = _licence(old), _licence(new)
         clauses.append(
             f"the licence is {now}, was {then}" if then != now
-            else "the front matter is not of the usual form: read what it says of the licence"
+            else "the licence is written otherwise"
         )  # fmt: skip
     before, after = dict(old.front), dict(new.front)
     keys = [key for key in (*before, *after) if key not in _LICENSE_KEYS]
     keys = [key for key in dict.fromkeys(keys) if before.get(key) != after.get(key)]
     if keys:
-        named = ", ".join(visible(key) for key in keys[:8])
+        named = wording.listed([shown(key, 40) for key in keys[:8]])
         clauses.append(f"the front matter says something else of {named}")
+    if old.is_reranker != new.is_reranker:
+        clauses.append("by its heading, the converter makes a reranker of it or no longer does")
+    if not clauses:
+        clauses.append(
+            "the front matter is written otherwise" if old.raw != new.raw
+            else "only the text below the front matter changed"
+        )  # fmt: skip
     return clauses
 
 
-def _licence(told: Sequence[tuple[str, str]]) -> str:
-    return ", ".join(quoted(f"{each}") for _, each in told) or "not stated"
+def _licence(told: Card) -> str:
+    if not told.is_plain:
+        return "not to be told from a front matter of such a form"
+    lines = [line.removeprefix("- ") for _, each in told.license for line in each.split("\n")]
+    return ", ".join(quoted(line) for line in lines if line) or "not stated"

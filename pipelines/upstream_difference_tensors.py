@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pipelines import safetensors_header, wording
-from pipelines.errors import RetryLaterError, UpstreamError
-from pipelines.safetensors_header import UNQUANTIZED
+from pipelines.errors import UpstreamError
+from pipelines.safetensors_header import UNQUANTIZED, RangeError
 from pipelines.upstream_difference_words import NotToldError, several, shown
 from pipelines.upstream_records import TensorChanges
 
@@ -30,6 +30,10 @@ MAX_HEADER_BYTES: Final = 16 << 20
 MAX_BYTES: Final = 128 << 20
 _NAMED: Final = 20
 _WORD: Final = 200
+
+
+class NotWeightsError(NotToldError):
+    """A file is no safetensors, whatever it is called: fetch would not take it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +69,21 @@ def compare(old: Weights, new: Weights, *, same_count: int) -> Found:
         same_count: Tensors in files that both have.
 
     Raises:
-        NotToldError: A header cannot be read, or there are too many.
-        RetryLaterError: And whatever else reading raises but that a file is not what it should be.
+        NotToldError: A header cannot be had, or there are too many.
+        NotWeightsError: One of the new files is none.
+        RetryLaterError: And every other kind of UpstreamError that reading raises; the plain one
+            says that a server does not hand out parts of files.
     """
     if len(old.files) + len(new.files) > MAX_FILES:
         raise NotToldError(
             f"{len(old.files) + len(new.files):,} changed files are more than are looked at"
         )
     budget = _Budget()
-    then, now = _tensors(old, budget), _tensors(new, budget)
+    now = _tensors(new, budget)
+    try:
+        then = _tensors(old, budget)
+    except NotWeightsError as error:
+        raise NotToldError(error.message) from error
     added = sorted(now.keys() - then.keys())
     removed = sorted(then.keys() - now.keys())
     both = sorted(now.keys() & then.keys())
@@ -132,21 +142,32 @@ def _tensors(side: Weights, budget: _Budget) -> dict[str, Tensor]:
         limit_bytes = budget.limit_bytes()
         try:
             tensors, spent_bytes = safetensors_header.read_ranges(
-                lambda start, end, file=file: side.read_range(file, start, end),
+                lambda start, end, file=file: _part(side, file, start, end),
                 name=file.name,
                 size_bytes=file.size_bytes,
                 limit_bytes=limit_bytes,
             )
-        except RetryLaterError:
-            raise
         except UpstreamError as error:
-            raise NotToldError(wording.clause(error.message)) from error
+            if type(error) is RangeError:
+                raise NotToldError(wording.clause(error.message)) from error
+            if type(error) is UpstreamError:
+                raise NotWeightsError(wording.clause(error.message)) from error
+            raise
         budget.spent_bytes += spent_bytes
         for tensor in tensors:
             if tensor.name in found:
-                raise NotToldError(f"tensor {shown(tensor.name, 100)} is in two files")
+                raise NotWeightsError(f"tensor {shown(tensor.name, 100)} is in two files")
             found[tensor.name] = tensor
     return found
+
+
+def _part(side: Weights, file: RemoteFile, start: int, end: int) -> bytes:
+    try:
+        return side.read_range(file, start, end)
+    except UpstreamError as error:
+        if type(error) is UpstreamError:
+            raise RangeError(error.message) from error
+        raise
 
 
 def _kind(tensor: Tensor) -> tuple[str, tuple[int, ...]]:

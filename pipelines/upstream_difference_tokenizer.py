@@ -15,9 +15,7 @@ from pipelines.upstream_difference_words import (
     NotToldError,
     changed,
     clause,
-    leaves,
     quoted,
-    several,
     text_of,
     value,
     written,
@@ -89,7 +87,7 @@ class _Tokenizer:
                 raise NotToldError("its vocabulary is neither an object nor a list of pairs")
             self.tokens = {at: str(pair[0]) for at, pair in enumerate(pairs)}
             self.scores = {str(pair[0]): written(pair[1]) for pair in pairs}
-        self.added: dict[str, object] = {}
+        self.added: dict[str, dict[str, Any]] = {}
         for each in _list(told.get("added_tokens"), "added_tokens"):
             if not isinstance(each, dict) or type(each.get("id")) is not int:
                 raise NotToldError("one of its added tokens has no id")
@@ -120,7 +118,7 @@ def _ids(then: Mapping[int, str], now: Mapping[int, str]) -> list[str]:
     other = sorted(id_ for id_ in then.keys() & now.keys() if then[id_] != now[id_])
     if other:
         examples = ", ".join(
-            f"{id_:,}: {quoted(then[id_])} -> {quoted(now[id_])}" for id_ in other[:_FEW]
+            f"{id_}: {quoted(then[id_])} -> {quoted(now[id_])}" for id_ in other[:_FEW]
         )
         clauses.append(
             f"{wording.counted(len(other), 'token id')} "
@@ -128,24 +126,29 @@ def _ids(then: Mapping[int, str], now: Mapping[int, str]) -> list[str]:
             f"{', …' if len(other) > _FEW else ''})"
         )
     if lost := sorted(then.keys() - now.keys()):
-        examples = ", ".join(f"{id_:,}: {quoted(then[id_])}" for id_ in lost[:_FEW])
+        examples = ", ".join(f"{id_}: {quoted(then[id_])}" for id_ in lost[:_FEW])
         clauses.append(f"{wording.counted(len(lost), 'token id')} gone ({examples})")
     return clauses
 
 
-def _added(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+def _added(then: Mapping[str, dict[str, Any]], now: Mapping[str, dict[str, Any]]) -> list[str]:
     """Say which added tokens came, went, or are treated otherwise."""
     clauses = []
     for names, what in (
         ([token for token in now if token not in then], "new"),
         ([token for token in then if token not in now], "gone"),
-        ([each for each in then if each in now and written(then[each]) != written(now[each])],
-         "treated otherwise (id or flags)"),
     ):  # fmt: skip
         if names:
             more = ", …" if len(names) > _FEW else ""
             shown = ", ".join(quoted(each) for each in names[:_FEW])
             clauses.append(f"{wording.counted(len(names), 'added token')} {what}: {shown}{more}")
+    other = [each for each in then if each in now and written(then[each]) != written(now[each])]
+    for token in other[:_FEW]:
+        keys = changed(then[token], now[token])
+        told = ", ".join(clause(key, then[token], now[token]) for key in keys)
+        clauses.append(f"{quoted(token)}: {told}")
+    if len(other) > _FEW:
+        clauses.append(f"{len(other) - _FEW:,} more added tokens are treated otherwise")
     return clauses
 
 
@@ -189,19 +192,3 @@ def of_lines(old: bytes, new: bytes) -> list[str]:
     if count:
         clauses.append(f"{wording.counted(count, 'line')} say something else")
     return clauses or ["only line ends differ"]
-
-
-def of_tokenizer_config(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say what differs between two tokenizer_config.json but for the chat template."""
-    then, now = leaves(_bare(old)), leaves(_bare(new))
-    return [clause(key, then, now) for key in changed(then, now)]
-
-
-def _bare(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the template, and of added tokens everything that is no news: each is one value."""
-    return {key: each for key, each in told.items() if key != "chat_template"}
-
-
-def sentence(file: str, clauses: Sequence[str]) -> str:
-    """Make one sentence of clauses."""
-    return f"{file}: {several(clauses)}."

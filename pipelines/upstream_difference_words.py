@@ -51,6 +51,10 @@ class NotToldError(FleetError):
     """A file cannot be told in words; the message is a clause that says why."""
 
 
+class NotJsonError(NotToldError):
+    """It cannot be, since nobody can read it: no UTF-8, no JSON."""
+
+
 def shown(text: str, characters: int = 200) -> str:
     """Make one short line of a text from outside; what nobody would see in it is spelled out."""
     line = visible(text[: characters * 4].replace("\n", "\\n").replace("\t", "\\t"))
@@ -76,8 +80,8 @@ def load(raw: bytes) -> Any:  # noqa: ANN401 - any JSON value
     Read JSON as the converter will: UTF-8 without a mark of byte order.
 
     Raises:
-        NotToldError: It is not JSON, is nested beyond Python's patience, has a key twice or a
-            number that is none.
+        NotJsonError: It is none, or nested beyond Python's patience.
+        NotToldError: It is nested beyond ours, has a key twice or a number that is none.
     """
     try:
         found = json.loads(
@@ -88,11 +92,11 @@ def load(raw: bytes) -> Any:  # noqa: ANN401 - any JSON value
             parse_int=_short,
         )
     except UnicodeDecodeError as error:
-        raise NotToldError(f"byte {error.start:,} is not UTF-8") from None
+        raise NotJsonError(f"byte {error.start:,} is not UTF-8") from None
     except RecursionError:
-        raise NotToldError("it is nested too deeply") from None
+        raise NotJsonError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise NotToldError(f"line {error.lineno:,} is not JSON ({error.msg})") from None
+        raise NotJsonError(f"line {error.lineno:,} is not JSON ({error.msg})") from None
     _require_shallow(found)
     return found
 
@@ -256,7 +260,11 @@ def diff(old: str, new: str) -> tuple[str, str]:
     lines = list(_unified(before, after, *around))
     gone = sum(line.startswith("-") for line in lines)
     come = sum(line.startswith("+") for line in lines)
-    return bounded(lines), f"{wording.counted(come, 'line')} new, {gone:,} gone"
+    return bounded(map(_safe, lines)), f"{wording.counted(come, 'line')} new, {gone:,} gone"
+
+
+def _safe(line: str) -> str:
+    return wording.shortened(console.clean(visible(line[: _MAX_LINE * 2])), _MAX_LINE)
 
 
 def _lines(text: str) -> list[str]:
@@ -290,15 +298,14 @@ def _unified(before: list[str], after: list[str], start: int, end: int) -> Itera
 
 
 def bounded(lines: Iterable[str]) -> str:
-    """Join the lines that fit into 12,000 characters, made safe to show, and count the rest."""
+    """Join the lines that fit into 12,000 characters, and count the rest."""
     found: list[str] = []
     size = 0
     rest = 0
     for line in lines:
-        told = wording.shortened(console.clean(visible(line[: _MAX_LINE * 2])), _MAX_LINE)
-        if rest or size + len(told) + 1 > _MAX_DIFF:
+        if rest or size + len(line) + 1 > _MAX_DIFF:
             rest += 1
             continue
-        found.append(told)
-        size += len(told) + 1
+        found.append(line)
+        size += len(line) + 1
     return "\n".join([*found, *([f"… and {rest:,} more lines"] if rest else [])])
