@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import random
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
-from hub import INSIDER, Hub, Repo
+from hub import INSIDER, KINDS, Fault, Hub, Repo
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hf
 
@@ -144,7 +148,7 @@ def test_owners_rename_hand_over_replace_and_rewrite(hub: Hub, repo: Repo) -> No
 
     def known(name: str) -> tuple[str, str | None, str]:
         info = api.model_info(name)
-        return info.id, info.author, info._id
+        return info.id, info.author, vars(info)["_id"]
 
     repo.rename("acme/New")
     assert known("acme/Tiny") == ("acme/New", "acme", id_)
@@ -163,6 +167,125 @@ def test_owners_rename_hand_over_replace_and_rewrite(hub: Hub, repo: Repo) -> No
     assert [commit.commit_id for commit in api.list_repo_commits("other/New")] == [new]
     with pytest.raises(hf.RevisionNotFoundError):
         api.model_info("other/New", revision=old)
+
+
+CONTENT = random.Random(1).randbytes(1000)
+
+# What a client without any cleverness sees of each kind, at a file of 1,000 bytes or its listing.
+SEEN = {
+    "flip": "200 wrong",
+    "html": "200 short",
+    "html_padded": "200 wrong",
+    "swapped": "200 wrong",
+    "short": "200 short",
+    "long": "200 long",
+    "empty": "200 short",
+    "endless": "200 long",
+    "lfs_pointer": "200 short",
+    "gzip": "200 long gzip",
+    "gzip_lie": "200 right gzip",
+    "wrong_range": "206 short",
+    "range_lie": "206 wrong",
+    "range_ignored": "200 long",
+    "range_refused": "416 short",
+    "reset_before": "ConnectionResetError",
+    "reset_mid": "ConnectionResetError",
+    "cut_mid": "IncompleteRead",
+    "stall_before": "TimeoutError",
+    "stall_mid": "TimeoutError",
+    "drip": "TimeoutError",
+    "no_length": "200 right unmeasured",
+    "no_length_cut": "200 short unmeasured",
+    "chunked": "200 right unmeasured",
+    "chunked_short": "200 short unmeasured",
+    "status": "503 short",
+    "retry_after": "503 short 3600",
+    "retry_date": "503 short date",
+    "allowance": "429 short",
+    "redirect_other": "302 short /portal",
+    "redirect_loop": "302 short /config.json",
+    "wrong_etag": "200 right",
+    "wrong_commit": "200 right",
+    "wrong_linked_size": "200 right",
+    "listing_missing_digest": "200 short",
+    "listing_missing_size": "200 short",
+    "listing_wrong_size": "200 wrong",
+    "listing_lies": "200 wrong",
+    "listing_other_sha": "200 wrong",
+    "listing_other_id": "200 short",
+    "listing_other_repository": "200 wrong",
+    "listing_nothing": "200 short",
+    "listing_nonsense": "200 short",
+    "listing_html": "200 short",
+    "listing_cut": "200 short",
+    "listing_huge": "200 long",
+    "listing_endless": "200 long",
+    "listing_names": "200 long",
+    "listing_twice": "200 long",
+    "gated_mid": "401 short",
+    "gone_mid": "401 short",
+    "disabled_mid": "403 short",
+    "moved_mid": "200 right",
+    "renamed_mid": "307 short /config.json",
+    "rewritten_mid": "404 short",
+    "replaced_mid": "404 short",
+}
+
+
+def test_each_kind_of_fault_does_what_it_says(hub: Hub) -> None:
+    """Seen with http.client; a fault that did nothing would let a test pass for nothing."""
+    assert SEEN.keys() == KINDS.keys()
+    found = {kind: _seen(hub, kind) for kind in KINDS}
+
+    assert found == SEEN
+    # A fault is done as often as it was asked for, and where it means something.
+    repo = hub.repos["acme/flip"]
+    url = f"{hub.url}/acme/flip/resolve/{repo.head}/config.json"
+    assert urllib.request.urlopen(url).read() == CONTENT
+
+
+def _seen(hub: Hub, kind: str) -> str:
+    repo = hub.create(f"acme/{kind}", {"config.json": CONTENT})
+    path = f"/acme/{kind}/resolve/{repo.head}/config.json"
+    if KINDS[kind].where == "listing":
+        path = f"/api/models/acme/{kind}/revision/{repo.head}?blobs=true"
+    headers = {"Range": "bytes=500-"} if KINDS[kind].where == "range" else {}
+    timeout_s = 0.2 if SEEN[kind] == "TimeoutError" else 20
+    connection = http.client.HTTPConnection(urlsplit(hub.url).netloc, timeout=timeout_s)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers=headers)
+        before = connection.getresponse()
+        right = before.read()
+        hub.fault(f"*/{kind}/*", Fault(kind, count=20, pause_s=0.3 if kind == "drip" else 0.01))
+        connection.request("GET", path, headers=headers)
+        try:
+            answer = connection.getresponse()
+            content = answer.read(len(right) + 1)
+            if len(content) < len(right) and not answer.isclosed():
+                content += answer.read()
+        except (TimeoutError, http.client.IncompleteRead, ConnectionResetError) as error:
+            return type(error).__name__
+    assert hub.requests[-1].fault == kind
+    if KINDS[kind].where == "head":
+        assert answer.headers.items() != before.headers.items(), kind
+    return _words(answer, content, right)
+
+
+def _words(answer: http.client.HTTPResponse, content: bytes, right: bytes) -> str:
+    relation = ("short", "wrong", "long")[
+        (len(content) >= len(right)) + (len(content) > len(right))
+    ]
+    words = [str(answer.status), "right" if content == right else relation]
+    said = answer.headers
+    if told := said["Retry-After"]:
+        words.append(told if told.isdecimal() else "date")
+    if told := said["Location"]:
+        words.append("/" + told.rpartition("/")[2])
+    if told := said["Content-Encoding"]:
+        words.append(told)
+    if relation != "long" and said["Content-Length"] is None:
+        words.append("unmeasured")
+    return " ".join(words)
 
 
 def test_what_the_hub_does_not_know_is_loud(hub: Hub) -> None:

@@ -6,24 +6,28 @@ import contextlib
 import fnmatch
 import hashlib
 import json
+import os
 import re
 import secrets
 import socket
+import struct
 import tempfile
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
+from .faults import KINDS, PAGE, Fault, Reply, Reset, Scene, Where
 from .repository import POINTER_BYTES, Commit, File, Repo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from datetime import datetime
 
     import pytest
 
+_PARTIAL: Final = 206
 # The token of somebody who may read what is private or gated.
 INSIDER: Final = "hf_insiderCanaryInsiderCanary"
 
@@ -36,29 +40,33 @@ class Request:
     Attributes:
         path: Decoded, without the query.
         range: The Range header; empty if there was none.
+        authorized: Whether it carried a token.
         status: Of the answer; None if the connection ended without one.
         sent_bytes: Bytes of the body that left.
+        fault: Kind of what was done to it; empty if nothing was.
     """
 
     method: str
     path: str
     query: dict[str, str]
     range: str
+    authorized: bool
     status: int | None = None
     sent_bytes: int = 0
+    fault: str = ""
 
     def __str__(self) -> str:
         """As a test shows it."""
-        return f"{self.method} {self.path} {self.range}: {self.status}, {self.sent_bytes} bytes"
+        told = f"{self.method} {self.path} {self.range}: {self.status}, {self.sent_bytes} bytes"
+        return f"{told} ({self.fault})" if self.fault else told
 
 
 @dataclass
-class Reply:
-    """An answer before it is sent."""
-
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
+class _Strike:
+    pattern: str
+    method: str
+    fault: Fault
+    left: int | None
 
 
 class Hub:
@@ -83,6 +91,7 @@ class Hub:
         self.page = 50
         self.lock = threading.RLock()
         self.closing = threading.Event()
+        self._strikes: list[_Strike] = []
         self._secret = secrets.token_hex(8)
         self._home = tempfile.TemporaryDirectory(prefix="hub-home-")
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -162,9 +171,42 @@ class Hub:
         return sum(each.sent_bytes for each in self.asked(pattern))
 
     def forget(self) -> None:
-        """Count requests from here."""
+        """Count requests from here, and let nothing go wrong any more."""
         with self.lock:
             self.requests.clear()
+            self._strikes.clear()
+
+    def fault(
+        self, pattern: str, fault: Fault, *, method: str = "*", times: int | None = 1
+    ) -> None:
+        """
+        Let something go wrong with the next requests that fit.
+
+        Args:
+            pattern: Glob over the path, of a file's own address or of that in the storage.
+            fault: What to do; see `faults.KINDS`.
+            method: Glob.
+            times: How often; None for always. Of several faults the first that fits is done.
+        """
+        assert fault.kind in KINDS, f"no kind of fault is called {fault.kind}"
+        with self.lock:
+            self._strikes.append(_Strike(pattern, method, fault, times))
+
+    def struck(self, request: Request, fits: Collection[Where] | None = None) -> Fault | None:
+        """Take the fault that is next for a request; an event if its answer is not made yet."""
+        for strike in self._strikes:
+            kind = KINDS[strike.fault.kind]
+            is_event = kind.event is not None
+            if (
+                strike.left != 0
+                and (is_event if fits is None else not is_event and kind.where in fits)
+                and fnmatch.fnmatchcase(request.path, strike.pattern)
+                and fnmatch.fnmatchcase(request.method, strike.method)
+            ):
+                strike.left = None if strike.left is None else strike.left - 1
+                request.fault = strike.fault.kind
+                return strike.fault
+        return None
 
     def signature(self, path: str) -> str:
         """Return what makes an address of the storage valid."""
@@ -233,30 +275,95 @@ class _Handler(BaseHTTPRequestHandler):
         # Not unquoted as a whole: a branch may hold an encoded slash.
         self.parts = [unquote(part) for part in split.path.split("/")[1:]]
         self.form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+        self.whole = b""
         request = Request(
-            self.command, unquote(split.path), self.query, self.headers.get("Range", "")
+            self.command,
+            unquote(split.path),
+            self.query,
+            self.headers.get("Range", ""),
+            "Authorization" in self.headers,
         )
         with self.hub.lock:
             self.hub.requests.append(request)
+            self._meanwhile(request)
             try:
                 reply = self._routed()
             except _AnswerError as error:
                 reply = error.reply
+            if fault := self.hub.struck(request, self._fitting(reply)):
+                change = KINDS[fault.kind].change
+                assert change is not None
+                change(reply, fault, self._scene())
         with contextlib.suppress(OSError):
             self._send(reply, request)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _handle  # noqa: N815 - its names
 
+    def _meanwhile(self, request: Request) -> None:
+        """Let happen in the repository what is to happen before this request is answered."""
+        repo = self.hub.repos.get(_repository(self.parts))
+        if repo is not None and (fault := self.hub.struck(request)):
+            event = KINDS[fault.kind].event
+            assert event is not None
+            event(repo)
+
+    def _fitting(self, reply: Reply) -> list[Where]:
+        fits: list[Where] = ["any"]
+        if reply.body and reply.status in {200, 206} and self.command == "GET":
+            fits.append("bytes")
+            if reply.shows == "listing":
+                fits.append("listing")
+            if reply.shows == "file" and reply.status == _PARTIAL:
+                fits.append("range")
+        if "X-Repo-Commit" in reply.headers:
+            fits.append("head")
+        return fits
+
+    def _scene(self) -> Scene:
+        return Scene(
+            whole=self.whole,
+            address=f"http://{self.headers['Host']}{self.path}",
+            portal=f"{self.hub.storage_url}/portal",
+            closing=self.hub.closing,
+        )
+
     def _send(self, reply: Reply, request: Request) -> None:
+        request.status = reply.status or None
+        if reply.status:
+            self._send_head(reply)
+        chunked = reply.framing == "chunked"
+        try:
+            for piece in [reply.body] if reply.stream is None else reply.stream:
+                if self.command == "HEAD" and reply.status:
+                    return
+                if not piece:
+                    continue
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                request.sent_bytes += len(piece)
+            if chunked:
+                self.wfile.write(b"0\r\n\r\n")
+        except Reset:
+            self._reset()
+
+    def _send_head(self, reply: Reply) -> None:
         self.send_response(reply.status)
         for name, value in reply.headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(reply.body)))
+        if reply.framing == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+        elif reply.framing == "close":
+            self.send_header("Connection", "close")
+        elif reply.stream is None:
+            self.send_header("Content-Length", str(len(reply.body)))
         self.end_headers()
-        request.status = reply.status
-        if self.command != "HEAD":
-            self.wfile.write(reply.body)
-            request.sent_bytes = len(reply.body)
+
+    def _reset(self) -> None:
+        """End the connection in disorder: the other side is told so, not that all has come."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            os.close(self.connection.detach())
 
     # what is asked
 
@@ -280,6 +387,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._resolve(self._repo(owner, name), revision, "/".join(path))
             case "GET" | "HEAD", "storage", sha256, *_:
                 return self._storage(sha256)
+            case "GET" | "HEAD", "portal":
+                return Reply(200, {"Content-Type": "text/html"}, PAGE)
+            case _:
+                pass
         self.hub.unexpected.append(f"{self.command} {self.path}")
         raise _AnswerError(501, f"the stand-in knows no {self.command} {self.path}")
 
@@ -329,13 +440,15 @@ class _Handler(BaseHTTPRequestHandler):
                     }
             siblings.append(sibling)
         first = repo.history(commit.id)[-1]
-        return _json({
+        reply = _json({
             "_id": repo.id, "id": repo.name, "modelId": repo.name, "author": repo.owner,
             "sha": commit.id, "lastModified": _instant(commit.at),
             "createdAt": _instant(first.at), "private": repo.private,
             "gated": repo.gated or False, "disabled": False, "tags": [], "downloads": 0,
             "likes": 0, "siblings": siblings,
         })  # fmt: skip
+        reply.shows = "listing"
+        return reply
 
     def _refs(self, repo: Repo) -> Reply:
         def shown(refs: dict[str, str], kind: str) -> list[dict[str, str]]:
@@ -434,11 +547,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _ranged(self, content: bytes, headers: dict[str, str]) -> Reply:
         """Answer with all of it, or with the range that was asked for."""
+        self.whole = content
         headers = {"Content-Type": "application/octet-stream", **headers}
         wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         condition = self.headers.get("If-Range")
         if wanted is None or condition not in {None, headers["ETag"]}:
-            return Reply(200, headers, content)
+            return Reply(200, headers, content, shows="file")
         size = len(content)
         first, last = wanted.groups()
         if first:
@@ -448,7 +562,13 @@ class _Handler(BaseHTTPRequestHandler):
         if start >= size or end < start:
             return Reply(416, headers | {"Content-Range": f"bytes */{size}"})
         headers["Content-Range"] = f"bytes {start}-{end}/{size}"
-        return Reply(206, headers, content[start : end + 1])
+        return Reply(_PARTIAL, headers, content[start : end + 1], shows="file")
+
+
+def _repository(parts: list[str]) -> str:
+    """Return the name of the repository that a path is about."""
+    about = parts[2:] if parts[:2] == ["api", "models"] or parts[0] == "storage" else parts
+    return "/".join(about[:2])
 
 
 def _redirect(status: int, headers: dict[str, str]) -> _AnswerError:
