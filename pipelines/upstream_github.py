@@ -83,19 +83,18 @@ def look(at: Layout, models: Sequence[str], *, out: Path | None, as_json: bool) 
     return code
 
 
-def issue(at: Layout, path: Path | None) -> int:
+def issue(path: Path | None) -> int:
     """
     Do `fleet check-upstream --github issue`: keep the one issue as a record says.
 
     Args:
-        at: The checkout.
         path: Of the record.
 
     Raises:
         ParamsError: There is no record, or no token.
         GitHubError, RetryLaterError: See `upstream_issues.settle`.
     """
-    from pipelines import declaration, upstream_issues  # noqa: PLC0415 - jinja2
+    from pipelines import upstream_issues  # noqa: PLC0415 - jinja2
 
     if path is None:
         raise ParamsError(
@@ -103,12 +102,8 @@ def issue(at: Layout, path: Path | None) -> int:
             hint="fleet check-upstream --out FILE, then --github issue --previous FILE",
         )
     record = check_upstream.read(path)
-    done = upstream_issues.settle(
-        GitHub.from_environment(),
-        record,
-        declared=declaration.load(at.params).models,
-        run_url=runner.run_url(),
-    )
+    gh = GitHub.from_environment()
+    done = upstream_issues.settle(gh, record, run_url=runner.run_url())
     console.info(f"The issue on what asks for a person: {done}.")
     return 0
 

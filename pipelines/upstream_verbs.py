@@ -94,7 +94,7 @@ def _check_upstream(at: Layout, args: argparse.Namespace) -> int:
     if args.github == "issue":
         from pipelines import upstream_github  # noqa: PLC0415 - not for --help
 
-        return upstream_github.issue(at, args.previous)
+        return upstream_github.issue(args.previous)
     if args.github == "look":
         from pipelines import upstream_github  # noqa: PLC0415 - not for --help
 

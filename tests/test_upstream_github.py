@@ -161,9 +161,7 @@ def test_a_proposal_or_an_issue_that_is_open_is_looked_after(api: GitHubApi) -> 
     assert upstream_github.work(client(api), record(model("tiny"))) == (False, False)
     api.git.commit("bump/tiny", {"params.yaml": "x"})
     api.add_pull("bump/tiny")
-    upstream_issues.settle(
-        client(api), record(model("tiny", "asks", doubt="gone")), declared={"tiny"}, run_url=None
-    )
+    upstream_issues.settle(client(api), record(model("tiny", "asks", doubt="gone")), run_url=None)
 
     assert upstream_github.work(client(api), record(model("tiny"))) == (True, True)
 
@@ -171,11 +169,9 @@ def test_a_proposal_or_an_issue_that_is_open_is_looked_after(api: GitHubApi) -> 
 # --- the issue --------------------------------------------------------------------------------
 
 
-def settled(api: GitHubApi, found: UpstreamRecord, *declared: str) -> str:
+def settled(api: GitHubApi, found: UpstreamRecord) -> str:
     """Keep the issue; say what was done."""
-    return upstream_issues.settle(
-        client(api), found, declared=declared or ("tiny", "other"), run_url="https://x.invalid/7"
-    )
+    return upstream_issues.settle(client(api), found, run_url="https://x.invalid/7")
 
 
 def test_what_asks_for_a_person_is_one_issue_that_closes_itself(api: GitHubApi) -> None:
@@ -202,15 +198,19 @@ def test_what_asks_for_a_person_is_one_issue_that_closes_itself(api: GitHubApi) 
     assert len(api.issues) == 1
 
 
-def test_a_model_that_cannot_be_asked_now_keeps_its_line(api: GitHubApi) -> None:
-    """A Hub that is down closes no issue, and neither does a look at another model."""
+def test_what_cannot_be_asked_now_keeps_its_line_and_closes_nothing(api: GitHubApi) -> None:
+    """A Hub that is down is no answer; nor is one that was never asked before."""
     settled(api, record(model("tiny", "asks", doubt="owner", reason="other hands")))
+    silent = model("tiny", "unknown", last_state="asks", last_reason="other hands")
 
-    for silent in (record(model("tiny", "unknown")), record(model("other"))):
-        assert settled(api, silent) == "renewed 1"
-        assert "| tiny |  | It could not be asked again" in api.issues[1]["body"]
-    # It is declared no more: there is nothing to look at.
-    assert settled(api, record(model("other")), "other") == "closed"
+    assert settled(api, record(silent)) == "renewed 1"
+    assert "| tiny | hf:acme/tiny | other hands | It cannot be asked now" in api.issues[1]["body"]
+    assert settled(api, record(model("tiny", "unknown"))) == "left"
+    assert settled(api, record(model("tiny"), engines=(engine("unknown"),))) == "left"
+    assert settled(api, record(model("tiny"), engines=(engine("asks"),))) == "renewed 1"
+    assert api.issues[1]["title"] == "Upstream asks for a person: ollama"
+    known = model("tiny", "unknown", last_state="current", last_reason="nothing moved")
+    assert settled(api, record(known)) == "closed"
 
 
 def test_a_hundred_models_that_ask_fit_into_the_issue(api: GitHubApi) -> None:
@@ -218,7 +218,7 @@ def test_a_hundred_models_that_ask_fit_into_the_issue(api: GitHubApi) -> None:
     many = [model(f"m{n}", "asks", doubt="gone", reason="&" * 2000) for n in range(100)]
     alarms = tuple("<" * 2000 for _ in range(100))
 
-    settled(api, record(*many, alarms=alarms), *(each.model for each in many))
+    settled(api, record(*many, alarms=alarms))
 
     body = api.issues[1]["body"]
     assert len(body) < 65_536
