@@ -18,7 +18,7 @@ from pipelines.params import quants_of
 from pipelines.publishing_words import shown_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from pipelines.ci_records import Budget
     from pipelines.layout import Layout
@@ -202,8 +202,6 @@ def _facts(at: Layout, declared: Declaration, found: ModelUpstream) -> Iterator[
     if difference is None:
         return
     yield "Changed", _changed(difference)
-    if difference.tensors is not None:
-        yield "Tensors", _tensors(difference.tensors)
     yield (
         "Download",
         (
@@ -212,9 +210,8 @@ def _facts(at: Layout, declared: Declaration, found: ModelUpstream) -> Iterator[
             else "nothing"
         ),
     )
-    stages = tuple(stage for stage in difference.stages if stage in MEASURING)
-    if stages:
-        runs = _runs(declared, found.model, stages)
+    runs = _runs(declared, found.model, difference.stages)
+    if runs:
         yield "To run again", f"at most {_stages(runs)}"
         yield "Takes", _cost(_budget(at, declared, found.model, runs))
 
@@ -243,24 +240,19 @@ def _bytes(state: FileState | None) -> int:
     return state.size_bytes if state else 0
 
 
-def _tensors(tensors: TensorChanges) -> str:
-    """Say how far the weights are the same, by their headers."""
-    parts = [
-        f"{tensors.same_count:,} in files that are the same" if tensors.same_count else "",
-        f"{tensors.touched_count:,} alike by name, shape and type" if tensors.touched_count else "",
-        f"{tensors.added_count:,} new" if tensors.added_count else "",
-        f"{tensors.removed_count:,} gone" if tensors.removed_count else "",
-        f"{tensors.retyped_count:,} of another shape or type" if tensors.retyped_count else "",
-    ]
-    told = "; ".join(part for part in parts if part) or "none could be compared"
-    return f"{told} (by {shown_size(tensors.header_bytes)} of headers)"
-
-
-def _runs(declared: Declaration, model: str, stages: tuple[str, ...]) -> tuple[PlannedRun, ...]:
+def _runs(declared: Declaration, model: str, stages: Collection[str]) -> tuple[PlannedRun, ...]:
+    """Return what has to run of these stages; what the model does not declare never does."""
     quants = quants_of(declared, model)
+    spec = declared.models[model]
+    idle = set()
+    if not any(declared.quants[key].imatrix for key in quants):
+        idle.add("calibrate")
+    if not spec.evals:
+        idle.add("evaluate")
     return tuple(
         PlannedRun(stage=stage, key=key, why="")
-        for stage in stages
+        for stage in MEASURING
+        if stage in stages and stage not in idle
         for key in (quants if stage in _OF_QUANTS else (model,))
     )
 
@@ -319,7 +311,7 @@ def _links(found: ModelUpstream) -> Iterator[Link]:
     kind, _, place = found.source.partition(":")
     if kind != "hf" or not _REPOSITORY.fullmatch(place) or found.newest is None:
         return
-    yield Link(text="the commits", url=f"{HUB}/{place}/commits/{found.newest}")
-    yield Link(text="the newest commit", url=f"{HUB}/{place}/commit/{found.newest}")
-    yield Link(text="the files now", url=f"{HUB}/{place}/tree/{found.newest}")
-    yield Link(text="the files before", url=f"{HUB}/{place}/tree/{found.pinned}")
+    yield Link(text="Commits", url=f"{HUB}/{place}/commits/{found.newest}")
+    yield Link(text="the newest", url=f"{HUB}/{place}/commit/{found.newest}")
+    yield Link(text="files now", url=f"{HUB}/{place}/tree/{found.newest}")
+    yield Link(text="files before", url=f"{HUB}/{place}/tree/{found.pinned}")
