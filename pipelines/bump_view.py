@@ -210,10 +210,10 @@ def _facts(at: Layout, declared: Declaration, found: ModelUpstream) -> Iterator[
             else "nothing"
         ),
     )
-    runs = _runs(declared, found.model, difference.stages)
+    runs = runs_of(declared, found.model, difference.stages)
     if runs:
-        yield "To run again", f"at most {_stages(runs)}"
-        yield "Takes", _cost(_budget(at, declared, found.model, runs))
+        yield "To run again", f"at most {stages_of(runs)}"
+        yield "Takes", cost_of(budget_of(at, declared, found.model, runs))
 
 
 def _changed(difference: Difference) -> str:
@@ -240,7 +240,7 @@ def _bytes(state: FileState | None) -> int:
     return state.size_bytes if state else 0
 
 
-def _runs(declared: Declaration, model: str, stages: Collection[str]) -> tuple[PlannedRun, ...]:
+def runs_of(declared: Declaration, model: str, stages: Collection[str]) -> tuple[PlannedRun, ...]:
     """Return what has to run of these stages; what the model does not declare never does."""
     quants = quants_of(declared, model)
     spec = declared.models[model]
@@ -257,14 +257,17 @@ def _runs(declared: Declaration, model: str, stages: Collection[str]) -> tuple[P
     )
 
 
-def _stages(runs: tuple[PlannedRun, ...]) -> str:
+def stages_of(runs: tuple[PlannedRun, ...]) -> str:
+    """Name stages: `convert, quantize (5)`."""
     counts: dict[str, int] = {}
     for run in runs:
         counts[run.stage] = counts.get(run.stage, 0) + 1
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 
-def _budget(at: Layout, declared: Declaration, model: str, runs: tuple[PlannedRun, ...]) -> Budget:
+def budget_of(
+    at: Layout, declared: Declaration, model: str, runs: tuple[PlannedRun, ...]
+) -> Budget:
     """Say what the runs cost on all measured hosts; the download is told by the look itself."""
     without = tuple(run for run in runs if run.stage != "fetch")
     hosts = measured_hosts(declared) or (primary_host(declared),)
@@ -273,7 +276,8 @@ def _budget(at: Layout, declared: Declaration, model: str, runs: tuple[PlannedRu
     )
 
 
-def _cost(budget: Budget) -> str:
+def cost_of(budget: Budget) -> str:
+    """Say what runs cost, and what nobody knows of it."""
     parts = []
     if budget.gpu_minutes is not None:
         parts.append(
