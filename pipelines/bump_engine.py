@@ -145,7 +145,7 @@ def _view(at: Layout, declared: Declaration, found: EngineUpstream, *, waits: bo
             "branch stay: it is left alone then."
         ),
         rollback_note=(
-            "press *Revert* on this pull request once it is merged: params.yaml, dvc.lock and the "
+            "press Revert on this pull request once it is merged: params.yaml, dvc.lock and the "
             "records come back as they were, and the files are still in the cache of DVC, so that "
             "nothing is made or measured again. What is served does not change by that: "
             "`fleet rollback MODEL` puts a release of before in its place."

@@ -115,7 +115,7 @@ def main(  # noqa: PLR0913 - one for each option
     if runner.in_actions():
         runner.outputs(moved=" ".join(moved), any=bool(moved))
         runner.summary(upstream_words.markdown(record))
-    asks = any(each.state == "asks" for each in record.models)
+    asks = any(each.state == "asks" for each in (*record.models, *record.engines))
     return GateError.exit_code if strict and (moved or asks) else 0
 
 
@@ -225,7 +225,8 @@ def look(  # noqa: PLR0913 - each is one independent fact, named at the call
     reached = [each.state != "unknown" for each in own if each.source.startswith("hf:")]
     return UpstreamRecord(
         checked_at=now,
-        requests_count=reader.requests_count,
+        requests_count=reader.requests_count
+        + sum(each.requests_count for each in engines if asks_engines),
         models=own,
         engines=engines,
         alarms=_alarms(own, engines, now, section.period_hours),

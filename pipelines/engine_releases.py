@@ -70,12 +70,14 @@ class Listing:
         releases: Final ones whose version can be declared.
         notes: What else there is to know, as sentences.
         pins_digest: Whether a digest has to be pinned with the version.
+        requests_count: That it took.
     """
 
     said_by: str
     releases: tuple[Release, ...]
     notes: tuple[str, ...] = ()
     pins_digest: bool = False
+    requests_count: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +196,7 @@ def _llama_cpp(pin: Pin, deadline: float, log: Path) -> Listing:
         ),
         notes=tuple(notes),
         pins_digest=True,
+        requests_count=page.requests_count,
     )
 
 
@@ -290,6 +293,7 @@ def _ollama_by_go(pin: Pin, deadline: float, log: Path) -> Listing:
             for one in versions
         ),
         notes=_too_old(newer, described, here),
+        requests_count=2 if newer else 1,
     )
 
 

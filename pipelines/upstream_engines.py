@@ -141,6 +141,7 @@ def judged(
         younger=younger.version if younger else None,
         first_seen={version: seen[version] for version in list(seen)[:_MOST_KEPT]},
         notes=tuple(_bounded(note) for note in notes)[:20],
+        requests_count=listing.requests_count,
         reason=f"{listing.said_by} lists nothing newer than {pin.version}.",
         last_success_at=now,
     )

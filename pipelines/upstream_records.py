@@ -180,6 +180,8 @@ class EngineUpstream(Part):
         younger: The newest release of all, where it is younger than `newest` and has to wait.
         first_seen: When a look first saw a release that is newer than `pinned`.
         notes: Sentences on what else there is to know, such as a Go that is too old.
+        requests_count: Of this look to package indexes and to GitHub; a question to Go, which sends
+            some of its own, is one.
         reason, next_step, last_success_at, first_asked_at: See `ModelUpstream`.
     """
 
@@ -196,6 +198,7 @@ class EngineUpstream(Part):
         default_factory=dict
     )
     notes: Annotated[tuple[Sentence, ...], Field(max_length=20)] = ()
+    requests_count: Count = 0
     reason: Sentence
     next_step: Sentence = ""
     last_success_at: AwareDatetime | None = None
