@@ -115,7 +115,9 @@ def main(  # noqa: PLR0913 - one for each option
     if runner.in_actions():
         runner.outputs(moved=" ".join(moved), any=bool(moved))
         runner.summary(upstream_words.markdown(record))
-    asks = any(each.state == "asks" for each in (*record.models, *record.engines))
+    asks = "asks" in {each.state for each in record.models} | {
+        each.state for each in record.engines
+    }
     return GateError.exit_code if strict and (moved or asks) else 0
 
 
@@ -210,7 +212,7 @@ def look(  # noqa: PLR0913 - each is one independent fact, named at the call
     }
     asks_engines = models is None and section.engines and not is_stage
     if asks_engines:
-        jobs[_ENGINES] = partial(_look_at_engines, declared, previous, deadline, clock)
+        jobs[_ENGINES] = partial(_look_at_engines, at, declared, previous, deadline, clock)
     found = _all_of(jobs, deadline + _GRACE_S)
     late = f"it did not answer within {limit_s:g} s, the time for the whole look."
     told = {model: each for model, each in known.items() if _is_of(declared, each)} | {
@@ -329,19 +331,15 @@ def _all_of(jobs: Mapping[str, Callable[[], Any]], until: float) -> dict[str, An
 
 
 def _look_at_engines(
+    at: Layout,
     declared: Declaration,
     previous: UpstreamRecord | None,
     deadline: float,
     clock: Callable[[], datetime],
 ) -> tuple[EngineUpstream, ...]:
-    try:
-        from pipelines import upstream_engines  # type: ignore[attr-defined]  # noqa: PLC0415
-    except ImportError:
-        return ()
-    found: tuple[EngineUpstream, ...] = upstream_engines.look(
-        declared, previous=previous, deadline=deadline, clock=clock
-    )
-    return found
+    from pipelines import upstream_engines  # noqa: PLC0415 - not in the stage
+
+    return upstream_engines.look(declared, previous=previous, deadline=deadline, clock=clock, at=at)
 
 
 def _silent_engines(known: tuple[EngineUpstream, ...], reason: str) -> tuple[EngineUpstream, ...]:

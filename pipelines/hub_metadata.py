@@ -88,7 +88,8 @@ class Head:
         gated: How its files are guarded; None if everybody may have them.
         disabled: Whether the Hub itself has shut it.
         files: With size and digest.
-        undigested: Names of files that are listed without size or digest: nobody can verify them.
+        undigested: Names of files that are listed without size or digest, or twice with different
+            ones: nobody can verify them.
     """
 
     id: str
@@ -455,7 +456,7 @@ class HubReader:
         base = endpoint()
         url = base + path
         for _ in range(_MOST_REDIRECTS + 1):
-            answer = self._get(url, base, max_bytes, part)
+            answer = self._get(url, base, max_bytes, part, is_file=may_leave)
             if answer.status not in _REDIRECTS:
                 break
             url = urljoin(url, answer.headers.get("location", ""))
@@ -476,7 +477,9 @@ class HubReader:
             )
         raise _refusal(repo, answer, missing)
 
-    def _get(self, url: str, base: str, max_bytes: int, part: tuple[int, int] | None) -> _Answer:
+    def _get(
+        self, url: str, base: str, max_bytes: int, part: tuple[int, int] | None, *, is_file: bool
+    ) -> _Answer:
         """Send one request and read its answer as far as it may go."""
         import httpx2  # noqa: PLC0415 - 0.2 s, and only for hf: sources
         from huggingface_hub.errors import OfflineModeIsEnabled  # noqa: PLC0415 - the same
@@ -496,7 +499,7 @@ class HubReader:
                 "GET", url, headers=headers, timeout=timeout, follow_redirects=False
             ) as response:
                 self._was_answered = True
-                body = b"".join(self._chunks(response, max_bytes, is_part=part is not None))
+                body = b"".join(self._chunks(response, max_bytes, is_file=is_file))
                 return _Answer(response.status_code, dict(response.headers), body)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
             said = f"{base} cannot be reached: {_words(error)}."
@@ -506,19 +509,19 @@ class HubReader:
         except (httpx2.HTTPError, OSError) as error:
             raise _AgainError(f"the answer of {base} broke off: {_words(error)}.") from error
 
-    def _chunks(self, response: Any, max_bytes: int, *, is_part: bool) -> Iterator[bytes]:  # noqa: ANN401 - httpx2.Response
+    def _chunks(self, response: Any, max_bytes: int, *, is_file: bool) -> Iterator[bytes]:  # noqa: ANN401 - httpx2.Response
         """
         Yield the body; a drip is cut by the deadline, a flood by the size.
 
-        Of a part that the server makes of the whole file, no more than the part is read: the
-        caller sees that it is no answer to its question.
+        Of a file that is longer than it should be no more is read than that: the caller sees by
+        digest or range that it is not what was asked for, and asking again would not help.
         """
         is_error = response.status_code not in {200, 206}
         size = 0
         for chunk in response.iter_bytes(_CHUNK_BYTES):
             size += len(chunk)
             if size > max_bytes:
-                if is_error or is_part:
+                if is_error or is_file:
                     return
                 raise _AgainError(f"an answer has more than {max_bytes:,} bytes.")
             yield chunk
@@ -656,16 +659,17 @@ def _head(repo: str, told: Mapping[str, Any]) -> Head:
         or not _COMMIT.fullmatch(sha)
     ):
         raise _nonsense(repo)
-    files, undigested = [], []
+    files: dict[str, RemoteFile] = {}
+    undigested: set[str] = set()
     siblings = _list_of(told, "siblings")
     if len(siblings) > _MOST_FILES:
         raise UpstreamError(f"hf:{repo} has more than {_MOST_FILES:,} files.")
     for sibling in siblings:
-        file = _file(sibling)
-        if file is not None:
-            files.append(file)
-        elif isinstance(name := sibling.get("rfilename"), str):
-            undigested.append(name)
+        file, name = _file(sibling), sibling.get("rfilename")
+        if not isinstance(name, str):
+            continue
+        if file is None or files.setdefault(name, file) != file:
+            undigested.add(name)
     gated = told.get("gated")
     return Head(
         id=id_,
@@ -675,8 +679,8 @@ def _head(repo: str, told: Mapping[str, Any]) -> Head:
         last_modified=_instant(told.get("lastModified")),
         gated=None if not gated else "auto" if gated == "auto" else "manual",
         disabled=disabled is True,
-        files=tuple(files),
-        undigested=tuple(undigested),
+        files=tuple(file for name, file in files.items() if name not in undigested),
+        undigested=tuple(sorted(undigested)),
     )
 
 

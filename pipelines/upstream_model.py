@@ -13,6 +13,8 @@ made once for each pair of commits.
 from __future__ import annotations
 
 import hashlib
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
@@ -27,7 +29,7 @@ from pipelines.records import FetchRecord
 from pipelines.upstream_records import ModelUpstream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from pipelines.hub_metadata import Head, Reader
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 # Of a time to come: clocks differ by less than this.
 _SLACK: Final = timedelta(hours=1)
+_SAFE_NAME: Final = re.compile(r"(?:1_Pooling/)?[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SENTENCE_CHARACTERS: Final = 2000
 _HERE_STAYS: Final = (
     "What was fetched of it, and every release that was made of it, stays and can be served."
@@ -211,7 +214,9 @@ class _Look:
         if before.state == "asks" and before.doubt == "history":
             raise DoubtError("history", before.reason, hint=before.next_step)
         is_ahead = before.state == "current" and before.track == self._spec.track
-        return before if before.difference is not None or is_ahead else None
+        known = before.difference
+        # What was refused may be a matter of our own tools, which may be others now.
+        return before if is_ahead or (known is not None and not known.refusals) else None
 
     def _proved(self, head: Head) -> ModelUpstream:
         """
@@ -266,20 +271,47 @@ class _Look:
         )
 
     def _difference(self, old: Head, new: Head) -> Difference:
+        """
+        Compare the files.
+
+        Raises:
+            DoubtError: A file cannot be had, also where the comparison can do without it: what is
+                gated now could not be fetched.
+            RetryLaterError, DigestError, UpstreamError: It cannot be had now, or is not as listed.
+        """
         from pipelines import upstream_difference  # noqa: PLC0415 - only for what moved
 
-        def side(head: Head) -> upstream_difference.Side:
-            reader, repo = self._subject.reader, self._place
-            return upstream_difference.Side(
-                head.sha,
-                head.files,
-                lambda file: reader.read_file(repo, head.sha, file, fetch.MAX_SMALL_FILE_BYTES),
-                lambda file, start, end: reader.read_range(repo, head.sha, file.name, start, end),
-            )
+        reader, repo = self._subject.reader, self._place
+        doubts: list[DoubtError] = []
 
-        return upstream_difference.difference(
-            side(old), side(new), known_architectures=self._subject.architectures()
+        @contextmanager
+        def noted() -> Iterator[None]:
+            try:
+                yield
+            except DoubtError as error:
+                doubts.append(error)
+                raise
+
+        def side(head: Head) -> upstream_difference.Side:
+            def read(file: RemoteFile) -> bytes:
+                with noted():
+                    return reader.read_file(repo, head.sha, file, fetch.MAX_SMALL_FILE_BYTES)
+
+            def read_range(file: RemoteFile, start: int, end: int) -> bytes:
+                with noted():
+                    return reader.read_range(repo, head.sha, file.name, start, end)
+
+            return upstream_difference.Side(head.sha, head.files, read, read_range)
+
+        found = upstream_difference.difference(
+            side(old),
+            side(new),
+            known_architectures=self._subject.architectures(),
+            ignore_code=self._spec.ignore_code,
         )
+        if doubts:
+            raise doubts[0]
+        return found
 
     # --- what follows ---
 
@@ -288,6 +320,15 @@ class _Look:
     ) -> ModelUpstream:
         """Decide what to do about something newer that is proven."""
         found: dict[str, Any] = {"difference": difference, "commits": commits}
+        if difference is not None and difference.refusals:
+            return self._told(
+                "asks",
+                f"{_named(head)} is newer and cannot be built. {' '.join(difference.refusals)}",
+                doubt="unusable",
+                next_step="Wait for the next commit, or declare another source. If llama.cpp is "
+                "too old for it: fleet bump --engine llama.cpp",
+                **found,
+            )
         what = what_words(difference, len(commits))
         section = self._subject.declared.check_upstream
         if difference is not None and _is_card(difference, cards=section.cards):
@@ -477,6 +518,7 @@ class _Look:
                 side(self._pinned, at.source(model), old),
                 side(digest, directory, new),
                 known_architectures=self._subject.architectures(),
+                ignore_code=self._spec.ignore_code,
             )
         except (FleetError, OSError):
             return None  # what was fetched is not here, or not whole: nothing to compare with
@@ -510,28 +552,25 @@ def _is_card(difference: Difference, *, cards: bool) -> bool:
 
 def _require_usable(head: Head) -> None:
     """
-    See that the files of a build are there and can be verified.
+    See that the files of a build can be verified, and have names that we would write.
 
     Raises:
-        DoubtError: They cannot.
+        DoubtError: They cannot, or have not.
     """
-    odd = sorted(name for name in head.undigested if _is_built(name))
-    if odd:
+    hint = "Wait for the next commit, or ask upstream."
+    if odd := sorted({name for name in head.undigested if _is_built(name)}):
         raise DoubtError(
             "unusable",
-            f"{head.sha[:12]} lists {wording.first_few(odd)} without size or digest: nobody could "
-            "verify it.",
-            hint="Wait for the next commit, or ask upstream.",
+            f"{head.sha[:12]} lists {wording.first_few(odd)} twice, or without size or digest: "
+            "nobody could verify it.",
+            hint=hint,
         )
-    names = [file.name for file in head.files]
-    if fetch.CONFIG not in names or not any(
-        name == fetch.INDEX or fnmatchcase(name, fetch.WEIGHTS) for name in names if "/" not in name
-    ):
+    names = [file.name for file in head.files if _is_built(file.name)]
+    if odd := sorted(name for name in names if not _SAFE_NAME.fullmatch(name)):
         raise DoubtError(
-            "unusable",
-            f"{head.sha[:12]} has no {fetch.CONFIG} or no weights in safetensors any more.",
-            hint="Wait for the next commit, or declare another source.",
-        )
+            "unusable", f"{head.sha[:12]} has {wording.first_few(odd)}, no name for a file.",
+            hint=hint,
+        )  # fmt: skip
 
 
 def _is_built(name: str) -> bool:

@@ -211,7 +211,7 @@ class UpstreamRecord(Record):
 
     Attributes:
         checked_at: When.
-        requests_count: That were sent to the Hub and to the package indexes.
+        requests_count: That were sent to the Hub, repeats and redirects included.
         alarms: One sentence for each model or engine that was silent for two periods.
         params_sha256: Of params.yaml, if this was a look at all of it; None if it was a part.
         next_at: When the next look is due, as declared then.
