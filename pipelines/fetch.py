@@ -694,7 +694,10 @@ def _require_safe_names(names: Sequence[str]) -> None:
     """Refuse names that mean something to a shell or a file system, or the same on some."""
     for name in names:
         if not _SAFE_NAME.fullmatch(name):
-            raise UpstreamError(f"the source has a file with the unsafe name {name!r:.120}.")
+            raise UpstreamError(
+                f"the source has a file with the unsafe name {name!r:.120}.",
+                hint="Take another repository or revision: no honest model has such a file.",
+            )
     folded: dict[str, str] = {}
     for name in names:
         other = folded.setdefault(name.casefold(), name)

@@ -108,8 +108,8 @@ class HubRepo:
         if head.undigested:
             raise UpstreamError(
                 f"hf:{self.repo}: the Hub lists {console.clean(head.undigested[0])[:200]} without "
-                "size and digest.",
-                hint="A mirror may have left them out. Ask the Hub itself: see HF_ENDPOINT.",
+                "size and digest, or with several.",
+                hint="A mirror may have made that of it. Ask the Hub itself: see HF_ENDPOINT.",
             )
         return head.files
 

@@ -275,62 +275,65 @@ class Transfers:
 
     def _error(self, failure: Failure, order: Order) -> FleetError:
         """Sort a failure by who has to do something about it."""
-        file = self._file(order)
+        file, words = self._file(order), _words(failure)
+        error: FleetError
         match failure.kind:
             case "status":
-                return self._refusal(failure, order)
+                error = self._refusal(failure, order)
             case "disk" if failure.errno in {errno.ENOSPC, errno.EDQUOT}:
-                return MachineError(
+                error = MachineError(
                     f"{file}: the disk is full.{_kept(order)}",
                     hint="Make room and run the same command again: it goes on from there.",
                 )
             case "disk":
-                return MachineError(f"{order.part} cannot be written: {_words(failure)}.")
+                error = MachineError(f"{order.part} cannot be written: {words}.")
             case "length":
-                return LengthError(
+                error = LengthError(
                     f"{order.name} of {self._where} is not what the Hub lists: wanted "
-                    f"{order.size_bytes:,} bytes, got {_words(failure)}.",
+                    f"{order.size_bytes:,} bytes, got {words}.",
                     hint="A proxy or a mirror changed it. Nothing was kept; try again.",
                 )
             case "offline":
-                return RetryLaterError(
+                error = RetryLaterError(
                     f"{file} is not here, and HF_HUB_OFFLINE is set.", hint="Unset it to download."
                 )
             case "died":
                 # Memory may be there the next time; a bug of ours would be the same.
-                return ToolError(f"{file}: the program that talks to the Hub {_words(failure)}.")
+                error = ToolError(f"{file}: the program that talks to the Hub {words}.")
             case "unreachable":
-                text = f"{file} cannot be had from {order.endpoint} now: {_words(failure)}."
+                text = f"{file} cannot be had from {order.endpoint} now: {words}.{_kept(order)}"
+                error = RetryLaterError(text, hint=NETWORK_HINT)
             case _:
-                text = f"{file} did not come: {_words(failure)}."
-        return RetryLaterError(f"{text}{_kept(order)}", hint=NETWORK_HINT)
+                text = f"{file} did not come: {words}.{_kept(order)}"
+                error = RetryLaterError(text, hint=NETWORK_HINT)
+        return error
 
     def _refusal(self, failure: Failure, order: Order) -> UpstreamError:
         """Say what a refusal means; the codes are those that huggingface_hub knows."""
         status = failure.status or 0
-        if failure.code == "GatedRepo":
-            return UpstreamError(f"{self._where} is gated.", hint=ACCESS_HINT)
-        if failure.detail == "Access to this resource is disabled.":
-            return UpstreamError(
-                f"{self._where} was disabled by the Hub.", hint="Declare another source."
-            )
-        if failure.code == "RevisionNotFound":
-            return UpstreamError(
-                f"{self._where}: there is no such commit; upstream may have rewritten its history.",
-                hint="Look at the commits on the Hub and declare another `revision`.",
-            )
-        if failure.code == "RepoNotFound":
-            return UpstreamError(
-                f"hf:{self._repo} does not exist, or this machine may not see it.",
-                hint=ACCESS_HINT,
-            )
-        detail = _words(failure)
         if status in _TOO_BUSY or status in _SERVER_ERRORS:
             return RetryLaterError(
-                f"{self._file(order)}: {detail}.{_kept(order)}",
+                f"{self._file(order)}: {_words(failure)}.{_kept(order)}",
                 hint="Run the same command again in some minutes.",
             )
-        return UpstreamError(f"{self._file(order)}: {detail}.", hint=ACCESS_HINT)
+        gone = (
+            f"{self._where}: there is no such commit; upstream may have rewritten its history.",
+            "Look at the commits on the Hub and declare another `revision`.",
+        )
+        known = {
+            "GatedRepo": (f"{self._where} is gated.", ACCESS_HINT),
+            "RevisionNotFound": gone,
+            "RepoNotFound": (
+                f"hf:{self._repo} does not exist, or this machine may not see it.",
+                ACCESS_HINT,
+            ),
+        }
+        message, hint = known.get(
+            failure.code, (f"{self._file(order)}: {_words(failure)}.", ACCESS_HINT)
+        )
+        if failure.detail == "Access to this resource is disabled.":
+            message, hint = f"{self._where} was disabled by the Hub.", "Declare another source."
+        return UpstreamError(message, hint=hint)
 
 
 def _may_pass(error: FleetError) -> bool:

@@ -1,407 +1,645 @@
-"""Fetch of an `hf:` source: the real huggingface_hub against a stand-in for the Hub."""
+"""
+Fetch of an `hf:` source: from a stand-in for the Hub that makes mistakes, over real connections.
+
+The transfer runs in a process of its own, as it does for an operator.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
+import psutil
 import pytest
-from checkpoints import CONFIG, PARAMETERS_COUNT, tiny
+from checkpoints import CONFIG, PARAMETERS_COUNT, declare, tiny
+from hub import INSIDER, Fault, Hub
+from hub import server as hub_server
+from hub.faults import Reply
 
-from pipelines.errors import DigestError, RetryLaterError, UpstreamError
+from pipelines import dvc_state, fetch, proc, records
+from pipelines.errors import (
+    DigestError,
+    FleetError,
+    MachineError,
+    RetryLaterError,
+    UpstreamError,
+)
+from pipelines.fetch_downloads import Downloads
+from pipelines.hub import HubRepo
+from pipelines.hub_download import Patience
+from pipelines.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from hub import Repo
+
+    from pipelines.toolchain import Toolchain
+
 ROOT = Path(__file__).resolve().parent.parent
-REPO = "acme/Tiny-Llama"
-REVISION = "a" * 40
-
-# What the stage does, in a process of its own: huggingface_hub reads its environment when it is
-# imported, so neither the endpoint nor its absence can be changed in ours.
-FETCH = """
-import json, sys
-from pathlib import Path
-from pipelines import fetch
-from pipelines.errors import FleetError
-from pipelines.hub import HubRepo
-repo, revision, into = sys.argv[1:]
-try:
-    fetched = fetch.fetch(
-        HubRepo(repo, revision), Path(into), label="fetch tiny",
-        known_architectures=frozenset({"LlamaForCausalLM"}),
-        llama_cpp_commit="0c1e57098", revision=None,
-    )
-except FleetError as error:
-    print(json.dumps({"code": error.exit_code, "message": error.message, "hint": error.hint}))
-else:
-    print(json.dumps({"code": 0, "parameters": fetched.checkpoint.parameters_count,
-                      "gated": fetched.gated,
-                      "files": {n: d.sha256 for n, d in fetched.digests.items()}}))
-"""
-
-SIZE = """
-import dataclasses, json, sys
-from pipelines import fetch
-from pipelines.layout import Layout
-print(json.dumps(dataclasses.asdict(fetch.size_of(*sys.argv[1:], Layout()))))
-"""
-
-
-@dataclass
-class Hub:
-    """A Hub with one repository: what it lists, what it sends, and what it was asked."""
-
-    files: dict[str, bytes]
-    revision: str = REVISION
-    repo: str = REPO
-    gated: Any = False
-    sent: dict[str, bytes] = field(default_factory=dict)
-    status: dict[str, int] = field(default_factory=dict)
-    headers: dict[str, str] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
-    url: str = ""
-
-    def listing(self) -> dict[str, Any]:
-        """The answer to model_info with blobs; weights and tokenizer are in LFS, as on the Hub."""
-        siblings = []
-        for name, content in self.files.items():
-            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": blob}
-            if is_lfs(name):
-                sha256 = hashlib.sha256(content).hexdigest()
-                entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
-            siblings.append(entry)
-        return {"_id": "1", "id": self.repo, "modelId": self.repo, "sha": self.revision,
-                "private": False, "gated": self.gated, "tags": [], "downloads": 0,
-                "siblings": siblings}  # fmt: skip
-
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body for a path."""
-        if path.startswith("/api/"):
-            if status := self.status.get("api"):
-                return status, self.headers, b"{}"
-            listing = json.dumps(self.listing()).encode()
-            return 200, {"Content-Type": "application/json"}, listing
-        name = path.rpartition("/")[2]
-        if status := self.status.get(name):
-            return status, self.headers, b"{}"
-        listed = self.files[name]
-        etag = hashlib.sha256(listed) if is_lfs(name) else hashlib.sha1(listed)
-        headers = {"ETag": f'"{etag.hexdigest()}"', "X-Repo-Commit": REVISION}
-        return 200, headers, self.sent.get(name, listed)
-
-    def bodies_of(self, name: str) -> int:
-        """How often the bytes of a file were asked for."""
-        return sum(line.startswith("GET") and line.endswith(f"/{name}") for line in self.asked)
-
-
-def is_lfs(name: str) -> bool:
-    """Tell which files the stand-in keeps in LFS."""
-    return name.endswith((".safetensors", ".model", ".bin"))
-
-
-@contextmanager
-def serving(hub: Hub) -> Iterator[Hub]:
-    """Serve `hub` on a free loopback port."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def do_GET(self) -> None:
-            self._answer(body=True)
-
-        def _answer(self, *, body: bool) -> None:
-            path = unquote(urlsplit(self.path).path)
-            hub.asked.append(f"{self.command} {path}")
-            status, headers, content = hub.answer(path)
-            self.send_response(status)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if body:
-                self.wfile.write(content)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+NAME = "acme/Tiny-Llama"
+SOURCE = f"hf:{NAME}"
+WEIGHTS = "model.safetensors"
+TAKEN = ["README.md", "config.json", WEIGHTS, "tokenizer.model", "tokenizer_config.json"]
+# As patient as an operator, in hundredths of the time.
+PATIENT = Patience(
+    deadline_s=60, min_rate_bytes_s=100_000, stall_s=5, tries=3,
+    first_pause_s=0.01, longest_pause_s=0.02,
+)  # fmt: skip
+HASTY = Patience(deadline_s=60, stall_s=5, tries=0, first_pause_s=0.01, longest_pause_s=0.02)
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A Hub with a good model."""
-    source = tiny(tmp_path / "upstream")
-    files = {path.name: path.read_bytes() for path in source.iterdir()}
-    files["modeling_tiny.py"] = b"raise SystemExit"
-    files["onnx/model.safetensors"] = b"x"
-    with serving(Hub(files)) as hub:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that this process and its children use."""
+    with Hub() as hub:
+        hub.use(monkeypatch)
         yield hub
 
 
-def fetch(hub: Hub, into: Path, revision: str = REVISION, **env: str) -> dict[str, Any]:
-    """Fetch in a process of its own; return what came of it."""
-    done = subprocess.run(
-        [sys.executable, "-c", FETCH, REPO, revision, into],
-        env={
-            **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url,
-            "NO_PROXY": "127.0.0.1", "HF_HOME": str(into.parent / "hf"), **env,
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+@pytest.fixture
+def repo(hub: Hub, tmp_path: Path) -> Repo:
+    """A good model on it, with code and weights that no build reads."""
+    files = contents(tiny(tmp_path / "upstream"))
+    files |= {"modeling_tiny.py": b"raise SystemExit", "onnx/model.safetensors": b"x"}
+    return hub.create(NAME, files)
 
 
-def left(into: Path) -> list[str]:
-    """What a fetch left behind, its parts included."""
-    work = into.parent
-    return sorted(str(p.relative_to(work)) for p in work.rglob("*") if "hf" not in p.parts)
+@pytest.fixture
+def at(tmp_path: Path) -> Layout:
+    """A checkout."""
+    return Layout(tmp_path / "checkout")
 
 
-def test_a_good_repository_is_fetched_whole_and_verified(hub: Hub, tmp_path: Path) -> None:
-    """Exactly the files of a build, by one listing; nothing of the Hub's bookkeeping stays."""
-    into = tmp_path / "work/source"
+def contents(directory: Path) -> dict[str, bytes]:
+    """Read a directory."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
-    answer = fetch(hub, into)
 
-    taken = ["README.md", "config.json", "model.safetensors", "tokenizer.model",
-             "tokenizer_config.json"]  # fmt: skip
-    assert answer["code"] == 0, answer
-    assert answer["parameters"] == PARAMETERS_COUNT
-    assert answer["files"] == {n: hashlib.sha256(hub.files[n]).hexdigest() for n in taken}
-    assert {n: (into / n).read_bytes() for n in taken} == {n: hub.files[n] for n in taken}
-    assert left(into) == ["source", *(f"source/{name}" for name in taken)]
-    assert sum("/api/" in line for line in hub.asked) == 1
-    assert all(f"/{REVISION}" in line for line in hub.asked)
+def bring(at: Layout, revision: str, patience: Patience = PATIENT, **options: Any) -> fetch.Fetched:
+    """Fetch as the stage does, with a table of one architecture."""
+    downloads = Downloads(at, "tiny", SOURCE, revision)
+    return fetch.fetch(
+        HubRepo(NAME, revision, downloads=downloads, patience=patience),
+        at.source("tiny"),
+        label="fetch tiny",
+        known_architectures=frozenset({"LlamaForCausalLM"}),
+        llama_cpp_commit="0c1e57098",
+        revision=None,
+        **options,
+    )
+
+
+def refused(at: Layout, revision: str, patience: Patience = PATIENT) -> FleetError:
+    """Fetch in vain; nothing has a final name, and what is said is for people."""
+    with pytest.raises(FleetError) as caught:
+        bring(at, revision, patience)
+    assert not at.source("tiny").exists()
+    assert not list(at.root.rglob(".source*"))
+    assert caught.value.hint
+    return caught.value
+
+
+def parts(at: Layout) -> dict[str, int]:
+    """What is kept of unfinished files: {name: bytes}."""
+    return {path.name: path.stat().st_size for path in at.downloads.glob("*.part")}
+
+
+def is_whole(at: Layout, repo: Repo, revision: str | None = None) -> bool:
+    """Tell whether exactly the files of a build are there, byte for byte, and nothing is kept."""
+    files = repo.revision(revision or repo.head)
+    found = {path.name: path.read_bytes() for path in at.source("tiny").iterdir()}
+    return found == {name: files[name] for name in TAKEN} and parts(at) == {}
+
+
+# --- what is fetched --------------------------------------------------------------------------
+
+
+def test_a_good_repository_is_fetched_whole_and_verified(hub: Hub, repo: Repo, at: Layout) -> None:
+    """Exactly the files of a build, by one listing, each asked for once; no bookkeeping stays."""
+    fetched = bring(at, repo.head)
+
+    assert is_whole(at, repo)
+    files = repo.revision(repo.head)
+    assert {name: one.sha256 for name, one in fetched.digests.items()} == {
+        name: hashlib.sha256(files[name]).hexdigest() for name in TAKEN
+    }
+    assert fetched.checkpoint.parameters_count == PARAMETERS_COUNT
+    assert len(hub.asked("/api/*")) == 1
+    assert hub.sent_bytes(f"*/{WEIGHTS}") == len(files[WEIGHTS])
+    assert all(repo.head in each.path for each in hub.asked("/acme/*"))
+    assert not hub.asked("*.py") + hub.asked("*/onnx/*")
+    assert not list(at.root.rglob("*.incomplete"))
+
+
+def test_a_gated_model_is_fetched_with_a_token_that_only_the_hub_gets(
+    repo: Repo, at: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The storage refuses a request with a token; without one, the model itself is refused."""
+    repo.gate("manual")
+    error = refused(at, repo.head)
+    assert isinstance(error, UpstreamError)
+    assert "is gated" in error.message
+
+    monkeypatch.setenv("HF_TOKEN", INSIDER)
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "0")
+    seen: list[str] = []
+    real = proc.Dialogue
+
+    def spy(argv: list[str], **options: Any) -> Any:
+        seen.extend(argv)
+        return real(argv, **options)
+
+    monkeypatch.setattr(proc, "Dialogue", spy)
+    assert bring(at, repo.head).gated == "manual"
+    assert is_whole(at, repo)
+    assert INSIDER not in " ".join(seen)
+
+
+def test_the_size_of_a_model_is_asked_without_its_weights(hub: Hub, repo: Repo, at: Layout) -> None:
+    """The listing and config.json tell bytes, weights and vocabulary before anything is fetched."""
+    size = fetch.size_of(SOURCE, repo.head, at)
+
+    assert size.vocabulary_tokens == CONFIG["vocab_size"]
+    assert size.parameters_count == len(repo.revision(repo.head)[WEIGHTS]) // 2
+    assert hub.sent_bytes("/storage/*") == 0
+    assert not at.downloads.exists()
+
+
+# --- wrong bytes ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("listed", "taken"),
-    [(False, None), (None, None), ("auto", "auto"), ("manual", "manual"), (True, "manual")],
-)
-def test_how_upstream_guards_its_files_is_part_of_the_listing(
-    hub: Hub, tmp_path: Path, listed: Any, taken: str | None
+    ("name", "kind"),
+    [(WEIGHTS, "flip"), ("config.json", "flip"), (WEIGHTS, "html_padded"), (WEIGHTS, "short"),
+     (WEIGHTS, "chunked_short")],
+)  # fmt: skip
+def test_wrong_bytes_are_refused_with_file_wanted_and_got(
+    name: str, kind: str, hub: Hub, repo: Repo, at: Layout
 ) -> None:
-    """A token that may read a gated model fetches it; the record says that it is one."""
-    hub.gated = listed
+    """A flipped bit in LFS or git, a login page, a pointer: asked for twice, nothing is kept."""
+    hub.fault(f"*/{name}", Fault(kind), times=None)
 
-    answer = fetch(hub, tmp_path / "work/source")
+    error = refused(at, repo.head)
 
-    assert (answer["code"], answer["gated"]) == (0, taken)
-    assert sum("/api/" in line for line in hub.asked) == 1
-
-
-def test_the_size_of_a_model_is_asked_without_its_weights(hub: Hub, tmp_path: Path) -> None:
-    """The listing and config.json tell bytes, weights and vocabulary before anything is fetched."""
-    done = subprocess.run(
-        [sys.executable, "-c", SIZE, f"hf:{REPO}", REVISION],
-        cwd=tmp_path,
-        env={
-            **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url,
-            "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path / "hf"),
-        },
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-    assert done.returncode == 0, done.stderr
-    size = json.loads(done.stdout)
-    assert size["vocabulary_tokens"] == CONFIG["vocab_size"]
-    assert size["parameters_count"] == len(hub.files["model.safetensors"]) // 2
-    assert hub.bodies_of("model.safetensors") == 0
+    assert isinstance(error, DigestError), error.message
+    assert error.message.startswith(f"{name} of {SOURCE} at {repo.head[:12]}")
+    assert re.search(r"wanted .* got .*", error.message)
+    assert len([each for each in hub.asked(f"*/{name}") if each.sent_bytes]) <= 2
+    file = next(each for each in repo.commits[repo.head].tree.values() if each.name == name)
+    assert f"{file.etag}.part" not in parts(at)
 
 
-def _flip_weights(hub: Hub) -> str:
-    content = bytearray(hub.files["model.safetensors"])
-    content[-1] ^= 1
-    hub.sent["model.safetensors"] = bytes(content)
-    return "model.safetensors"
-
-
-def _flip_config(hub: Hub) -> str:
-    hub.sent["config.json"] = hub.files["config.json"].replace(b"silu", b"gelu")
-    return "config.json"
-
-
-def _web_page(hub: Hub) -> str:
-    page = b"<html><body>Sign in to the network</body></html>"
-    hub.sent["model.safetensors"] = page.ljust(len(hub.files["model.safetensors"]))
-    return "model.safetensors"
-
-
-@pytest.mark.parametrize("spoil", [_flip_weights, _flip_config, _web_page])
-def test_a_wrong_byte_is_refused_with_file_wanted_and_got(
-    spoil: Callable[[Hub], str], hub: Hub, tmp_path: Path
+def test_wrong_bytes_of_one_answer_are_asked_for_once_more(
+    hub: Hub, repo: Repo, at: Layout
 ) -> None:
-    """A flipped bit in LFS or git, a login page of the right length: refused, nothing kept."""
-    name = spoil(hub)
-    listed, sent = hub.files[name], hub.sent[name]
-    into = tmp_path / "work/source"
+    """A proxy's hiccup costs a transfer; the second one begins at the first byte."""
+    hub.fault(f"*/{WEIGHTS}", Fault("flip", at_byte=77_777))
 
-    answer = fetch(hub, into)
+    bring(at, repo.head)
 
-    def digest(content: bytes) -> str:
-        blob = b"blob %d\0" % len(content) + content
-        return (hashlib.sha256(content) if is_lfs(name) else hashlib.sha1(blob)).hexdigest()
-
-    assert len(listed) == len(sent)
-    assert answer["code"] == DigestError.exit_code
-    assert answer["message"].startswith(f"{name} of hf:{REPO}")
-    assert f"wanted {digest(listed)}" in answer["message"]
-    assert f"got {digest(sent)}" in answer["message"]
-    assert left(into) == []
+    assert is_whole(at, repo)
+    assert [each.range for each in hub.asked(f"/storage/*{WEIGHTS}")] == ["", ""]
 
 
-REFUSALS: dict[str, tuple[dict[str, Any], int, str]] = {
-    "gated": (
-        {"status": {"api": 403}, "headers": {"X-Error-Code": "GatedRepo"}},
-        UpstreamError.exit_code,
-        "is gated",
+# --- what passes ------------------------------------------------------------------------------
+
+
+def test_faults_that_pass_cost_time_and_nothing_else(hub: Hub, repo: Repo, at: Layout) -> None:
+    """A file that breaks in every way that passes is there in the end, from where it broke."""
+    size = len(repo.revision(repo.head)[WEIGHTS])
+    faults = [
+        Fault("status", status=503), Fault("reset_before"), Fault("retry_after", retry_after="0"),
+        Fault("reset_mid", at_byte=90_000), Fault("allowance", retry_after="0"),
+        Fault("cut_mid", at_byte=90_000), Fault("wrong_etag"), Fault("status", status=500),
+        Fault("retry_date", retry_after="0"), Fault("no_length_cut", at_byte=50_000),
+        Fault("status", status=408), Fault("redirect_loop"), Fault("no_length"),
+    ]  # fmt: skip
+    for fault in faults:
+        hub.fault(f"/storage/*{WEIGHTS}", fault)
+    for kind in ("gzip", "endless", "chunked", "long"):
+        hub.fault("/storage/*tokenizer.model" if kind == "endless" else "*/README.md", Fault(kind))
+
+    bring(at, repo.head, Patience(**(vars(PATIENT) | {"tries": 20})))
+
+    assert is_whole(at, repo)
+    asked = hub.asked(f"/storage/*{WEIGHTS}")
+    assert {each.range for each in asked} == {
+        "", "bytes=90000-", "bytes=180000-", "bytes=230000-",
+    }  # fmt: skip
+    assert sum(each.sent_bytes for each in asked if each.status in {200, 206}) == size
+
+
+@pytest.mark.parametrize("kind", ["wrong_range", "range_lie", "range_ignored", "range_refused"])
+def test_a_wrong_answer_to_a_range_makes_no_wrong_file(
+    kind: str, hub: Hub, repo: Repo, at: Layout
+) -> None:
+    """Another part, everything, or nothing: then the file is begun again."""
+    hub.fault(f"/storage/*{WEIGHTS}", Fault("cut_mid", at_byte=100_000))
+    hub.fault(f"/storage/*{WEIGHTS}", Fault(kind))
+
+    bring(at, repo.head)
+
+    assert is_whole(at, repo)
+
+
+@pytest.mark.parametrize("kind", ["stall_mid", "stall_before", "drip"])
+def test_a_transfer_that_hangs_is_ended_with_its_process_and_goes_on(
+    kind: str, hub: Hub, repo: Repo, at: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Silence, and a byte now and then, end after the time that is declared."""
+    hub.fault(f"/storage/*{WEIGHTS}", Fault(kind, at_byte=100_000, pause_s=0.02))
+
+    bring(at, repo.head, Patience(**(vars(PATIENT) | {"stall_s": 0.4})))
+
+    assert is_whole(at, repo)
+    assert "it was slower than 98 KiB/s for 0 s; on the plain way now" in capsys.readouterr().err
+    assert len(hub.asked(f"/storage/*{WEIGHTS}")) == 2
+
+
+# --- what does not ----------------------------------------------------------------------------
+
+LATER: dict[str, tuple[Fault, dict[str, float], str]] = {
+    "busy": (Fault("status", status=503), {"tries": 2}, "the Hub answers 503"),
+    "hangs": (Fault("stall_mid"), {"stall_s": 0.3}, "it was slower than"),
+    "drips": (Fault("drip", pause_s=0.01), {"stall_s": 0.3}, "it was slower than"),
+    "resets": (Fault("reset_before"), {"tries": 1}, "did not come"),
+    "circle": (Fault("redirect_loop"), {"tries": 0}, "leads in a circle"),
+    "deadline": (Fault("stall_mid"), {"deadline_s": 1.0}, "1 s were not enough"),
+    "wants an hour": (
+        Fault("retry_after", status=429, retry_after="3600"), {},
+        "asks to be left alone for 60 min",
     ),
-    "gated at the file": (
-        {"status": {"config.json": 403}, "headers": {"X-Error-Code": "GatedRepo"}},
-        UpstreamError.exit_code,
-        "is gated",
+    "wants a date": (
+        Fault("retry_date", retry_after="90"), {}, r"asks to be left alone for (?:90|89) s"
     ),
-    "private": (
-        {"status": {"api": 401}, "headers": {"X-Error-Code": "RepoNotFound"}},
-        UpstreamError.exit_code,
-        "does not exist, or this machine may not see it",
+    "wants for ever": (
+        Fault("retry_after", retry_after="9" * 12), {}, "asks to be left alone for 527,040 min"
     ),
-    "gone": (
-        {"status": {"api": 404}, "headers": {"X-Error-Code": "RepoNotFound"}},
-        UpstreamError.exit_code,
-        "does not exist, or this machine may not see it",
-    ),
-    "no such revision": (
-        {"status": {"api": 404}, "headers": {"X-Error-Code": "RevisionNotFound"}},
-        UpstreamError.exit_code,
-        "there is no such commit",
-    ),
-    "disabled": (
-        {"status": {"api": 403}, "headers": {"X-Error-Message": "Access to this resource is "
-                                             "disabled."}},
-        UpstreamError.exit_code,
-        "was disabled by the Hub",
-    ),
-    "a file that is gone": (
-        {"status": {"config.json": 404}, "headers": {"X-Error-Code": "EntryNotFound"}},
-        UpstreamError.exit_code,
-        "config.json answers 404",
-    ),
-    "too many requests": ({"status": {"api": 429}}, RetryLaterError.exit_code, "answers 429"),
-    "bad gateway": ({"status": {"api": 502}}, RetryLaterError.exit_code, "answers 502"),
-    "renamed": ({"repo": "mallory/Tiny-Llama"}, UpstreamError.exit_code,
-                "answers as mallory/Tiny-Llama"),
-    "another commit": ({"revision": "b" * 40}, UpstreamError.exit_code, "with " + "b" * 40),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("state", "code", "why"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_what_the_hub_refuses_is_said_with_the_action_to_take(
-    state: dict[str, Any], code: int, why: str, hub: Hub, tmp_path: Path
+@pytest.mark.parametrize(("fault", "patience", "why"), LATER.values(), ids=LATER.keys())
+def test_a_hub_that_does_not_recover_means_try_again_later(  # noqa: PLR0913, PLR0917 - fixtures
+    fault: Fault, patience: dict[str, Any], why: str, hub: Hub, repo: Repo, at: Layout
 ) -> None:
-    """Each answer has its class of exit code and a next step; no weight byte was asked for."""
-    for name, value in state.items():
-        setattr(hub, name, value)
-    into = tmp_path / "work/source"
+    """Exit 75 at once or at the deadline, never hours later, and with what came."""
+    hub.fault(f"/storage/*{WEIGHTS}", fault, times=None)
+    started = time.monotonic()
 
-    answer = fetch(hub, into)
+    error = refused(at, repo.head, Patience(**(vars(PATIENT) | patience)))
 
-    assert answer["code"] == code, answer
-    assert why in answer["message"]
-    assert answer["hint"]
-    assert hub.bodies_of("model.safetensors") == 0
-    assert left(into) == []
+    assert isinstance(error, RetryLaterError)
+    assert re.search(why, error.message), error.message
+    assert time.monotonic() - started < 30
+    if "retry" in fault.kind:
+        assert re.search(r"after \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", error.hint)
+    assert parts(at), "what came is kept"
+
+
+def test_a_hub_that_is_down_or_forbidden_means_try_again_later(
+    hub: Hub, repo: Repo, at: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused connection, and HF_HUB_OFFLINE, are exit 75 with what to check."""
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        down = refused(at, repo.head, HASTY)
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        offline = refused(at, repo.head, HASTY)
+    hub.fault("/storage/*", Fault("status"), times=None)
+    mid = refused(at, repo.head, HASTY)
+
+    assert {type(error) for error in (down, offline, mid)} == {RetryLaterError}
+    assert "http://127.0.0.1:9 cannot be reached" in down.message
+    assert "HF_HUB_OFFLINE is set" in offline.message
+
+
+# --- a person has to decide -------------------------------------------------------------------
+
+Change = "Callable[[Hub, Repo], object]"
+
+
+def _at_listing(kind: str, **options: Any) -> Callable[[Hub, Repo], object]:
+    return lambda hub, _: hub.fault("/api/*", Fault(kind, **options), times=None)
+
+
+def _at_file(kind: str, **options: Any) -> Callable[[Hub, Repo], object]:
+    return lambda hub, _: hub.fault("/acme/*/tokenizer.model", Fault(kind, **options), times=None)
+
+
+REFUSALS: dict[str, tuple[Callable[[Hub, Repo], object], type[FleetError], str]] = {
+    "gone": (lambda _, repo: repo.delete(), UpstreamError, "is not there"),
+    "disabled": (lambda _, repo: repo.disable(), UpstreamError, "was disabled by the Hub"),
+    "renamed": (lambda _, repo: repo.rename("acme/New"), UpstreamError, "answers as acme/New"),
+    "history rewritten": (
+        lambda _, repo: repo.rewrite(repo.revision(repo.head)), UpstreamError, "no such commit"
+    ),
+    "recreated": (
+        lambda _, repo: repo.recreate(repo.revision(repo.head)), UpstreamError, "no such commit"
+    ),
+    "another commit": (_at_listing("listing_other_sha"), UpstreamError, "with " + "e" * 12),
+    "another name": (_at_listing("listing_other_id"), UpstreamError, "answers as mallory/Tiny"),
+    "no digests": (_at_listing("listing_missing_digest"), UpstreamError, "without size and digest"),
+    "listed twice": (_at_listing("listing_twice"), UpstreamError, "or with several"),
+    "no files": (_at_listing("listing_nothing"), UpstreamError, "there are no weights"),
+    "names that climb": (_at_listing("listing_names"), UpstreamError, "the unsafe name"),
+    "a page for a listing": (_at_listing("listing_html"), RetryLaterError, "does not speak as"),
+    "a busy listing": (_at_listing("status", status=502), RetryLaterError, "answers 502"),
+    "gated at a file": (_at_file("gated_mid"), UpstreamError, "is gated"),
+    "gone at a file": (_at_file("gone_mid"), UpstreamError, "does not exist, or this machine"),
+    "disabled at a file": (_at_file("disabled_mid"), UpstreamError, "was disabled by the Hub"),
+    "rewritten at a file": (_at_file("rewritten_mid"), UpstreamError, "there is no such commit"),
+    "a file that is refused": (_at_file("status", status=451), UpstreamError, "answers 451"),
+    "digests of other bytes": (_at_listing("listing_lies"), DigestError, "wanted d{40}"),
+    "sizes of other bytes": (_at_listing("listing_wrong_size"), DigestError, r"wanted \d+ bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "kind", "why"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_what_the_hub_refuses_is_said_with_the_action_to_take(  # noqa: PLR0913, PLR0917 - fixtures
+    change: Callable[[Hub, Repo], object], kind: type[FleetError], why: str,
+    hub: Hub, repo: Repo, at: Layout,
+) -> None:  # fmt: skip
+    """Each answer has its class of exit code and a next step; no weight byte was sent."""
+    revision = repo.head
+    change(hub, repo)
+
+    error = refused(at, revision, HASTY)
+
+    assert type(error).exit_code == kind.exit_code, error.message
+    assert re.search(why, error.message), error.message
+    assert hub.sent_bytes(f"/storage/*{WEIGHTS}") == 0
 
 
 def test_a_repository_with_pickles_only_is_refused_before_any_download(
-    hub: Hub, tmp_path: Path
+    hub: Hub, repo: Repo, at: Layout
 ) -> None:
     """The listing alone decides."""
-    hub.files["pytorch_model.bin"] = hub.files.pop("model.safetensors")
-    del hub.files["onnx/model.safetensors"]
+    weights = repo.revision(repo.head)[WEIGHTS]
+    head = repo.commit(
+        {"pytorch_model.bin": weights, WEIGHTS: None, "onnx/model.safetensors": None}
+    )
 
-    answer = fetch(hub, tmp_path / "work/source")
+    error = refused(at, head)
 
-    assert answer["code"] == UpstreamError.exit_code
-    assert "only there as pickles (pytorch_model.bin)" in answer["message"]
-    assert all("/api/" in line for line in hub.asked)
+    assert "only there as pickles (pytorch_model.bin)" in error.message
+    assert all(each.path.startswith("/api/") for each in hub.requests)
 
 
-def test_an_unsupported_architecture_costs_no_weight_byte(hub: Hub, tmp_path: Path) -> None:
+def test_a_pickle_under_another_name_is_no_model(repo: Repo, at: Layout) -> None:
+    """Its digest is right, and its first bytes are not those of safetensors."""
+    error = refused(at, repo.commit({WEIGHTS: b"PK\x03\x04" + bytes(999)}))
+
+    assert isinstance(error, UpstreamError)
+    assert "zip archive" in error.message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"architectures": ["GopherForCausalLM"]}, CONFIG | {"auto_map": {"AutoModel": "m.Model"}}],
+    ids=["unsupported architecture", "code"],
+)
+def test_a_model_that_cannot_be_built_costs_no_weight_byte(
+    config: dict[str, Any], hub: Hub, repo: Repo, at: Layout
+) -> None:
     """config.json is enough to say so."""
-    hub.files["config.json"] = b'{"architectures": ["GopherForCausalLM"]}'
+    error = refused(at, repo.commit({"config.json": json.dumps(config).encode()}))
 
-    answer = fetch(hub, tmp_path / "work/source")
-
-    assert answer["code"] == UpstreamError.exit_code
-    assert "does not convert GopherForCausalLM" in answer["message"]
-    assert hub.bodies_of("model.safetensors") == 0
+    assert type(error) is UpstreamError
+    assert re.search("does not convert GopherForCausalLM|names code of the repo", error.message)
+    assert hub.sent_bytes(f"*/{WEIGHTS}") == 0
 
 
-def test_hostile_names_in_a_listing_write_nothing(hub: Hub, tmp_path: Path) -> None:
-    """Names that climb, are absolute or carry control characters are not taken, or refused."""
-    for name in ("../config.json", "/etc/config.json", "..\\config.json", "a/../../LICENSE"):
-        hub.files[name] = b"x"
-    into = tmp_path / "work/source"
-
-    assert fetch(hub, into)["code"] == 0
-    assert "x" not in [path.read_text() for path in into.glob("LICENSE*")]
-
-    hub.files["LICENSE.\x1b[2J"] = b"x"
-    answer = fetch(hub, into)
-    assert answer["code"] == UpstreamError.exit_code
-    assert "unsafe name 'LICENSE.\\x1b[2J'" in answer["message"]
+# --- a disk -----------------------------------------------------------------------------------
 
 
-def test_a_hub_that_is_down_or_forbidden_means_try_again_later(hub: Hub, tmp_path: Path) -> None:
-    """A refused connection, and HF_HUB_OFFLINE, are exit 75 with what to check."""
-    into = tmp_path / "work/source"
+def test_what_is_here_already_needs_no_room(
+    hub: Hub, repo: Repo, at: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is asked for what is missing; too little of it is said before the first byte."""
+    hub.fault(f"/storage/*{WEIGHTS}", Fault("cut_mid", at_byte=300_000), times=None)
+    refused(at, repo.head, HASTY)
+    missing = len(repo.revision(repo.head)[WEIGHTS]) - 300_000
+    hub.forget()
 
-    down = fetch(hub, into, HF_ENDPOINT="http://127.0.0.1:9")
-    offline = fetch(hub, into, HF_HUB_OFFLINE="1")
+    def free(size: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, size))
 
-    assert down["code"] == offline["code"] == RetryLaterError.exit_code
-    assert "cannot be had from http://127.0.0.1:9 now" in down["message"]
-    assert "HF_HUB_OFFLINE is set" in offline["message"]
-    assert hub.asked == []
+    free(missing - 1)
+    assert isinstance(refused(at, repo.head), MachineError)
+    assert hub.sent_bytes("/acme/*") == 0
+    free(missing)
+    bring(at, repo.head)
+    assert is_whole(at, repo)
 
 
-def test_the_token_goes_to_the_hub_and_into_no_message(hub: Hub, tmp_path: Path) -> None:
-    """A refused token is not echoed."""
-    hub.status["api"] = 403
-    hub.headers["X-Error-Code"] = "GatedRepo"
+# --- over processes ---------------------------------------------------------------------------
 
-    answer = fetch(hub, tmp_path / "work/source", HF_TOKEN="hf_canaryCanaryCanary")
 
-    assert answer["code"] == UpstreamError.exit_code
-    assert "canary" not in json.dumps(answer).lower()
+@pytest.mark.toolchain
+def test_a_fetch_that_is_killed_goes_on_where_it_was(
+    hub: Hub, repo: Repo, tmp_path: Path, tools: Toolchain,
+    fleet: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:  # fmt: skip
+    """SIGKILL in a download: the worker is gone as well; the next run asks for the rest only."""
+    at = Layout(tmp_path)
+    declare(tmp_path, tiny(tmp_path / "model"), tools)
+    text = at.params.read_text()
+    text = re.sub(r"source: .*", f"source: {SOURCE}", text)
+    at.params.write_text(re.sub(r"revision: .*", f'revision: "{repo.head}"', text))
+    weights = repo.revision(repo.head)[WEIGHTS]
+    part = at.downloads / f"{hashlib.sha256(weights).hexdigest()}.part"
+    hub.fault(f"/storage/*{WEIGHTS}", Fault("stall_mid", at_byte=200_000))
+
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "pipelines", "fetch", "tiny"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    while not (part.exists() and part.stat().st_size == 200_000):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(killed.pid).children(recursive=True)
+    assert [child for child in children if "pipelines.hub_worker" in child.cmdline()]
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert not at.source("tiny").exists()
+    hub.forget()
+
+    done = fleet("fetch", "tiny")
+
+    assert done.returncode == 0, done.stderr
+    assert is_whole(at, repo)
+    record = records.read(at.model_record("fetch", "tiny"), records.FetchRecord)
+    assert hashlib.sha256(weights).hexdigest() in {file.sha256 for file in record.files}
+    (asked,) = hub.asked(f"/storage/*{WEIGHTS}")
+    assert (asked.range, asked.sent_bytes) == ("bytes=200000-", len(weights) - 200_000)
+    assert not hub.asked("*/tokenizer.model")
+
+
+def test_shards_that_arrived_are_not_asked_for_again(hub: Hub, at: Layout, tmp_path: Path) -> None:
+    """A fetch that fails at its last shard keeps the others, and hashes them again."""
+    repo = hub.create(NAME, contents(tiny(tmp_path / "upstream", shards=3)))
+    hub.fault("/storage/*00003-of-00003*", Fault("status"), times=None)
+    refused(at, repo.head, HASTY)
+    with (at.downloads / max(parts(at), key=parts(at).__getitem__)).open("r+b") as file:
+        file.write(b"rot")
+    hub.forget()
+
+    bring(at, repo.head)
+
+    assert parts(at) == {}
+    assert all(
+        (at.source("tiny") / name).read_bytes() == content
+        for name, content in repo.revision(repo.head).items()
+    )
+    asked = [each.path.rpartition("/")[2] for each in hub.requests if each.sent_bytes]
+    assert len(asked) == 1 + 1 + 1, "the listing, the one that failed, and the one that has rotted"
+
+
+def test_what_no_declared_revision_needs_is_removed(hub: Hub, repo: Repo, at: Layout) -> None:
+    """A beginning of a file of an older revision goes; what is not ours to remove stays."""
+    hub.fault(f"/storage/*{WEIGHTS}", Fault("cut_mid"), times=None)
+    refused(at, repo.head, HASTY)
+    old = hashlib.sha256(repo.revision(repo.head)[WEIGHTS]).hexdigest()
+    assert f"{old}.part" in parts(at)
+    nobodys = at.downloads / f"{'a' * 64}.part"
+    nobodys.write_bytes(b"x")
+    note = at.downloads / "note.txt"
+    note.write_text("an operator's")
+
+    head = repo.commit({WEIGHTS: tiny(at.root / "new", seed=2).joinpath(WEIGHTS).read_bytes()})
+    refused(at, head, HASTY)
+
+    assert f"{old}.part" not in parts(at)
+    assert not nobodys.exists()
+    assert note.exists()
+
+
+# --- what DVC has -----------------------------------------------------------------------------
+
+
+def dvc(root: Path, *argv: str) -> None:
+    """Run DVC or, where that is the first word, git."""
+    program = ["git", "-c", "user.name=T", "-c", "user.email=t@example.invalid"]
+    words = [*program, *argv[1:]] if argv[0] == "git" else [sys.executable, "-m", "dvc", *argv]
+    subprocess.run(words, cwd=root, check=True, capture_output=True)
+
+
+def test_a_new_template_brings_no_weight_byte(
+    hub: Hub, repo: Repo, at: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    What an earlier revision had is taken from DVC's cache, by the record that git has.
+
+    DVC has removed directory and record by then, as it does before it runs a stage. An object of
+    the cache that has rotted is not taken.
+    """
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    fetched = bring(at, repo.head)
+    record = records.FetchRecord(
+        model="tiny", source=SOURCE, revision=repo.head, architecture="LlamaForCausalLM",
+        license=None, parameters_count=1, dtypes={}, size_bytes=1,
+        files=tuple(
+            records.FileDigest(name=name, **vars(one)) for name, one in fetched.digests.items()
+        ),
+    )  # fmt: skip
+    records.write(at.model_record("fetch", "tiny"), record)
+    dvc(at.root, "git", "init", "-qb", "main")
+    dvc(at.root, "init", "-q")
+    dvc(at.root, "config", "cache.type", "hardlink,symlink")
+    dvc(at.root, "add", "-q", "work/tiny/source")
+    dvc(at.root, "git", "add", "results", ".dvc")
+    dvc(at.root, "git", "commit", "-qm", "fetched")
+    template = b"{% for message in messages %}{{ message.content }}{% endfor %}"
+    head = repo.commit({"chat_template.jinja": template}, "Fix the template")
+
+    def anew() -> None:
+        shutil.rmtree(at.source("tiny"))
+        at.model_record("fetch", "tiny").unlink(missing_ok=True)
+        hub.forget()
+        bring(at, head)
+        assert (at.source("tiny") / "chat_template.jinja").read_bytes() == template
+        assert {name: (at.source("tiny") / name).read_bytes() for name in TAKEN} == {
+            name: repo.revision(head)[name] for name in TAKEN
+        }
+
+    anew()
+    assert hub.sent_bytes("/acme/*") + hub.sent_bytes("/storage/*") == len(template)
+    assert (at.source("tiny") / WEIGHTS).stat().st_nlink > 1
+
+    md5 = hashlib.md5(repo.revision(head)[WEIGHTS]).hexdigest()
+    cached = dvc_state.cache_dir(at.root) / "files/md5" / md5[:2] / md5[2:]
+    content = bytearray(cached.read_bytes())
+    content[5000] ^= 1
+    cached.chmod(0o644)
+    cached.write_bytes(content)
+    anew()
+    assert hub.sent_bytes(f"/storage/*{WEIGHTS}") == len(content)
+
+
+# --- xet --------------------------------------------------------------------------------------
+
+
+# In a process of its own, since it keeps the storage for itself while it lives.
+UPLOAD = """
+import hf_xet, sys
+with hf_xet.XetSession().new_upload_commit(endpoint=sys.argv[1]) as commit:
+    upload = commit.start_upload_file(sys.argv[2])
+print(upload.result().xet_info.hash)
+"""
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["resumed", "hangs"])
+def test_a_file_that_xet_has_is_resumed_and_when_xet_hangs_it_comes_the_plain_way(  # noqa: PLR0913, PLR0917 - fixtures
+    hangs: bool,  # noqa: FBT001 - of pytest
+    hub: Hub, repo: Repo, at: Layout, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The real hf_xet, with a storage in a directory, or one that never answers."""
+    weights = repo.revision(repo.head)[WEIGHTS]
+    storage = f"local://{tmp_path / 'cas'}"
+    xet_hash = subprocess.check_output(
+        [sys.executable, "-c", UPLOAD, storage, tmp_path / "upstream" / WEIGHTS], text=True
+    ).strip()
+    address = f"{hub.url}/api/models/{NAME}/xet-read-token/{repo.head}"
+    real = hub_server._Handler._routed
+
+    def routed(self: Any) -> Any:
+        if "xet-read-token" in self.parts:
+            headers = {
+                "X-Xet-Cas-Url": hub.url if hangs else storage,
+                "X-Xet-Access-Token": "x",
+                "X-Xet-Token-Expiration": str(int(time.time()) + 3600),
+            }
+            return Reply(200, headers)
+        reply = real(self)
+        if self.parts[-1] == WEIGHTS and "resolve" in self.parts:
+            reply.headers["X-Xet-Hash"] = xet_hash
+            reply.headers["Link"] = f'<{address}>; rel="xet-auth"'
+        return reply
+
+    monkeypatch.setattr(hub_server._Handler, "_routed", routed)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "0")
+    hub.fault("/*reconstructions/*", Fault("stall_before"), times=None)
+    at.downloads.mkdir(parents=True)
+    part = at.downloads / f"{hashlib.sha256(weights).hexdigest()}.part"
+    part.write_bytes(weights[:123_456])
+
+    bring(at, repo.head, Patience(**(vars(PATIENT) | {"stall_s": 1.0 if hangs else 20.0})))
+
+    assert is_whole(at, repo)
+    sent = hub.sent_bytes(f"/storage/*{WEIGHTS}")
+    assert sent == (len(weights) - 123_456 if hangs else 0)
+    assert ("on the plain way now" in capsys.readouterr().err) == hangs
