@@ -437,7 +437,11 @@ class _Comparison:
             case name if name == _TOKENIZER_CONFIG:
                 self._tell_tokenizer_config(one, was, now)
             case name if name == _TEMPLATE_JSON:
-                self.templates[one.name] = template_words.of_json(was), template_words.of_json(now)
+                then, later = template_words.of_json(was), template_words.of_json(now)
+                if then != later:
+                    self.templates[one.name] = then, later
+                else:
+                    self._say(one, config_words.of_config(was, now))
             case "vocab.json" | "added_tokens.json":
                 self._say(one, tokenizer_words.of_vocabulary(was, now))
             case _:

@@ -35,8 +35,8 @@ _CONTROL: Final = re.compile(
     r"<\|[^|<>\s]{1,60}\|>|<\uff5c[^<>\s]{1,60}\uff5c>|</?[A-Za-z_]{2,40}>|\[/?[A-Z_]{3,40}\]"
 )
 _ADDRESS: Final = re.compile(r"https?://[^\s'\"<>]{1,120}|\bwww\.[^\s'\"<>]{1,120}")
-_LITERAL: Final = re.compile(r"\"[^\"\n]{24,4000}\"|'[^'\n]{24,4000}'|(?<=\})[^{}]{24,4000}(?=\{)")
-_WORDS: Final = re.compile(r"\b[A-Za-z]{2,30}(?:[ ,.'-]{1,4}[A-Za-z]{2,30}){3}")
+_LITERAL: Final = re.compile(r"\"[^\"\n]{16,4000}\"|'[^'\n]{16,4000}'|(?<=\})[^{}]{16,4000}(?=\{)")
+_WORDS: Final = re.compile(r"\b[A-Za-z]{2,30}(?:[ ,.'-]{1,4}[A-Za-z]{1,30}){3}")
 
 
 def texts(raw: object) -> dict[str, str]:

@@ -131,6 +131,49 @@ def test_names_of_a_stranger_are_short_and_no_runner_command(
     assert len(caught.value.message) < 300
 
 
+def by_ranges(
+    content: bytes, asked: list[tuple[int, int]] | None = None, **options: Any
+) -> tuple[tuple[safetensors_header.Tensor, ...], int]:
+    """Read a header as of a file elsewhere, and note what was asked for."""
+
+    def read_range(start: int, end: int) -> bytes:
+        if asked is not None:
+            asked.append((start, end))
+        return content[start:end]
+
+    return safetensors_header.read_ranges(
+        read_range, name="model.safetensors", size_bytes=len(content), **options
+    )
+
+
+def test_a_header_elsewhere_takes_one_request_or_two(tmp_path: Path) -> None:
+    """The first guess holds most headers; of a longer one just the rest is asked for."""
+    path = tmp_path / "model.safetensors"
+    for count, wanted in ((3, 1), (3000, 2)):
+        path.write_bytes(safetensors({f"layer.{i}.weight": ("F16", (4,)) for i in range(count)}))
+        content = path.read_bytes()
+        asked: list[tuple[int, int]] = []
+
+        tensors, fetched_bytes = by_ranges(content, asked)
+
+        assert tensors == safetensors_header.read(path)
+        (header_bytes,) = struct.unpack("<Q", content[:8])
+        assert len(asked) == wanted
+        assert asked[-1][1] == fetched_bytes == max(8 + header_bytes, min(len(content), 64 << 10))
+
+
+def test_a_range_is_believed_in_its_length_alone_and_a_long_header_is_not_fetched() -> None:
+    """A server that cuts, or one whose header is endless, is told from a file that is none."""
+    long = safetensors({f"layer.{i}.weight": ("F16", (4,)) for i in range(3000)})
+    asked: list[tuple[int, int]] = []
+
+    with pytest.raises(safetensors_header.RangeError, match="more than are fetched"):
+        by_ranges(long, asked, limit_bytes=100_000)
+    assert asked == [(0, 64 << 10)]
+    with pytest.raises(safetensors_header.RangeError, match="^7 bytes of model"):
+        safetensors_header.read_ranges(lambda *_: bytes(7), name="model.safetensors", size_bytes=99)
+
+
 @settings(max_examples=400, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(data=st.data())
@@ -146,9 +189,12 @@ def test_a_changed_header_is_read_right_or_refused(data: st.DataObject, tmp_path
 
     try:
         tensors = safetensors_header.read(path)
-    except UpstreamError:
+    except UpstreamError as error:
+        with pytest.raises(UpstreamError, match=re.escape(error.message)):
+            by_ranges(bytes(content))
         return
 
+    assert by_ranges(bytes(content))[0] == tensors
     (header_bytes,) = struct.unpack("<Q", content[:8])
     assert 8 + header_bytes + sum(t.size_bytes for t in tensors) == len(content)
 
