@@ -167,6 +167,7 @@ class Bench:
         model_size_bytes: Tensor data of the quant, as its record sums it and llama-bench sees it.
         execution: How the model is run.
         is_encoder: Whether it makes embeddings, and goes on with no text.
+        reference: What the quant is held against, for people.
     """
 
     wanted: BenchmarkSlice
@@ -175,6 +176,7 @@ class Bench:
     model_size_bytes: int
     execution: Execution
     is_encoder: bool = False
+    reference: str = "f16"
 
     @property
     def gguf(self) -> Path:
@@ -537,7 +539,9 @@ def reference_logits(bench: Bench, f16: FileDigest) -> Logits:
         if other not in {path, _note_of(path)}:
             atomic.remove(other)
     if known is not None:
-        console.info(f"the logits of {bench.wanted.model}'s f16 are here already: {path.name}")
+        console.info(
+            f"the logits of {bench.wanted.model}'s {bench.reference} are here already: {path.name}"
+        )
         return known
     measuring.prove(bench.at.f16(bench.wanted.model), f16)
     return _compute_logits(bench, path)
@@ -607,7 +611,7 @@ def _compute_logits(bench: Bench, path: Path) -> Logits:
     size_bytes = llama_perplexity.base_size_bytes(expected)
     path.parent.mkdir(parents=True, exist_ok=True)
     _require_room(path.parent, size_bytes, expected)
-    console.step(f"logits of {model}'s f16 ({size_bytes:,} bytes of scratch)")
+    console.step(f"logits of {model}'s {bench.reference} ({size_bytes:,} bytes of scratch)")
     atomic.remove(_note_of(path))
     with atomic.replacing(path) as part:
         argv = llama_perplexity.base_argv(
@@ -641,7 +645,7 @@ def _compute_logits(bench: Bench, path: Path) -> Logits:
 
 def _run_reference(bench: Bench, argv: Sequence[str], chunks: int) -> proc.Completed:
     with console.Progress(
-        f"logits of {bench.wanted.model}'s f16", total=chunks, unit="windows"
+        f"logits of {bench.wanted.model}'s {bench.reference}", total=chunks, unit="windows"
     ) as progress:
         windows = 0
 

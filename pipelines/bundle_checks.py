@@ -22,6 +22,7 @@ from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from pipelines import coverage, declaration, lock_entries, machine, params, strict_json, wording
 from pipelines.ci_records import MEASURING
+from pipelines.compare_engine_records import EngineRecord
 from pipelines.compare_records import CompareRecord
 from pipelines.evaluate_records import EvaluateRecord
 from pipelines.layout import Layout
@@ -103,6 +104,7 @@ def kinds(model: str) -> dict[str, type[Record] | TypeAdapter[Any]]:
     found[at.load_metrics(model).as_posix()] = _TREE
     found[at.frontier(model).as_posix()] = _ROWS
     found[at.comparison(model).as_posix()] = CompareRecord
+    found[at.engine_record(model).as_posix()] = EngineRecord
     for type_ in _TYPES:
         found[at.quant_record("quantize", model, type_).as_posix()] = QuantizeRecord
         found[at.quant_record("benchmark", model, type_).as_posix()] = BenchmarkRecord
@@ -274,7 +276,7 @@ def _files(bundle: BundleRecord, entries: Mapping[str, _Entry]) -> Iterator[str]
             elif (_md5(text), len(text.encode())) != (out.md5, out.size):
                 yield f"{out.path} is not what {name} wrote: its md5 is not that of dvc.lock"
     at = Layout()
-    beside = {at.comparison(bundle.model).as_posix()}
+    beside = {each(bundle.model).as_posix() for each in (at.comparison, at.engine_record)}
     beside |= {at.sweep_record(bundle.model, type_).as_posix() for type_ in _TYPES}
     for path in bundle.files:
         if path not in told | beside:

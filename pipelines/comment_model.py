@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
-from pipelines import comment_table, gate, limits, records, report, verdict_words, wording
+from pipelines import (
+    comment_table,
+    gate,
+    limits,
+    records,
+    report,
+    verdict_engine,
+    verdict_words,
+    wording,
+)
 from pipelines.ci_records import TimesRecord
 from pipelines.comment_table import Then
 from pipelines.comment_tree import (
@@ -24,6 +33,7 @@ from pipelines.comment_tree import (
     ModelComment,
     Point,
 )
+from pipelines.compare_engine_records import EngineRecord
 from pipelines.compare_records import CompareRecord
 from pipelines.console import clean
 from pipelines.errors import StoreError
@@ -70,6 +80,7 @@ _OUTCOMES: Final[dict[str, Outcome]] = {
 # Rules of a verdict that are gates although no number is declared for them.
 _OTHER_GATES: Final = {
     "verify": "conversion", "evaluate": "task evals", "compare": "against the champion",
+    "engine": "engine on the same GGUF",
     "license": "licence", "gated": "terms of upstream",
 }  # fmt: skip
 # The same of what stops everything: records that are missing or do not fit together.
@@ -481,6 +492,13 @@ def _proven(told: Told, rule: str) -> tuple[str, str] | None:
             known.compared.challenger.gguf_sha256 == built.gguf.sha256
         ):
             return binding_outcome(known.compared, known.declared) or "nothing", "not worse"
+    if rule == "engine" and isinstance(known.engine, EngineRecord):
+        winner = told.report.winner
+        built = known.quantized.get(winner.type) if winner else None
+        if isinstance(built, QuantizeRecord) and not verdict_engine.why_stale(
+            known, known.engine, built
+        ):
+            return verdict_engine.outcome(known, known.engine), "not worse"
     return None
 
 

@@ -333,6 +333,8 @@ class Axis:
             ),
             f16_tools=self.old,
             place=_PLACE,
+            reference="GGUF",
+            may_be_same=True,
         )
 
     def _answers(self) -> EngineAnswers | None:
@@ -425,7 +427,8 @@ class Axis:
         Raises:
             ToolError: One of the two engines does not get to the end of the text.
         """
-        wanted, run_as = self._slice(), self.plan.execution
+        # The reference has a cache of 16 bits: another one would be told as the engine's doing.
+        wanted, run_as = self._slice(), replace(self.plan.execution, kv_type="f16")
         corpora.require(wanted.corpus, self.at, "evaluation text")
         logits = compare_quality.reference(self.at, wanted, run_as, subject)
         try:
@@ -541,18 +544,25 @@ class Axis:
         )
 
     def _decode_ratio(self, gguf: Path) -> float | None:
-        """Run one process of each engine: decode of the new one over that of the old one."""
+        """
+        Run one process of each engine: decode of the new one over that of the old one.
+
+        None where others disturbed them: one process of each has nothing to make up for that.
+        """
         session = self._session("release", gguf, {"release": gguf.name})
         session.warm_up()
-        speeds = []
         number = self.plan.gated[-1]
-        if self.plan.tests[number].test != "decode":
+        old, new = (session.journal.find("warm-up", 0, 0, letter) for letter in ("A", "B"))
+        assert old is not None, "it was run"
+        assert new is not None, "it was run"
+        is_disturbed = compare_run.disturbance(old, new, self.plan.least_effect)
+        if self.plan.tests[number].test != "decode" or is_disturbed:
             return None
-        for letter in ("A", "B"):
-            run = session.journal.find("warm-up", 0, 0, letter)
-            assert run is not None, "it was run"
-            speeds.append(stats.median(run.samples_tok_s[number][self.plan.dropped_repetitions :]))
-        return speeds[1] / speeds[0]
+        first, second = (
+            stats.median(run.samples_tok_s[number][self.plan.dropped_repetitions :])
+            for run in (old, new)
+        )
+        return second / first
 
     # --- speed
 

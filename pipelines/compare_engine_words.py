@@ -119,8 +119,13 @@ def answers_sentence(outcome: Outcome, found: Departure, limit_nats: float) -> s
     )
 
 
-def speed_clauses(record: EngineRecord, outcome: Outcome) -> list[str]:
-    """Return what the deciding tests show of the engine alone, those of one outcome."""
+def caused(cause: Cause) -> str:
+    """Say what made the difference in speed, as a clause."""
+    return _CAUSED[cause]
+
+
+def speed_clauses(record: EngineRecord, outcome: Outcome | None = None) -> list[str]:
+    """Return what the deciding tests show of the engine alone, those of one outcome if named."""
     return [
         wording.clause(
             compare_words.speed_sentence(
@@ -128,7 +133,7 @@ def speed_clauses(record: EngineRecord, outcome: Outcome) -> list[str]:
             )
         )
         for one in record.speed
-        if one.is_gated and one.engine.outcome == outcome
+        if one.is_gated and outcome in {None, one.engine.outcome}
     ]
 
 

@@ -53,6 +53,8 @@ class Subject:
         f16_digest: What that file is.
         f16_tools: llama.cpp that reads that file, if not the side's own.
         place: Folder in scratch for an f16 that is not that of this checkout, and its logits.
+        reference: What it is, for people.
+        may_be_same: Whether it may be the very same model, so that there is no difference.
     """
 
     gguf: Path
@@ -62,6 +64,8 @@ class Subject:
     f16_digest: FileDigest
     f16_tools: Toolchain | None = None
     place: str = "champion"
+    reference: str = "f16"
+    may_be_same: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,7 @@ def reference(
         tools=subject.f16_tools or subject.tools,
         model_size_bytes=subject.model_size_bytes,
         execution=run_as,
+        reference=subject.reference,
     )
     return benchmark.reference_logits(bench, subject.f16_digest)
 
@@ -158,7 +163,13 @@ def read(at: Layout, wanted: BenchmarkSlice, run_as: Execution, subject: Subject
             inherit_env=False,
             on_line=show,
         )
-    found = llama_perplexity.parse_divergence(done.stdout, done.stderr, base=logits.header, log=log)
+    found = llama_perplexity.parse_divergence(
+        done.stdout,
+        done.stderr,
+        base=logits.header,
+        log=log,
+        may_be_same=subject.may_be_same,
+    )
     running = llama_perplexity.running_divergence(done.stdout, logits.header, log)
     return Reading(
         found=found,

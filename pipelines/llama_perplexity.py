@@ -279,20 +279,34 @@ def _values(
     values = [float(group) for group in found.groups()]
     if finite and not all(math.isfinite(value) for value in values):
         refuse(f"llama-perplexity printed a number that is not finite: {line.strip()}", log)
-    if template % tuple(values) != line:
+    # C prints the sign of a number that is none, Python does not.
+    if template % tuple(values) != line.replace("-nan", " nan"):
         refuse(f"llama-perplexity printed a damaged number: {line.strip()[:120]}", log)
     return values
 
 
-def parse_divergence(stdout: str, stderr: str, *, base: BaseHeader, log: Path) -> Divergence:
+# The lines of the block that end in the error of a difference between the two models.
+_OF_DIFFERENCE: Final = frozenset({4, 5, 6})
+# Five decimals are printed of the log of their ratio: two that differ by less are one.
+_SAME_LOG_RATIO: Final = 1e-4
+
+
+def parse_divergence(
+    stdout: str, stderr: str, *, base: BaseHeader, log: Path, may_be_same: bool = False
+) -> Divergence:
     """
     Read the table and the statistics that llama-perplexity --kl-divergence prints.
+
+    Of a model that is held against itself the variance of the difference is nothing but rounding,
+    which may be below zero: the tool then prints `nan` for its root. Only where the two may be the
+    same, and their perplexities are, that error is taken for the zero that it is.
 
     Args:
         stdout: Its standard output: progress, a table with a row for each window, statistics.
         stderr: Its messages; one error among them voids the run.
         base: Header of the logits that it read.
         log: File with the whole output, for the error.
+        may_be_same: Whether both may be one model.
 
     Returns:
         The statistics, after the windows were counted and every number that is printed twice, or
@@ -320,10 +334,24 @@ def parse_divergence(stdout: str, stderr: str, *, base: BaseHeader, log: Path) -
         refuse("the statistics of llama-perplexity are cut off or something follows them.", log)
     last_row = _last_row(rows, base.chunks, log)
     values = [
-        _values(template, pattern, line, log)
-        for template, pattern, line in zip(_BLOCK, _BLOCK_PATTERNS, block, strict=True)
+        _values(template, pattern, line, log, finite=not (may_be_same and number in _OF_DIFFERENCE))
+        for number, (template, pattern, line) in enumerate(
+            zip(_BLOCK, _BLOCK_PATTERNS, block, strict=True)
+        )
     ]
+    if may_be_same:
+        _without_error(values, log)
     return _consistent(values, last_row, base, log)
+
+
+def _without_error(values: list[list[float]], log: Path) -> None:
+    """Take an error of the difference that is none for zero, where there is no difference."""
+    for number in sorted(_OF_DIFFERENCE):
+        value, error = values[number]
+        if math.isfinite(value) and math.isnan(error) and abs(values[4][0]) <= _SAME_LOG_RATIO:
+            values[number][1] = 0.0
+        if not all(map(math.isfinite, values[number])):
+            refuse("llama-perplexity printed a number that is not finite.", log)
 
 
 def running_divergence(stdout: str, base: BaseHeader, log: Path) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ to an earlier commit, and a registry that is as it was left costs some looks at 
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
@@ -57,7 +58,11 @@ class Observed(Record):
 
 
 class Compared(Record):
-    """Which comparison of a model results/ holds, by the sha256 of its record; None if none."""
+    """
+    Which comparison of a model results/ holds, by the sha256 of its record; None if none.
+
+    Where the engine was measured alone as well, it is the sha256 of both digests, one a line.
+    """
 
     stage: Literal["compared"] = "compared"
     model: str
@@ -156,7 +161,11 @@ def note_comparison(model: str, at: Layout) -> None:
     `fleet compare` is no stage, so that nothing else tells DVC of what it leaves: a new comparison
     is judged, released and told by the next `fleet repro`.
     """
-    record = Compared(model=model, sha256=_digest(at.comparison(model)))
+    digests = [_digest(path) for path in (at.comparison(model), at.engine_record(model))]
+    found = digests[0]
+    if digests[1] is not None:
+        found = hashlib.sha256("\n".join(map(str, digests)).encode()).hexdigest()
+    record = Compared(model=model, sha256=found)
     records.write(at.compared(model), record)
 
 

@@ -38,6 +38,7 @@ from pipelines import (
     verdict_evidence,
     wording,
 )
+from pipelines.compare_engine_records import EngineRecord
 from pipelines.compare_records import CompareRecord
 from pipelines.errors import GateError, ParamsError, RetryLaterError, StoreError
 from pipelines.ledger import Ledger
@@ -469,19 +470,24 @@ def _is_outdated(there: Release, at: Layout) -> bool:
     """
     Tell whether a record in git is another one than that of which the release was made.
 
-    A comparison of one of its files that was made since is new evidence, too.
+    A comparison of one of its files that was made since is new evidence, too, and so is what was
+    measured of the engine.
     """
     below = at.release(there.model).parent
     is_other = any(
         not (below / name).is_file() or hashing.digest(below / name).sha256 != sha256
         for name, sha256 in there.evidence.items()
     )
-    path = at.comparison(there.model)
-    if is_other or path.name in there.evidence or not path.exists():
-        return is_other
-    compared = records.read_or_reason(path, CompareRecord)
     files = {quant.gguf_sha256 for quant in there.quants}
-    return not isinstance(compared, str) and compared.challenger.gguf_sha256 in files
+    beside: tuple[tuple[Path, type[CompareRecord | EngineRecord]], ...] = (
+        (at.comparison(there.model), CompareRecord),
+        (at.engine_record(there.model), EngineRecord),
+    )
+    for path, kind in beside:
+        if not is_other and path.name not in there.evidence and path.exists():
+            found = records.read_or_reason(path, kind)
+            is_other = not isinstance(found, str) and found.challenger.gguf_sha256 in files
+    return is_other
 
 
 @dataclass(frozen=True)

@@ -464,8 +464,8 @@ class _Composer:
         """
         Return the sha256 of every record behind the release, by its path in results/MODEL.
 
-        Of evals and of a comparison only if there are any, and of a comparison only one of a file
-        that is released.
+        Of evals, a comparison and the engine alone only if there are any, and of the last two only
+        those of a file that is released.
         """
         model, at = self.slice_.model, self.at
         stages = ("fetch", "convert", "verify", "calibrate", "choose", "load-test")
@@ -475,6 +475,9 @@ class _Composer:
         released = {self.papers.quantized[type_].gguf.sha256 for type_ in self.judged.types}
         if compared is not None and compared.challenger.gguf_sha256 in released:
             paths.append(at.comparison(model))
+        engine = self.papers.engine
+        if engine is not None and engine.challenger.gguf_sha256 in released:
+            paths.append(at.engine_record(model))
         for type_ in self.slice_.quants.values():
             paths += [at.quant_record(stage, model, type_) for stage in ("quantize", "benchmark")]
         below = at.release(model).parent

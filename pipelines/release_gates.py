@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipelines import verdict, wording
+from pipelines.compare_engine_records import EngineRecord
 from pipelines.compare_records import CompareRecord
 from pipelines.load_records import LoadTestRecord
 from pipelines.records import (
@@ -53,6 +54,7 @@ class Papers:
     tested: LoadTestRecord
     compared: CompareRecord | None
     previous: Release | None
+    engine: EngineRecord | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ def papers_of(evidence: Evidence) -> Papers | None:
         tested=known.tested,
         compared=known.compared if isinstance(known.compared, CompareRecord) else None,
         previous=known.previous if isinstance(known.previous, Release) else None,
+        engine=known.engine if isinstance(known.engine, EngineRecord) else None,
     )
 
 

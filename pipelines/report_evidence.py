@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipelines import compare_words, harm, wording
+from pipelines import compare_engine_words, compare_words, harm, verdict_engine, wording
+from pipelines.compare_engine_records import EngineRecord
 from pipelines.compare_records import CompareRecord
 from pipelines.console import clean
 from pipelines.evaluate_records import EvaluateRecord
@@ -52,6 +53,9 @@ def sections(evidence: Evidence, judged: ModelVerdict) -> tuple[Section, ...]:
     compared = evidence.compared
     if isinstance(compared, CompareRecord) and _speaks_of(compared, evidence):
         found.append(_comparison(compared, evidence.declared))
+    engine = evidence.engine
+    if isinstance(engine, EngineRecord) and _is_of_engine_here(engine, evidence):
+        found.append(_engine(engine, evidence))
     return tuple(found)
 
 
@@ -149,6 +153,36 @@ def _comparison(compared: CompareRecord, declared: JudgeSlice) -> Section:
         ),
         table=TextTable(heads=heads, rows=rows, numbers=frozenset({1, 2, 3, 4})) if rows else None,
         notes=tuple(wording.sentence(_tidy(text)) for text in rest),
+    )
+
+
+def _is_of_engine_here(engine: EngineRecord, evidence: Evidence) -> bool:
+    built = (one for one in evidence.quantized.values() if isinstance(one, QuantizeRecord))
+    return any(not verdict_engine.why_stale(evidence, engine, one) for one in built)
+
+
+def _engine(engine: EngineRecord, evidence: Evidence) -> Section:
+    """Return the four combinations of GGUF and engine, and what was released on the new one."""
+    is_valid = engine.validity.verdict == "VALID"
+    outcome = verdict_engine.outcome(evidence, engine)
+    said, *rest = compare_engine_words.sentences(engine)
+    of_releases = {one.sentence for one in engine.releases}
+    rows = tuple(tuple(_tidy(each) for each in row) for row in compare_engine_words.rows(engine))
+    heads = tuple(head or "test" for head in compare_engine_words.HEADS)
+    return Section(
+        title="The engine alone, on the same GGUF",
+        findings=(
+            Finding(
+                outcome=_OUTCOMES[outcome] if is_valid else "INVALID",
+                text=_tidy(said).removeprefix("INVALID: "),
+            ),
+            *(
+                Finding(outcome=_OUTCOMES[one.outcome], text=_tidy(one.sentence))
+                for one in engine.releases
+            ),
+        ),
+        table=TextTable(heads=heads, rows=rows, numbers=frozenset(range(1, 8))) if rows else None,
+        notes=tuple(wording.sentence(_tidy(text)) for text in rest if text not in of_releases),
     )
 
 

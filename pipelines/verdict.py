@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from pipelines import golden, load_verdict, verdict_served, wording
+from pipelines import golden, load_verdict, verdict_engine, verdict_served, wording
 from pipelines.records import BenchmarkRecord, ChoiceRecord, EmbeddingQuality
 from pipelines.verdict_chain import Chain, finite, served_of
 from pipelines.verdict_rules import Rules
@@ -183,7 +183,12 @@ def _host(
     """Judge one host: what holds for the model, then what is special about its winner."""
     choice = evidence.choice
     assert isinstance(choice, ChoiceRecord), "it has hosts"
-    own = (*chain.gates(one), *rules.harm_of(one), *rules.comparison_of(one))
+    own = (
+        *chain.gates(one),
+        *rules.harm_of(one),
+        *rules.comparison_of(one),
+        *verdict_engine.of_host(evidence, one, rules.notes),
+    )
     measured = evidence.measured.get(one.winner or "")
     embeds = isinstance(measured, BenchmarkRecord) and isinstance(
         measured.quality, EmbeddingQuality

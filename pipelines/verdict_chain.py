@@ -369,6 +369,7 @@ def _all(known: Evidence) -> Iterator[tuple[str, str, Any]]:
     yield "choice.json", "choice", known.choice
     yield "load-test.json", "tested", known.tested
     yield "compare.json", "compared", known.compared
+    yield "engine.json", "engine", known.engine
     for type_, built in known.quantized.items():
         yield f"quantize/{type_}.json", "quantized", built
     for type_, measured in known.measured.items():

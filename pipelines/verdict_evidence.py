@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from pipelines import records
+from pipelines.compare_engine_records import EngineRecord
 from pipelines.compare_records import CompareRecord
 from pipelines.errors import StoreError
 from pipelines.evaluate_records import EvaluateRecord
@@ -44,6 +45,7 @@ class Evidence:
         quantized: By type.
         measured: By type.
         compared: None if nobody has compared anything: `fleet compare` is run by hand.
+        engine: None if the engine was not measured alone: both sides ran on one, or nobody did.
         previous: The newest release, which results/ holds; None if there is none yet.
         today: The day in UTC, as 2027-01-31; a waiver counts on its last day, too.
     """
@@ -61,6 +63,7 @@ class Evidence:
     compared: CompareRecord | str | None
     previous: Release | str | None
     today: str
+    engine: EngineRecord | str | None = None
 
     def file(self, name: str) -> str:
         """Name a record of the model below results/: `tiny-llama/choice.json`."""
@@ -110,7 +113,7 @@ def collect(declared: JudgeSlice, at: Layout, *, day: str | None = None) -> Evid
         paths = {type_: at.quant_record(stage, model, type_) for type_ in types}
         return {type_: records.read_or_reason(path, kind) for type_, path in paths.items()}
 
-    comparison = at.comparison(model)
+    comparison, engine = at.comparison(model), at.engine_record(model)
     return Evidence(
         declared=declared,
         fetched=of_model("fetch", FetchRecord),
@@ -125,6 +128,7 @@ def collect(declared: JudgeSlice, at: Layout, *, day: str | None = None) -> Evid
         compared=records.read_or_reason(comparison, CompareRecord) if comparison.exists() else None,
         previous=previous(model, at),
         today=day or today(),
+        engine=records.read_or_reason(engine, EngineRecord) if engine.exists() else None,
     )
 
 

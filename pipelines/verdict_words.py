@@ -30,6 +30,7 @@ Rule = Literal[
     "choose",
     "load-test",
     "compare",
+    "engine",  # old llama.cpp against new one, on the same file
     "license",
     "gated",
 ]
