@@ -557,12 +557,18 @@ class _Comparison:
         one.reach = "source"
         before, after = words.text_of(old), words.text_of(new)
         clauses = []
-        begins = words.beginning(before), words.beginning(after)
-        if one.new is not None and (one.old is None or begins[0] != begins[1]):
-            was = f", began with {begins[0]}" if one.old is not None else ""
-            clauses.append(f"it begins with {begins[1]}{was}")
-        self.details[one.label], size = words.diff(before, after)
-        self._say(one, [f"{size} (folded below)", *clauses])
+        try:
+            self.details[one.label], size = words.diff(before, after)
+        except NotToldError as error:
+            clauses.append(f"not compared: {error.message}")
+        else:
+            clauses += [f"{size} (folded below)"] if one.old is not None else []
+        was, now = words.beginning(before), words.beginning(after)
+        if one.old is None:
+            clauses.append(f"it begins with {now} (folded below)")
+        elif was != now:
+            clauses.append(f"it begins with {now}, began with {was}")
+        self._say(one, clauses)
 
     def _tell_card(self, one: _Changed, old: bytes, new: bytes) -> None:
         before, after = (raw.decode("utf-8", errors="replace") for raw in (old, new))

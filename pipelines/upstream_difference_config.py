@@ -218,10 +218,9 @@ def of_card(old: Card, new: Card) -> list[str]:
     clauses = []
     if licence_differs(old, new):
         then, now = _licence(old), _licence(new)
-        clauses.append(
-            f"the licence is {now}, was {then}" if then != now
-            else "the licence is written otherwise"
-        )  # fmt: skip
+        clauses += [clause(key, then, now) for key in changed(then, now)]
+        if not (old.is_plain and new.is_plain):
+            clauses.append("the front matter is of a form that may hide what it says of a licence")
     before, after = dict(old.front), dict(new.front)
     keys = [key for key in (*before, *after) if key not in _LICENSE_KEYS]
     keys = [key for key in dict.fromkeys(keys) if before.get(key) != after.get(key)]
@@ -238,8 +237,8 @@ def of_card(old: Card, new: Card) -> list[str]:
     return clauses
 
 
-def _licence(told: Card) -> str:
-    if not told.is_plain:
-        return "not to be told from a front matter of such a form"
-    lines = [line.removeprefix("- ") for _, each in told.license for line in each.split("\n")]
-    return ", ".join(quoted(line) for line in lines if line) or "not stated"
+def _licence(told: Card) -> dict[str, object]:
+    return {
+        key: ", ".join(line.removeprefix("- ") for line in each.split("\n"))
+        for key, each in told.license
+    }

@@ -34,7 +34,7 @@ _PARTS: Final = (
 )
 _FEW: Final = 4
 # llama.cpp's converter finds the pre-tokenizer by a hash (conversion/base.py, chkhsh).
-_BY_HASH: Final = "an unknown one ends the conversion"
+_BY_HASH: Final = "llama.cpp stops at one that it does not know"
 
 
 def of_tokenizer_json(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

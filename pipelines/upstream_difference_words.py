@@ -251,13 +251,15 @@ def diff(old: str, new: str) -> tuple[str, str]:
     """
     if len(old) + len(new) > _MAX_COMPARED:
         raise NotToldError(f"{len(old) + len(new):,} characters are too many to compare by line")
-    before, after = _lines(old), _lines(new)
+    # What is not there has no lines, rather than an empty one.
+    before, after = _lines(old) if old else [], _lines(new) if new else []
     start = _shared(before, after)
     end = _shared(before[start:][::-1], after[start:][::-1])
     if max(len(before), len(after)) - start - end > _MAX_LINES:
         raise NotToldError(f"more than {_MAX_LINES:,} lines differ")
     around = (max(0, start - 3), max(0, end - 3))
-    lines = list(_unified(before, after, *around))
+    is_broken = [len(before), len(after)] != [text.count("\n") + bool(text) for text in (old, new)]
+    lines = list(_unified(before, after, *around, numbered=not is_broken))
     gone = sum(line.startswith("-") for line in lines)
     come = sum(line.startswith("+") for line in lines)
     return bounded(map(_safe, lines)), f"{wording.counted(come, 'line')} new, {gone:,} gone"
@@ -282,13 +284,15 @@ def _shared(one: Sequence[str], other: Sequence[str]) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _unified(before: list[str], after: list[str], start: int, end: int) -> Iterator[str]:
+def _unified(
+    before: list[str], after: list[str], start: int, end: int, *, numbered: bool
+) -> Iterator[str]:
     """Compare what lies between; numbers of lines count from the beginning all the same."""
     middle = before[start : len(before) - end], after[start : len(after) - end]
     matcher = difflib.SequenceMatcher(None, *middle, autojunk=True)
     for group in matcher.get_grouped_opcodes(3):
         _, i, _, j, _ = group[0]
-        yield f"@@ line {i + start + 1:,} -> line {j + start + 1:,} @@"
+        yield f"@@ line {i + start + 1:,} -> line {j + start + 1:,} @@" if numbered else "@@"
         for tag, i1, i2, j1, j2 in group:
             if tag == "equal":
                 yield from (f" {line}" for line in middle[0][i1:i2])

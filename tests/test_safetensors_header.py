@@ -170,7 +170,7 @@ def test_a_range_is_believed_in_its_length_alone_and_a_long_header_is_not_fetche
     with pytest.raises(safetensors_header.RangeError, match="more than are fetched"):
         by_ranges(long, asked, limit_bytes=100_000)
     assert asked == [(0, 64 << 10)]
-    with pytest.raises(safetensors_header.RangeError, match="^7 bytes of model"):
+    with pytest.raises(safetensors_header.RangeError, match=r"^7 bytes of model"):
         safetensors_header.read_ranges(lambda *_: bytes(7), name="model.safetensors", size_bytes=99)
 
 

@@ -163,7 +163,7 @@ CASES: dict[str, tuple[Files, tuple[str, ...], tuple[str, ...]]] = {
             '5 -> 7 tokens; 2 token ids mean another token (0: "a" -> "b", 1: "b" -> "a")',
             '1 added token new: "<think>"',
             "1 -> 2 merges",
-            "pre_tokenizer changed (an unknown one ends the conversion)",
+            "pre_tokenizer changed (llama.cpp stops at one that it does not know)",
         ),
     ),
     "a tokenizer that is only written anew": (
@@ -208,7 +208,7 @@ CASES: dict[str, tuple[Files, tuple[str, ...], tuple[str, ...]]] = {
         {"README.md": CARD.replace("apache-2.0", "other\nlicense_name: no-money").encode()},
         ("licence",),
         (
-            'README.md: the licence is "other", "no-money", was "apache-2.0".',
+            'README.md: license "apache-2.0" -> "other"; license_name is new: "no-money".',
             "A release waits until somebody has read the licence",
         ),
     ),
