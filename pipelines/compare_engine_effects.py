@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 MAX_ENGINE_KLD_NATS: Final = 0.005
 # The same of perplexities, where nothing else can be compared: the ratio allowed to an 8-bit quant.
 MAX_ENGINE_PPL_RATIO: Final = 1.002
+# Six decimals are printed: what is not above the last of them is nothing.
+_ROUNDING_NATS: Final = 1.5e-6
 # Standard errors are over tokens, which depend on each other: the true ones are twice as large.
 _ERRORS: Final = 2 * 1.96
 
@@ -253,7 +255,8 @@ def departure_interval(blocks_nats: Sequence[float]) -> tuple[float, float]:
     the mean itself.
     """
     found = stats_paired.bootstrap_log_ratio([1.0] * len(blocks_nats), blocks_nats, paired=False)
-    return math.exp(found.low), math.exp(found.high)
+    low, high = (math.exp(each) for each in (found.low, found.high))
+    return (low if low > _ROUNDING_NATS else 0.0, high if high > _ROUNDING_NATS else 0.0)
 
 
 def answers_outcome(found: Departure, limit_nats: float = MAX_ENGINE_KLD_NATS) -> Outcome:

@@ -51,6 +51,11 @@ _CAUSED: Final[dict[Cause, str]] = {
     "cannot tell": "which of the two changed the speed cannot be told",
 }
 
+_CAUSED_BY_ENGINE: Final[dict[Cause, str]] = {
+    "engine": "the GGUF is the same, so what changed in speed is due to the engine",
+    "neither": "the GGUF is the same, and the engine did not change its speed by what matters",
+}
+
 
 # --- numbers ----------------------------------------------------------------------------------
 
@@ -119,9 +124,11 @@ def answers_sentence(outcome: Outcome, found: Departure, limit_nats: float) -> s
     )
 
 
-def caused(cause: Cause) -> str:
+def caused(record: EngineRecord, cause: Cause) -> str:
     """Say what made the difference in speed, as a clause."""
-    return _CAUSED[cause]
+    is_one_file = record.champion.gguf_sha256 == record.challenger.gguf_sha256
+    own = _CAUSED_BY_ENGINE.get(cause, "whether the engine changed the speed cannot be told")
+    return own if is_one_file else _CAUSED[cause]
 
 
 def speed_clauses(record: EngineRecord, outcome: Outcome | None = None) -> list[str]:
@@ -162,8 +169,8 @@ def outcome_sentence(record: EngineRecord) -> str:
     }[record.outcome]
     if bad and not telling:
         said = f"{what}: the engine is not good for what was released"
-    caused = f"; {_CAUSED[record.cause]}" if record.speed else ""
-    return f"{said}{of_releases}{caused}."
+    cause = f"; {caused(record, record.cause)}" if record.speed else ""
+    return f"{said}{of_releases}{cause}."
 
 
 def sentences(record: EngineRecord) -> tuple[str, ...]:
@@ -189,8 +196,11 @@ def rows(record: EngineRecord) -> tuple[tuple[str, ...], ...]:
     answers = record.answers
     if answers is not None and answers.engine is not None:
         told = (answers.engine, answers.model, answers.both)
-        words = {"equal": "no", "better": "no", "worse": "yes", "undecided": "cannot tell"}
-        same = f"{words[answers.outcome]} (limit {wording.declared(answers.limit_nats)})"
+        limit = wording.declared(answers.limit_nats)
+        same = {
+            "worse": f"more than {limit}, and worse",
+            "undecided": f"not shown to be below {limit}",
+        }.get(answers.outcome, f"below {limit}")
         dash = wording.ABSENT
         if answers.engine.kld_mean_nats is not None:
             klds = [wording.number(one.kld_mean_nats) if one else dash for one in told]

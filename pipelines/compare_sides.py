@@ -227,6 +227,7 @@ def of_commit(
     commit = git.commit(rev)
     name = console.clean(rev)[:_SHOWN_REV] if rev else "commit"
     source = f"{name} {commit[:12]}" if commit[:12] not in name else name
+    source = commit[:12] if commit.startswith(name) else source
     path = at.model_record("choose", model)
     choice = git.record(commit, path, records.ChoiceRecord)
     type_ = (chosen(choice, host) if choice else None) or like.type

@@ -62,7 +62,8 @@ def of_host(known: Evidence, host: HostChoice, notes: list[str]) -> Iterator[Rea
     yield from judge.releases(found)
     notes += filter(None, (found.releases_note,))
     if is_trusted(found.validity) and found.speed:
-        notes.append(compare_engine_words.caused(compare_engine_effects.overall(found.speed)))
+        cause = compare_engine_effects.overall(found.speed)
+        notes.append(compare_engine_words.caused(found, cause))
 
 
 def why_stale(known: Evidence, found: EngineRecord, built: QuantizeRecord) -> str:
