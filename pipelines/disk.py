@@ -54,6 +54,8 @@ class Size:
     parameters_count: int
     # None if it cannot be known yet.
     vocabulary_tokens: int | None = None
+    # Of the source, what is here of an earlier fetch and need not be written again.
+    here_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class Plan:
     """Bytes that a declaration still has to write, by what they are."""
 
     source_bytes: int = 0
+    # Of them, what lies in work already.
+    here_bytes: int = 0
     f16_bytes: int = 0
     quants_bytes: int = 0
     # Scratch of the benchmark; DVC never sees it.
@@ -74,12 +78,13 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """All of it, with the reserve."""
-        return self.cached_bytes + int(self.logits_bytes * (1 + RESERVE))
+        return self.cached_bytes + int((self.logits_bytes - self.here_bytes) * (1 + RESERVE))
 
     def __add__(self, other: Plan) -> Plan:
         """Join the plans of two models."""
         return Plan(
             source_bytes=self.source_bytes + other.source_bytes,
+            here_bytes=self.here_bytes + other.here_bytes,
             f16_bytes=self.f16_bytes + other.f16_bytes,
             quants_bytes=self.quants_bytes + other.quants_bytes,
             logits_bytes=self.logits_bytes + other.logits_bytes,
@@ -87,7 +92,7 @@ class Plan:
 
     def __str__(self) -> str:
         """Say the parts, for the message."""
-        parts = ((self.source_bytes, "sources"), (self.f16_bytes, "16-bit GGUFs"),
+        parts = ((self.source_bytes - self.here_bytes, "sources"), (self.f16_bytes, "16-bit GGUFs"),
                  (self.quants_bytes, "quants"),
                  (self.logits_bytes, "logits of the 16-bit models"))  # fmt: skip
         return ", ".join(f"{_gib(size)} {what}" for size, what in parts if size)
@@ -105,7 +110,7 @@ def require(path: Path, needed_bytes: int, what: str) -> None:
     Raises:
         MachineError: Less is free; says how much is needed, how much is free, and where.
     """
-    place = _existing(path)
+    place = existing(path)
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
         raise MachineError(
@@ -170,6 +175,7 @@ def plan_bytes(size: Size, types: tuple[str, ...], *, fetched: bool, converted: 
     """
     return Plan(
         source_bytes=0 if fetched else size.source_bytes,
+        here_bytes=0 if fetched else min(size.here_bytes, size.source_bytes),
         f16_bytes=0 if converted else f16_bytes(size.parameters_count),
         quants_bytes=sum(quant_bytes(type_, size.parameters_count) for type_ in types),
     )
@@ -285,7 +291,7 @@ def _quantized_here(key: str, quant: Quant, at: Layout, recipe: int) -> bool:
 
 def _size_of(name: str, model: Model, at: Layout) -> Size | None:
     """Find out how large a model is; None if that cannot be known now."""
-    from pipelines import fetch  # noqa: PLC0415 - fetch asks this module, too
+    from pipelines import fetch, fetch_downloads  # noqa: PLC0415 - they ask this module, too
 
     known = _record(at.model_record("fetch", name), records.FetchRecord)
     if known is not None and (known.source, known.revision) == (model.source, model.revision):
@@ -297,6 +303,7 @@ def _size_of(name: str, model: Model, at: Layout) -> Size | None:
                 if at.source(name).is_dir() or not model.source.startswith("path:")
                 else at.root / model.source.removeprefix("path:")
             ),
+            here_bytes=fetch_downloads.here_bytes(at, name, model.source, model.revision),
         )
     try:
         return fetch.size_of(model.source, model.revision, at)
@@ -313,10 +320,10 @@ def _record(path: Path, kind: type[records.R]) -> records.R | None:
 
 
 def _device(path: Path) -> int:
-    return _existing(path).stat().st_dev
+    return existing(path).stat().st_dev
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """Return the nearest ancestor that exists."""
     path = path if os.path.lexists(path) else path.absolute()
     while not path.exists():

@@ -34,6 +34,7 @@ from pipelines import (
     console,
     disk,
     dvc_state,
+    fetch_downloads,
     hashing,
     records,
     safetensors_header,
@@ -41,7 +42,6 @@ from pipelines import (
     wording,
 )
 from pipelines.errors import DigestError, UpstreamError
-from pipelines.fetch_downloads import Downloads
 from pipelines.hashing import Digests
 from pipelines.hub import HubRepo, RemoteFile
 from pipelines.hub_download import QUICK, Patience
@@ -283,7 +283,9 @@ def _source(slice_: FetchSlice, at: Layout) -> Upstream:
     return HubRepo(
         place,
         slice_.revision,
-        downloads=Downloads(at, slice_.model, slice_.source, slice_.revision, declared=declared),
+        downloads=fetch_downloads.Downloads(
+            at, slice_.model, slice_.source, slice_.revision, declared=declared
+        ),
         patience=None if declared is None else patience_of(declared.fetch),
     )
 
@@ -450,10 +452,10 @@ def size_of(source: str, revision: str, at: Layout) -> disk.Size:
         RetryLaterError: It cannot be asked now.
     """
     with closing(upstream(source, revision, at)) as opened:
-        return _size_of(opened)
+        return _size_of(opened, at)
 
 
-def _size_of(opened: Upstream) -> disk.Size:
+def _size_of(opened: Upstream, at: Layout) -> disk.Size:
     listing = opened.files()
     weights = _matching_weights(listing)
     weights_bytes = sum(file.size_bytes for file in weights)
@@ -462,10 +464,14 @@ def _size_of(opened: Upstream) -> disk.Size:
         checkpoint = _checkpoint(opened.path, _shards(listing, opened.path))
         parameters_count = checkpoint.parameters_count
     small = _small_files(listing)
+    here: Mapping[str, int] = {}
+    if not isinstance(opened, LocalDirectory):
+        here = fetch_downloads.present(at, (*small, *weights), fetch_downloads.recorded(at))
     return disk.Size(
         source_bytes=sum(file.size_bytes for file in small) + weights_bytes,
         parameters_count=parameters_count,
         vocabulary_tokens=_vocabulary_tokens_of(opened, small),
+        here_bytes=sum(here.values()),
     )
 
 

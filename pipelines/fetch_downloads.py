@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
 
-from pipelines import atomic, console, dvc_state, hashing, locks, records, trees
+from pipelines import atomic, console, disk, dvc_state, hashing, locks, records, trees
 from pipelines.errors import FleetError
 from pipelines.hub import found_digest
 
@@ -71,7 +71,7 @@ class Downloads:
         self._needs = {"source": source, "revision": revision}
         self._declared = declared
         self._held = ExitStack()
-        self._cached: dict[str, tuple[Path, ...]] | None = None
+        self._found: Mapping[str, tuple[Path, ...]] | None = None
 
     def part(self, file: RemoteFile) -> Path:
         """Return where the bytes of a file are kept until all of them are here."""
@@ -98,16 +98,7 @@ class Downloads:
             locks.exclusively(lock, "downloading", silent_s=0.5, timeout_s=within_s)
         )
         self._note(sorted({file.digest for file in files}))
-        device = self._directory.stat().st_dev
-        found = {}
-        for file in files:
-            part = self._directory / f"{file.digest}.part"
-            # Across file systems nothing can be linked: a copy has to be written.
-            if any(path.stat().st_dev == device for path in self._candidates(file)):
-                found[file.name] = file.size_bytes
-            elif part.exists():
-                found[file.name] = min(part.stat().st_size, file.size_bytes)
-        return found
+        return present(self._at, files, self._recorded)
 
     def known(
         self, file: RemoteFile, target: Path, progress: Callable[[int], None]
@@ -120,7 +111,7 @@ class Downloads:
         Returns:
             Its digests; None if it is not here, or no longer what its record says.
         """
-        for source in self._candidates(file):
+        for source in _candidates(file, self._recorded):
             # The very inode that gets the name is hashed, not what had another name before.
             digests = _linked(source, target, progress)
             if digests is None:
@@ -176,16 +167,45 @@ class Downloads:
             needs["revision"],
         )
 
-    # --- what was fetched before ---
+    @property
+    def _recorded(self) -> Mapping[str, tuple[Path, ...]]:
+        if self._found is None:
+            self._found = recorded(self._at)
+        return self._found
 
-    def _candidates(self, file: RemoteFile) -> Iterator[Path]:
-        """Yield files that may have the bytes; those of git, of which no record has the id, too."""
-        if self._cached is None:
-            self._cached = _recorded(self._at)
-        key = file.sha256 or _small_key(file.name, file.size_bytes)
-        for path in self._cached.get(key, ()):
-            if _size_bytes(path) == file.size_bytes:
-                yield path
+
+def present(
+    at: Layout, files: Iterable[RemoteFile], known: Mapping[str, tuple[Path, ...]]
+) -> dict[str, int]:
+    """
+    Say what of some files is here: as a beginning, or whole, where it can be linked.
+
+    Args:
+        at: The checkout.
+        files: Of a listing.
+        known: See `recorded`.
+
+    Returns:
+        {name: bytes that need neither be transferred nor written}.
+    """
+    device = disk.existing(at.downloads).stat().st_dev
+    found = {}
+    for file in files:
+        part_bytes = _size_bytes(at.downloads / f"{file.digest}.part")
+        # Across file systems nothing can be linked: a copy has to be written.
+        if any(path.stat().st_dev == device for path in _candidates(file, known)):
+            found[file.name] = file.size_bytes
+        elif part_bytes is not None:
+            found[file.name] = min(part_bytes, file.size_bytes)
+    return found
+
+
+def _candidates(file: RemoteFile, known: Mapping[str, tuple[Path, ...]]) -> Iterator[Path]:
+    """Yield files that may have the bytes; of those in git, whose id no record has, by name."""
+    key = file.sha256 or _small_key(file.name, file.size_bytes)
+    for path in known.get(key, ()):
+        if _size_bytes(path) == file.size_bytes:
+            yield path
 
 
 def here_bytes(at: Layout, model: str, source: str, revision: str) -> int:
@@ -231,7 +251,7 @@ def _linked(source: Path, target: Path, progress: Callable[[int], None]) -> hash
         return None
 
 
-def _recorded(at: Layout) -> dict[str, tuple[Path, ...]]:
+def recorded(at: Layout) -> dict[str, tuple[Path, ...]]:
     """Return where files of records may lie, by sha256, and by name and size."""
     cache = dvc_state.cache_dir(at.root) / "files/md5"
     found: dict[str, dict[Path, None]] = {}
