@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import act
 import github_events
 import pytest
-from github_api import GitHubApi
+from github_api import ACTIONS, GitHubApi, Token
 from test_actions import unexplained_outputs
 
 if TYPE_CHECKING:
@@ -167,6 +167,37 @@ def test_a_pull_request_has_one_comment_from_its_request_to_its_verdict(
     (check,) = api.check_runs.values()
     assert check["conclusion"] == "failure"
     assert asked.errors == ended.errors == []
+
+
+# --- check-upstream.yml -----------------------------------------------------------------------
+
+
+def test_without_an_app_what_moved_is_proposed_and_says_that_its_checks_wait(
+    root: Path, tmp_path: Path, api: GitHubApi
+) -> None:
+    """With the rights of the three jobs and no more; a directory asks no network."""
+    act.git(root, "checkout", "-q", "main")
+    edit(root, "\nhosts:\n", "\ncheck_upstream: {engines: false}\n\nhosts:\n")
+    changed = root / "examples/tiny-llama/generation_config.json"
+    changed.write_text(changed.read_text().replace("true", "false"))
+    act.commit(root, "another default")
+    act.git(root, "push", "-q", str(api.git.path), "main")
+    rights = {"actions": "read", "contents": "write", "issues": "write", "pull_requests": "write"}
+    api.tokens[api.token] = Token(ACTIONS, rights)
+
+    run = act.act(
+        tmp_path / "run", root, "schedule", "check-upstream.yml", api=api.url,
+        origin=api.git.path, secrets={"GITHUB_TOKEN": api.token},
+    )  # fmt: skip
+
+    assert run.jobs == {"look": "success", "bump": "success"}, run.text
+    assert run.errors == []
+    for job, step, action in (("look", "look", "check-upstream"), ("bump", "propose", "bump")):
+        assert unexplained_outputs(run, job, step, action) == set()
+    (pull,) = api.pulls.values()
+    assert (pull["head"], pull["login"]) == ("bump/tiny-llama", ACTIONS)
+    assert "Approve workflows to run" in pull["body"]
+    assert api.git.text("diff", "--name-only", "main", "bump/tiny-llama") == "params.yaml"
 
 
 # --- runner-health.yml ------------------------------------------------------------------------
