@@ -50,7 +50,6 @@ MAX_COMMITS_PAGE_BYTES: Final = 4 << 20
 MAX_COMMITS: Final = 2000
 TITLES_KEPT: Final = 50
 _TITLE_CHARACTERS: Final = 160
-_CHUNK_BYTES: Final = 64 << 10
 _TOO_BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS: Final = 5
@@ -265,7 +264,9 @@ class HubReader:
         titles: list[str] = []
         looked = 0
         while path is not None and looked < MAX_COMMITS:
-            page = self._answer(repo, path, MAX_COMMITS_PAGE_BYTES, missing="track-gone")
+            page = self._answer(
+                repo, path, MAX_COMMITS_PAGE_BYTES, missing="track-gone", stays=True
+            )
             for entry in _objects(_parsed(repo, page.body)):
                 if entry.get("id") == since:
                     return Commits(tuple(titles), is_ancestor=True, looked_count=looked)
@@ -389,6 +390,7 @@ class HubReader:
         *,
         missing: Doubt,
         may_leave: bool = False,
+        stays: bool = False,
         part: tuple[int, int] | None = None,
     ) -> _Answer:
         """
@@ -400,6 +402,8 @@ class HubReader:
             max_bytes: Of the answer.
             missing: The doubt if the Hub knows the repository but not what was asked of it.
             may_leave: Whether a redirect may lead to another host, as the Hub's to its storage.
+            stays: Whether the answer itself does not name the repository: then none may be
+                redirected, as those of a repository that was renamed are.
             part: [start, end) of the file; None for all of it.
         """
         attempt = 0
@@ -407,7 +411,9 @@ class HubReader:
             attempt += 1
             self._require_reachable(repo)
             try:
-                return self._once(repo, path, max_bytes, missing, may_leave=may_leave, part=part)
+                return self._once(
+                    repo, path, max_bytes, missing, may_leave=may_leave, stays=stays, part=part
+                )
             except _AgainError as fault:
                 wait_s = fault.wait_s
                 if wait_s is None:
@@ -451,6 +457,7 @@ class HubReader:
         missing: Doubt,
         *,
         may_leave: bool,
+        stays: bool,
         part: tuple[int, int] | None,
     ) -> _Answer:
         base = endpoint()
@@ -460,6 +467,10 @@ class HubReader:
             if answer.status not in _REDIRECTS:
                 break
             url = urljoin(url, answer.headers.get("location", ""))
+            if stays:
+                raise DoubtError(
+                    "renamed", f"hf:{repo} was renamed while we looked.", hint="Look again."
+                )
             if not may_leave and not url.startswith(base + "/"):
                 raise UpstreamError(
                     f"hf:{repo}: the Hub sends us to {console.clean(urlsplit(url).netloc)[:100]}, "
@@ -467,7 +478,9 @@ class HubReader:
                     hint="If that is your mirror, set HF_ENDPOINT to it.",
                 )
         else:
-            raise UpstreamError(f"hf:{repo}: the Hub sends us in a circle.")
+            raise UpstreamError(
+                f"hf:{repo}: the Hub sends us in a circle.", hint="Check HF_ENDPOINT and the proxy."
+            )
         self._was_answered = True
         if answer.status in {200, 206}:
             return answer
@@ -518,7 +531,8 @@ class HubReader:
         """
         is_error = response.status_code not in {200, 206}
         size = 0
-        for chunk in response.iter_bytes(_CHUNK_BYTES):
+        # As they arrive: pieces of a size would be waited for, however slowly they come.
+        for chunk in response.iter_bytes():
             size += len(chunk)
             if size > max_bytes:
                 if is_error or is_file:
@@ -663,7 +677,10 @@ def _head(repo: str, told: Mapping[str, Any]) -> Head:
     undigested: set[str] = set()
     siblings = _list_of(told, "siblings")
     if len(siblings) > _MOST_FILES:
-        raise UpstreamError(f"hf:{repo} has more than {_MOST_FILES:,} files.")
+        raise UpstreamError(
+            f"hf:{repo} has more than {_MOST_FILES:,} files.",
+            hint="If that is so on its page, declare another source.",
+        )
     for sibling in siblings:
         file, name = _file(sibling), sibling.get("rfilename")
         if not isinstance(name, str):

@@ -238,6 +238,11 @@ class _Look:
                 hint=f"Keep what is here, or look at {head.sha} on the Hub and declare it as "
                 "`revision` by hand.",
             ) from error
+        if (old.id, old.repository_id) != (head.id, head.repository_id):
+            raise DoubtError(
+                "owner", f"hf:{self._place} became another repository while we looked.",
+                hint="Look again.",
+            )  # fmt: skip
         way = reader.commits(self._place, head.sha, self._pinned)
         if not way.is_ancestor:
             # Which of the two ways there is none, decides what to say.
