@@ -244,7 +244,7 @@ def _fits(at: Layout, declared: Declaration, record: UpstreamRecord, wanted: _Wa
     known = {found.model: found for found in record.models}
     for name in wanted.models:
         spec, found = declared.models[name], known.get(name)
-        if found is None or found.newest in spec.ignore:
+        if found is None or (found.newest in spec.ignore) != (found.state == "ignored"):
             return False
         if (found.source, found.track, found.pinned) != (spec.source, spec.track, spec.revision):
             return False

@@ -11,7 +11,6 @@ the body that of the real renderer; what earlier runs took is written beside it.
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 import tempfile
@@ -20,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import pytest
 import record_factory as make
 from hub import Hub
 
@@ -182,16 +182,11 @@ def checkout(root: Path, text: str = PARAMS) -> Layout:
 
 def looked(at: Layout, hub: Hub) -> UpstreamRecord:
     """Look at the Hub of the story, on a day that is always the same."""
-    before = os.environ.get("HF_ENDPOINT")
-    os.environ["HF_ENDPOINT"] = hub.url
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        hub.use(patched)
         return check_upstream.look(
             at, declaration.load(at.params), models=[MODEL], clock=lambda: LOOKED_AT
         )
-    finally:
-        os.environ.pop("HF_ENDPOINT")
-        if before is not None:
-            os.environ["HF_ENDPOINT"] = before
 
 
 def story(root: Path) -> tuple[Bump, dict[str, str]]:

@@ -1195,9 +1195,9 @@ def _get_commit(api: GitHubApi, call: Call) -> tuple[int, Any]:
     return 200, api.shown_commit(call.operation.path["commit_sha"])
 
 
-@_route("get", f"{R}/compare/{{basehead}}")
+@_route("get", f"{R}/compare/{{base}}...{{head}}")
 def _compare(api: GitHubApi, call: Call) -> tuple[int, Any]:
-    base, _, head = call.operation.path["basehead"].partition("...")
+    base, head = call.operation.path["base"], call.operation.path["head"]
     if not api.git.resolve(f"{base}^{{commit}}") or not api.git.resolve(f"{head}^{{commit}}"):
         raise AnswerError(404, "Not Found")
     made = api.contract.example("commit-comparison")
