@@ -54,6 +54,7 @@ _TOO_BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS: Final = 5
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_TAG: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _REPOSITORY: Final = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,99})?"
@@ -88,7 +89,7 @@ class Head:
         disabled: Whether the Hub itself has shut it.
         files: With size and digest.
         undigested: Names of files that are listed without size or digest, or twice with different
-            ones: nobody can verify them.
+            ones, or that are no text: nobody can verify them.
     """
 
     id: str
@@ -226,7 +227,9 @@ class HubReader:
         tags = {}
         for entry in _list_of(refs, "tags"):
             name, commit = entry.get("name"), entry.get("targetCommit")
-            if isinstance(name, str) and isinstance(commit, str) and _COMMIT.fullmatch(commit):
+            if not isinstance(name, str) or not isinstance(commit, str):
+                continue
+            if _TAG.fullmatch(name) and _COMMIT.fullmatch(commit):
                 tags[name] = commit
         tag = newest_tag(track, tags)
         if tag is None:
@@ -372,15 +375,15 @@ class HubReader:
         return told
 
     def _next_page(self, page: _Answer, path: str) -> str | None:
-        """Return the path of the next page, which is on the endpoint or nowhere."""
+        """Return the path of the next page, below the endpoint; None if this is the last one."""
         found = _NEXT_PAGE.search(page.headers.get("link", ""))
         if found is None:
             return None
-        base = endpoint()
-        following = urljoin(base + path, found[1])
-        if not following.startswith(base + "/") or following == base + path:
-            return None
-        return str(following.removeprefix(base))
+        # A mirror hands on the Hub's own address; asked is who was asked before.
+        prefix = urlsplit(endpoint()).path
+        place = urlsplit(urljoin(endpoint() + path, found[1]))
+        following = f"{place.path.removeprefix(prefix)}?{place.query}"
+        return following if following.startswith("/api/models/") and following != path else None
 
     def _answer(  # noqa: PLR0913 - each is one independent fact, named at the call
         self,
@@ -659,8 +662,13 @@ def _list_of(told: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _title(value: object) -> str:
-    text = " ".join(console.clean(value).split()) if isinstance(value, str) else ""
-    return text[:_TITLE_CHARACTERS] or "(no title)"
+    return (_line(value) or "(no title)")[:_TITLE_CHARACTERS]
+
+
+def _line(value: object) -> str:
+    """Make one harmless line of text; a lone surrogate, which no file can hold, becomes a `?`."""
+    text = value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+    return " ".join(console.clean(text).split())
 
 
 def _head(repo: str, told: Mapping[str, Any]) -> Head:
@@ -685,7 +693,9 @@ def _head(repo: str, told: Mapping[str, Any]) -> Head:
         file, name = _file(sibling), sibling.get("rfilename")
         if not isinstance(name, str):
             continue
-        if file is None or files.setdefault(name, file) != file:
+        if name != name.encode("utf-8", "replace").decode():
+            undigested.add(_line(name))
+        elif file is None or files.setdefault(name, file) != file:
             undigested.add(name)
     gated = told.get("gated")
     return Head(
@@ -717,7 +727,7 @@ def _file(sibling: Mapping[str, Any]) -> RemoteFile | None:
 
 
 def _word(value: object) -> str | None:
-    return console.clean(value)[:200] or None if isinstance(value, str) else None
+    return _line(value)[:200] or None
 
 
 def _instant(value: object) -> datetime | None:

@@ -21,6 +21,8 @@ from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic import ValidationError
+
 from pipelines import dvc_state, fetch, hashing, records, wording
 from pipelines.errors import DigestError, FleetError, UpstreamError
 from pipelines.hub import RemoteFile
@@ -104,6 +106,12 @@ class _Look:
             return self._asks(error)
         except FleetError as error:
             return self.unknown(error.message, error.hint)
+        except ValidationError as error:
+            # One hostile repository keeps no other model back.
+            what = error.errors(include_url=False, include_input=False)[0]["msg"]
+            return self.unknown(
+                f"what hf:{self._place} says fits into no record: {what}.", "Look at its page."
+            )
 
     # --- a repository of the Hub ---
 

@@ -142,7 +142,7 @@ class ModelUpstream(Part):
     """
 
     model: Annotated[str, StringConstraints(pattern=MODEL_KEY)]
-    source: Word
+    source: Annotated[str, StringConstraints(max_length=300)]
     track: Word
     pinned: Commit
     newest: Commit | None = None

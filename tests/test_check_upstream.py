@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import requests
 from hub import INSIDER, Fault, Hub
 
 from pipelines import check_upstream, declaration, records, report, upstream_due, upstream_words
@@ -617,6 +618,29 @@ def test_text_of_a_stranger_is_harmless_wherever_it_is_shown(
     assert "](" not in summary
     assert max(map(len, operator.last.models[0].commits)) <= 200
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("where", "state"), [("commits/{head}", "moved"), ("revision/main?blobs=true", "asks")]
+)
+def test_text_that_no_file_can_hold_breaks_no_record(
+    hub: Hub, operator: Operator, repo: Repo, where: str, state: str
+) -> None:
+    """Half a surrogate pair in a title, in a name: the look ends well and can be written."""
+    repo.commit({"model.safetensors": weights(1), "LICENSE.xxxxxx": b""}, "xxxxxx", at=LONG_AGO)
+    path = where.format(head=repo.head)
+    told = requests.get(f"{hub.url}/api/models/{REPO}/{path}", timeout=9).content
+    other = told.replace(b"xxxxxx", rb"\ud800")
+    hub.fault(f"*/{path.partition('?')[0]}", Fault("swapped", content=other), times=None)
+
+    found = operator.look()
+
+    assert other != told
+    assert found.state == state
+    assert "?" in (found.commits or (found.reason,))[0]
+    assert operator.last is not None
+    records.write(operator.at.upstream, operator.last)
+    assert check_upstream.read(operator.at) == operator.last
 
 
 # --- silence ----------------------------------------------------------------------------------
