@@ -466,7 +466,7 @@ def _size_of(opened: Upstream, at: Layout) -> disk.Size:
     small = _small_files(listing)
     here: Mapping[str, int] = {}
     if not isinstance(opened, LocalDirectory):
-        here = fetch_downloads.present(at, (*small, *weights), fetch_downloads.recorded(at))
+        here = fetch_downloads.present(at, (*small, *weights), fetch_downloads.Known(at))
     return disk.Size(
         source_bytes=sum(file.size_bytes for file in small) + weights_bytes,
         parameters_count=parameters_count,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import ValidationError
 
 from pipelines import atomic, console, disk, dvc_state, hashing, locks, records, trees
-from pipelines.errors import FleetError
+from pipelines.errors import DigestError, FleetError
 from pipelines.hub import found_digest
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 NEEDED: Final = "needed.json"
 _PART: Final = re.compile(r"(?:[0-9a-f]{40}|[0-9a-f]{64})\.part")
 _MD5: Final = re.compile(r"[0-9a-f]{32}")
+_PLAIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)+")
 _FETCHED: Final = re.compile(rf"{trees.RESULTS}/[^/]+/fetch\.json")
 
 
@@ -71,7 +72,7 @@ class Downloads:
         self._needs = {"source": source, "revision": revision}
         self._declared = declared
         self._held = ExitStack()
-        self._found: Mapping[str, tuple[Path, ...]] | None = None
+        self._found: Known | None = None
 
     def part(self, file: RemoteFile) -> Path:
         """Return where the bytes of a file are kept until all of them are here."""
@@ -90,15 +91,19 @@ class Downloads:
             {name: bytes that need neither be transferred nor written}.
 
         Raises:
+            DigestError: The listing has other digests than a record of the same revision.
             RetryLaterError: Another process was at it all the time.
         """
         files = tuple(files)
+        for file in files:
+            if file.sha256 is not None:
+                self.require_recorded(file.name, file.sha256)
         lock = self._directory / ".lock"
         self._held.enter_context(
             locks.exclusively(lock, "downloading", silent_s=0.5, timeout_s=within_s)
         )
         self._note(sorted({file.digest for file in files}))
-        return present(self._at, files, self._recorded)
+        return present(self._at, files, self._known)
 
     def known(
         self, file: RemoteFile, target: Path, progress: Callable[[int], None]
@@ -111,7 +116,7 @@ class Downloads:
         Returns:
             Its digests; None if it is not here, or no longer what its record says.
         """
-        for source in _candidates(file, self._recorded):
+        for source in self._known.candidates(file):
             # The very inode that gets the name is hashed, not what had another name before.
             digests = _linked(source, target, progress)
             if digests is None:
@@ -126,6 +131,25 @@ class Downloads:
                     "removes what is damaged."
                 )
         return None
+
+    def require_recorded(self, name: str, sha256: str) -> None:
+        """
+        Hold a digest against a record of the same revision, wherever it was made.
+
+        Digests of a listing come from whoever answers; those of a record are in git.
+
+        Raises:
+            DigestError: It is another one.
+        """
+        known = self._known.of_revision(self._needs["source"], self._needs["revision"])
+        if known.get(name, sha256) != sha256:
+            where = f"{self._needs['source']} at {self._needs['revision'][:12]}"
+            raise DigestError(
+                f"{name} of {where} is not what it was when it was fetched before: its record says "
+                f"sha256 {known[name]}, what answers now {sha256}.",
+                hint="A commit does not change: a mirror, a proxy or somebody in between does. "
+                "Look at HF_ENDPOINT, and ask the Hub itself.",
+            )
 
     def done(self) -> None:
         """Drop what was kept for another try of this fetch."""
@@ -168,22 +192,51 @@ class Downloads:
         )
 
     @property
-    def _recorded(self) -> Mapping[str, tuple[Path, ...]]:
+    def _known(self) -> Known:
         if self._found is None:
-            self._found = recorded(self._at)
+            self._found = Known(self._at)
         return self._found
 
 
-def present(
-    at: Layout, files: Iterable[RemoteFile], known: Mapping[str, tuple[Path, ...]]
-) -> dict[str, int]:
+class Known:
+    """What the records of earlier fetches say about files."""
+
+    def __init__(self, at: Layout) -> None:
+        """Read them."""
+        cache = dvc_state.cache_dir(at.root) / "files/md5"
+        self._places: dict[str, dict[Path, None]] = {}
+        self._revisions: dict[tuple[str, str], dict[str, str]] = {}
+        for record, is_here in _records(at):
+            named = self._revisions.setdefault((record.source, record.revision), {})
+            for file in record.files:
+                named.setdefault(file.name, file.sha256)
+                paths = [cache / file.md5[:2] / file.md5[2:]] if _MD5.fullmatch(file.md5) else []
+                # A record can be written by hand, with names in it that lead anywhere.
+                if is_here and _PLAIN.fullmatch(f"{record.model}/{file.name}"):
+                    paths.append(at.source(record.model) / file.name)
+                for key in (file.sha256, _small_key(file.name, file.size_bytes)):
+                    self._places.setdefault(key, {}).update(dict.fromkeys(paths))
+
+    def of_revision(self, source: str, revision: str) -> Mapping[str, str]:
+        """Return {name: sha256} of what a revision had when it was fetched before."""
+        return self._revisions.get((source, revision), {})
+
+    def candidates(self, file: RemoteFile) -> Iterator[Path]:
+        """Yield files that may have the bytes; of those in git, whose id no record has, by name."""
+        key = file.sha256 or _small_key(file.name, file.size_bytes)
+        for path in self._places.get(key, ()):
+            if _size_bytes(path) == file.size_bytes:
+                yield path
+
+
+def present(at: Layout, files: Iterable[RemoteFile], known: Known) -> dict[str, int]:
     """
     Say what of some files is here: as a beginning, or whole, where it can be linked.
 
     Args:
         at: The checkout.
         files: Of a listing.
-        known: See `recorded`.
+        known: What was fetched before.
 
     Returns:
         {name: bytes that need neither be transferred nor written}.
@@ -193,19 +246,11 @@ def present(
     for file in files:
         part_bytes = _size_bytes(at.downloads / f"{file.digest}.part")
         # Across file systems nothing can be linked: a copy has to be written.
-        if any(path.stat().st_dev == device for path in _candidates(file, known)):
+        if any(path.stat().st_dev == device for path in known.candidates(file)):
             found[file.name] = file.size_bytes
         elif part_bytes is not None:
             found[file.name] = min(part_bytes, file.size_bytes)
     return found
-
-
-def _candidates(file: RemoteFile, known: Mapping[str, tuple[Path, ...]]) -> Iterator[Path]:
-    """Yield files that may have the bytes; of those in git, whose id no record has, by name."""
-    key = file.sha256 or _small_key(file.name, file.size_bytes)
-    for path in known.get(key, ()):
-        if _size_bytes(path) == file.size_bytes:
-            yield path
 
 
 def here_bytes(at: Layout, model: str, source: str, revision: str) -> int:
@@ -249,23 +294,6 @@ def _linked(source: Path, target: Path, progress: Callable[[int], None]) -> hash
     except OSError:
         atomic.remove(target)
         return None
-
-
-def recorded(at: Layout) -> dict[str, tuple[Path, ...]]:
-    """Return where files of records may lie, by sha256, and by name and size."""
-    cache = dvc_state.cache_dir(at.root) / "files/md5"
-    found: dict[str, dict[Path, None]] = {}
-    for record, is_here in _records(at):
-        for file in record.files:
-            if not _MD5.fullmatch(file.md5):
-                continue
-            for path in (
-                cache / file.md5[:2] / file.md5[2:],
-                *([at.source(record.model) / file.name] if is_here else []),
-            ):
-                for key in (file.sha256, _small_key(file.name, file.size_bytes)):
-                    found.setdefault(key, {})[path] = None
-    return {key: tuple(paths) for key, paths in found.items()}
 
 
 def _size_bytes(path: Path) -> int | None:

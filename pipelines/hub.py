@@ -142,6 +142,7 @@ class HubRepo:
             {name: bytes that need not be transferred} of those of which some are here already.
 
         Raises:
+            DigestError: The listing has other digests than a record of the same revision.
             RetryLaterError: Another process is at it, until our deadline.
         """
         if self._downloads is None:
@@ -168,20 +169,22 @@ class HubRepo:
             RetryLaterError: It cannot be had now; what came is kept.
             MachineError: The disk is full.
         """
-        if self._downloads is not None:
-            known = self._downloads.known(file, target, progress)
-            if known is not None:
-                return known
-            part = self._downloads.part(file)
-        else:
+        if self._downloads is None:
             part = atomic.part_name(target)
             atomic.remove(part)
-        try:
-            digests = self._arrived(file, part, progress)
-            _name(part, target)
-        finally:
-            if self._downloads is None:
+            try:
+                digests = self._arrived(file, part, progress)
+                part.replace(target)
+            finally:
                 atomic.remove(part)
+            return digests
+        known = self._downloads.known(file, target, progress)
+        if known is not None:
+            return known
+        part = self._downloads.part(file)
+        digests = self._arrived(file, part, progress)
+        self._downloads.require_recorded(file.name, digests.sha256)
+        _name(part, target)
         return digests
 
     def _arrived(

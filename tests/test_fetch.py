@@ -35,7 +35,9 @@ TAKEN = [
 ]
 
 
-def bring(source: Path, into: Path, revision: str | None = None) -> fetch.Fetched:
+def bring(
+    source: Path, into: Path, revision: str | None = None, *, ignore_code: bool = False
+) -> fetch.Fetched:
     """Fetch a directory as the stage does, with a table of one architecture."""
     return fetch.fetch(
         LocalDirectory(source),
@@ -44,6 +46,7 @@ def bring(source: Path, into: Path, revision: str | None = None) -> fetch.Fetche
         known_architectures=KNOWN,
         llama_cpp_commit="0c1e57098",
         revision=revision,
+        ignore_code=ignore_code,
     )
 
 
@@ -319,6 +322,49 @@ def test_a_source_that_cannot_be_built_is_refused_and_nothing_is_left(
     assert caught.value.exit_code == 3
     assert not (tmp_path / "work/source").exists()
     assert names(tmp_path / "work") == []
+
+
+def _modules(source: Path) -> None:
+    _encoder(source)
+    modules = json.loads((source / "modules.json").read_text())
+    modules[0]["type"] = "custom_st.Transformer"
+    (source / "modules.json").write_text(json.dumps(modules))
+
+
+CODE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "config.json": (
+        _edit_config(auto_map={"AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}),
+        r"config\.json .*: modeling_tiny\.TinyForCausalLM \(modeling_tiny\.py\)",
+    ),
+    "of another repository": (
+        _edit_config(auto_map={"AutoConfig": "mallory/code--configuration_x.Config"}),
+        r"mallory/code--configuration_x\.Config \(configuration_x\.py\)",
+    ),
+    "tokenizer_config.json": (
+        _write("tokenizer_config.json", b'{"auto_map": {"AutoTokenizer": ["tok.Slow", null]}}'),
+        r"tokenizer_config\.json .*: tok\.Slow \(tok\.py\)",
+    ),
+    "a list where no one expects it": (_edit_config(auto_map=["evil.Model"]), r"evil\.Model"),
+    "modules.json": (_modules, r"modules\.json .*: custom_st\.Transformer \(custom_st\.py\)"),
+}
+
+
+@pytest.mark.parametrize(("edit", "why"), CODE.values(), ids=CODE.keys())
+def test_a_model_that_names_code_is_refused_unless_it_is_wanted_without(
+    edit: Callable[[Path], object], why: str, source: Path, tmp_path: Path
+) -> None:
+    """The message names file and code, and what to write; the code is not taken either way."""
+    (source / "modeling_tiny.py").write_text("raise SystemExit")
+    bring(source, tmp_path / "alone")  # code that nothing names is just not fetched
+    edit(source)
+
+    with pytest.raises(UpstreamError, match=why) as caught:
+        bring(source, tmp_path / "source")
+    assert "`ignore_code: true`" in caught.value.hint
+    assert not (tmp_path / "source").exists()
+
+    bring(source, tmp_path / "source", ignore_code=True)
+    assert not list(tmp_path.glob("source/**/*.py"))
 
 
 def test_a_model_that_nobody_converts_costs_no_weight_byte(

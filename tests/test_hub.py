@@ -488,6 +488,30 @@ def test_a_fetch_that_is_killed_goes_on_where_it_was(
     assert not hub.asked("*/tokenizer.model")
 
 
+def test_a_worker_that_is_killed_costs_an_attempt(hub: Hub, repo: Repo, at: Layout) -> None:
+    """As by a kernel that lacks memory: another one goes on."""
+    hub.fault(f"/storage/*{WEIGHTS}", Fault("stall_mid", at_byte=200_000))
+
+    def kill(size_bytes: int) -> None:
+        if size_bytes and not killed:
+            killed.extend(psutil.Process().children())
+            killed[0].kill()
+
+    killed: list[psutil.Process] = []
+    source = HubRepo(NAME, repo.head, patience=PATIENT)
+    try:
+        weights = next(file for file in source.files() if file.name == WEIGHTS)
+        digests = source.bring(weights, at.root.parent / "weights", kill)
+    finally:
+        source.close()
+
+    assert killed
+    assert digests.sha256 == weights.sha256
+    first, second = hub.asked("/storage/*")
+    assert first.range == ""
+    assert second.range == f"bytes={weights.size_bytes - second.sent_bytes}-"
+
+
 def test_shards_that_arrived_are_not_asked_for_again(hub: Hub, at: Layout, tmp_path: Path) -> None:
     """A fetch that fails at its last shard keeps the others, and hashes them again."""
     repo = hub.create(NAME, contents(tiny(tmp_path / "upstream", shards=3)))
@@ -587,6 +611,25 @@ def test_a_new_template_brings_no_weight_byte(
     cached.write_bytes(content)
     anew()
     assert hub.sent_bytes(f"/storage/*{WEIGHTS}") == len(content)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_a_mirror_with_other_bytes_than_those_on_record_is_refused(
+    name: str, hub: Hub, repo: Repo, at: Layout
+) -> None:
+    """Its listing fits its files; the record of the same revision, made elsewhere, does not."""
+    file = records.FileDigest(name=name, size_bytes=7, sha256="a" * 64, md5="b" * 32)
+    record = records.FetchRecord(
+        model="tiny", source=SOURCE, revision=repo.head, architecture="LlamaForCausalLM",
+        license=None, parameters_count=1, dtypes={}, size_bytes=7, files=(file,),
+    )  # fmt: skip
+    records.write(at.model_record("fetch", "tiny"), record)
+
+    error = refused(at, repo.head)
+
+    assert isinstance(error, DigestError)
+    assert f"its record says sha256 {'a' * 64}" in error.message
+    assert hub.sent_bytes(f"*/{WEIGHTS}") == 0
 
 
 # --- xet --------------------------------------------------------------------------------------
