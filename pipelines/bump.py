@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, get_args
@@ -108,12 +109,12 @@ def main(  # noqa: PLR0913 - one for each option
     declared = declaration.load(at.params)
     wanted = _wanted(declared, models, engines, everything=everything)
     record = _last_look(at, declared, wanted, upstream)
-    gh = None if local or dry_run else _github()
+    gh = _github(local=local, dry_run=dry_run)
     bumps = _planned(at, declared, record, wanted, waits=_waits(gh))
     _tell_others(record, wanted)
     failures = Failures()
     if dry_run:
-        _show(at, bumps, failures, as_json=as_json)
+        _show(at, gh, bumps, failures, as_json=as_json)
         return failures.exit_code
     outcomes = list(_brought(at, gh, bumps, failures))
     if gh is not None:
@@ -281,9 +282,12 @@ def _tell_others(record: UpstreamRecord, wanted: _Wanted) -> None:
 # --- doing it ---------------------------------------------------------------------------------
 
 
-def _github() -> GitHub:
-    from pipelines.github.client import GitHub  # noqa: PLC0415 - not for --local
+def _github(*, local: bool, dry_run: bool) -> GitHub | None:
+    """Return GitHub; None in a clone, and for a dry run that has no token."""
+    from pipelines.github.client import GitHub  # noqa: PLC0415 - not for --help
 
+    if local or (dry_run and not os.environ.get("GITHUB_TOKEN", "").strip()):
+        return None
     try:
         return GitHub.from_environment()
     except ParamsError as error:
@@ -383,12 +387,21 @@ def _pins(main: Main, subject: str) -> Any:  # noqa: ANN401 - a value of params.
 # --- telling ----------------------------------------------------------------------------------
 
 
-def _show(at: Layout, bumps: Sequence[Bump], failures: Failures, *, as_json: bool) -> None:
-    """Print what would be proposed."""
+def _show(
+    at: Layout, gh: GitHub | None, bumps: Sequence[Bump], failures: Failures, *, as_json: bool
+) -> None:
+    """Print what would be proposed, and with a token also why GitHub would not get it."""
+    from pipelines import bump_pull  # noqa: PLC0415 - as above
+
     shown = []
     for bump in bumps:
         with failures.of(bump.subject):
-            shown.append(_shown(bump) | {"diff": diff(at, bump), "body": bump.text()})
+            seen = pin_lines.values(at.params, bump.edits)
+            objection = bump_pull.wish(gh, bump, seen) if gh is not None else None
+            why = objection.sentence if objection else None
+            shown.append(
+                _shown(bump) | {"diff": diff(at, bump), "body": bump.text(), "objection": why}
+            )
     if as_json:
         console.out(_json({"bumps": shown, "failures": failures.as_json()}))
         return
@@ -397,6 +410,8 @@ def _show(at: Layout, bumps: Sequence[Bump], failures: Failures, *, as_json: boo
         console.out(f"branch: {each['branch']}\nlabels: {', '.join(each['labels'])}\n")
         console.out(each["diff"])
         console.out(each["body"])
+        if each["objection"]:
+            console.warn(console.clean(f"{each['subject']}: {each['objection']}"))
     if not bumps:
         console.info("Nothing to propose.")
 

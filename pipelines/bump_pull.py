@@ -227,8 +227,6 @@ def _renewed(
 ) -> Outcome:
     """Open the pull request, or renew what we wrote of it."""
     before = (pull["title"], pull.get("body")) if pull else None
-    # Labels only with a new change: one that somebody took away stays away.
-    labels = bump.labels if made or pull is None else ()
     room = bump_change.BODY_LIMIT
     if pull is not None:
         people = len(pulls.merged(pull.get("body"), ""))
@@ -240,7 +238,6 @@ def _renewed(
             base=main.name,
             title=bump.title,
             body=bump.text(room),
-            labels=labels,
         )
     except GitHubError as error:
         if error.status == _FORBIDDEN and pull is None:
@@ -250,8 +247,9 @@ def _renewed(
                 f"App. {error.hint}"
             ).strip()
         raise
-    if made is not None:
-        _drop_labels(gh, found, bump)
+    # Labels only with a new change: one that somebody took away stays away.
+    if made is not None or pull is None:
+        _label(gh, found, bump)
     if pull is None:
         return _of_pull(found, bump, "opened", f"proposed: {bump.title}.", made)
     if made is None and before == (found["title"], found.get("body")):
@@ -259,13 +257,28 @@ def _renewed(
     return _of_pull(found, bump, "renewed", f"renewed: {bump.title}.", made)
 
 
-def _drop_labels(gh: GitHub, pull: Mapping[str, Any], bump: Bump) -> None:
-    """Take away classes that a former change had and this one has not."""
-    for each in pull.get("labels") or ():
-        name = each.get("name") if isinstance(each, dict) else None
-        start = bump_change.CLASS_LABEL.format(name="")
-        if isinstance(name, str) and name.startswith(start) and name not in bump.labels:
-            gh.delete(f"issues/{taken(pull, 'number', int)}/labels/{quoted(name)}")
+def _label(gh: GitHub, pull: Mapping[str, Any], bump: Bump) -> None:
+    """
+    Give a pull request the labels of a change, and take away classes that a former one had.
+
+    Labels decide nothing: a refusal is said. GitHub makes one that is not there yet only for a
+    token that may write issues.
+    """
+    names = [each.get("name") for each in pull.get("labels") or () if isinstance(each, dict)]
+    missing = [name for name in bump.labels if name not in names]
+    start = bump_change.CLASS_LABEL.format(name="")
+    stale = [name for name in names if str(name).startswith(start) and name not in bump.labels]
+    number = taken(pull, "number", int)
+    try:
+        if missing:
+            gh.post(f"issues/{number}/labels", {"labels": missing}, repeatable=True)
+        for name in stale:
+            gh.delete(f"issues/{number}/labels/{quoted(str(name))}")
+    except GitHubError as error:
+        console.warn(
+            f"#{number} lacks labels of {', '.join(bump.labels)}: {error.message} Make them once in "
+            "the repository, or give the token `issues: write`."
+        )
 
 
 def _of_pull(

@@ -162,8 +162,10 @@ def test_what_nobody_wants_is_not_proposed_again(fleet: Fleet) -> None:
     fleet.api.close_pull(number)
 
     ran = fleet.bump(moved())
-    assert ran.writes == []
+    dry = fleet.bump(moved(), words=(MODEL, "--dry-run"))
+    assert ran.writes == dry.writes == []
     assert f"#{number} was closed" in ran.err
+    assert f"#{number} was closed" in dry.err
 
     fleet.bump(moved(new=NEWER))
     assert NEWER in fleet.pull["body"]
@@ -369,8 +371,8 @@ def test_a_doubt_stands_above_the_proposal_until_it_is_gone(fleet: Fleet) -> Non
 
 
 def test_nothing_is_opened_for_what_may_not_be_proposed(fleet: Fleet) -> None:
-    """Doubted, young, unknown, passed over: said, exit 0, not a single write."""
-    for state in ("asks", "waiting", "unknown", "ignored", "card", "current"):
+    """Doubted, young, unknown, a card alone: said, exit 0, not a single write."""
+    for state in ("asks", "waiting", "unknown", "card", "current"):
         ran = fleet.bump(moved(state=state, reason=f"so it is: {state}"))
 
         assert (ran.code, ran.writes) == (0, [])
@@ -387,7 +389,7 @@ def test_a_fault_at_any_call_is_mended_by_the_next_run(
     fleet: Fleet, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A refusal or a lost answer at each write of a renewal: never two, never half."""
-    monkeypatch.setattr("pipelines.github.client.time.sleep", lambda _: None)
+    monkeypatch.setattr("pipelines.github.client._FIRST_PAUSE_S", 0.0)
     fleet.bump(moved())
     start, number = fleet.api.git.head(BRANCH), fleet.pull["number"]
     body, labels = fleet.pull["body"], list(fleet.pull["labels"])
@@ -421,6 +423,18 @@ def test_a_model_that_fails_keeps_nobody_from_the_others(fleet: Fleet) -> None:
     assert ran.code == 8
     assert "allow GitHub Actions to create pull requests" in ran.err
     assert fleet.pull["head"] == f"bump/{OTHER}"
+
+
+def test_a_token_that_may_make_no_labels_proposes_all_the_same(fleet: Fleet) -> None:
+    """GitHub makes a new label only for who may write issues: said, with what to do."""
+    refused = Fault(kind="status", status=403, body={"message": "not permitted to create labels"})
+    fleet.api.strike(refused, matches="POST issues/.*/labels")
+
+    ran = fleet.bump(moved())
+
+    assert ran.code == 0
+    assert fleet.pull["head"] == BRANCH
+    assert "issues: write" in ran.err
 
 
 def test_racing_runs_leave_one_branch_and_one_pull_request(
@@ -669,7 +683,7 @@ def test_another_declaration_is_looked_at_anew(
         hub.use(monkeypatch)
         monkeypatch.setenv("GITHUB_TOKEN", "")
 
-        ran = fleet.bump(moved(repository_id=repo.id), words=(MODEL, "--dry-run"))
+        ran = fleet.bump(current(OTHER), words=(MODEL, "--dry-run"))
         requests = len(hub.requests)
         again = __main__.main(["bump", MODEL, "--dry-run"])
 
