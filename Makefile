@@ -1,7 +1,7 @@
 # `make` alone prints what there is. Each target sets up what it needs and is quick when that is done.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-base toolchain repro test check bench bench-compare prove lock clean
+.PHONY: help setup setup-base toolchain repro test check bench bench-compare bench-upstream prove lock clean
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -42,6 +42,9 @@ bench: toolchain  ## Measure what the fleet costs over bare llama.cpp -> results
 
 bench-compare: toolchain  ## Measure how often `fleet compare` is wrong here -> results/compare-proof.json (20 minutes)
 	@$(RUN) python -m bench.compare $(ARGS)
+
+bench-upstream: setup  ## Time a look at upstream of 100 models -> results/upstream-look.json (1 minute)
+	@$(RUN) python -m bench.upstream $(ARGS)
 
 prove: setup  ## Prove what a registry promises: histories, kills, reads -> results/release-proofs.json (2 hours)
 	@$(RUN) GGUF_FLEET_HISTORIES=1000 python -m pytest tests/test_registry_histories.py
