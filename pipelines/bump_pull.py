@@ -276,8 +276,8 @@ def _label(gh: GitHub, pull: Mapping[str, Any], bump: Bump) -> None:
             gh.delete(f"issues/{number}/labels/{quoted(str(name))}")
     except GitHubError as error:
         console.warn(
-            f"#{number} lacks labels of {', '.join(bump.labels)}: {error.message} Make them once in "
-            "the repository, or give the token `issues: write`."
+            f"#{number} lacks labels of {', '.join(bump.labels)}: {error.message} Make them once "
+            "in the repository, or give the token `issues: write`."
         )
 
 
