@@ -179,7 +179,7 @@ def _facts(at: Layout, declared: Declaration, found: EngineUpstream) -> Iterator
         waited = declared.check_upstream.cooldown_days
         over = f"; {wording.counted(waited, 'day')} of waiting are over" if waited else ""
         yield "There since", f"{found.newest_at:%Y-%m-%d %H:%M} UTC{over}"
-    yield "Passed over between", _between(found)
+    yield "Releases between", _between(found)
     if found.sha256 is not None:
         size = f", {shown_size(found.size_bytes)}" if found.size_bytes else ""
         who = "package index" if found.engine == "llama.cpp" else "release on GitHub"

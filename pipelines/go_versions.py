@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # A version that is a release: no pre-release, no `+incompatible`.
 _RELEASE: Final = re.compile(r"v(\d{1,4}\.\d{1,4}\.\d{1,4})")
-_GO_VERSION: Final = re.compile(r"\d{1,3}(?:\.\d{1,3}){1,2}")
+_GO_LINE: Final = re.compile(r"(?m)^go[ \t]+(\d{1,3}(?:\.\d{1,3}){1,2})[ \t]*(?://.*)?$")
+_MOST_MOD_BYTES: Final = 1 << 20
 _MOST_VERSIONS: Final = 20_000
 _MOST_BYTES: Final = 16 << 20
 
@@ -67,7 +68,7 @@ def releases(module: str, go: Path, *, within_s: float) -> tuple[str, ...]:
     Raises:
         GoSilentError: No proxy answers, it does not have the module, or its answer is none.
     """
-    found = next(_asked(["-versions", f"{module}@latest"], module, go, within_s), {})
+    found = next(iter(_asked(["-versions", f"{module}@latest"], module, go, within_s)), {})
     listed = found.get("Versions") or [found.get("Version")]
     versions = _releases(listed if isinstance(listed, list) else [])
     if not versions:
@@ -98,11 +99,10 @@ def described(
         release = _RELEASE.fullmatch(str(one.get("Version")))
         if release is None or one.get("Error") or release[1] not in versions:
             continue
-        wants = str(one.get("GoVersion") or "")
         found[release[1]] = ModuleVersion(
             version=release[1],
             committed_at=package_index.time_of(one.get("Time")),
-            go=wants if _GO_VERSION.fullmatch(wants) else None,
+            go=one["GoVersion"],
         )
     return found
 
@@ -116,23 +116,36 @@ def _releases(listed: Iterable[object]) -> tuple[str, ...]:
     return tuple(sorted(found, key=key, reverse=True))
 
 
-def _asked(words: list[str], module: str, go: Path, within_s: float) -> Iterator[dict[str, Any]]:
-    """Yield the objects that `go list -m -json` prints."""
+def _asked(words: list[str], module: str, go: Path, within_s: float) -> list[dict[str, Any]]:
+    """Return the objects that `go list -m -json` prints, each with the Go that its go.mod wants."""
     with tempfile.TemporaryDirectory(prefix="fleet-go-") as folder:
         argv: list[str | Path] = [go, "list", "-m", "-json", *words]
         try:
             said = proc.answer(argv, cwd=Path(folder), env=_environment(folder), within_s=within_s)
+            found = list(_objects(said[:_MOST_BYTES].decode().strip()))
         except FleetError as error:
             cause = _cause(error)
             raise GoSilentError(f"Go cannot say what is newest of {module}: {cause}.") from error
-    try:
-        text = said[:_MOST_BYTES].decode().strip()
-        while text:
-            one, end = json.JSONDecoder().raw_decode(text)
-            yield one if isinstance(one, dict) else {}
-            text = text[end:].lstrip()
-    except (ValueError, RecursionError) as error:
-        raise GoSilentError(f"Go prints something about {module} that is no JSON.") from error
+        except (ValueError, RecursionError) as error:
+            raise GoSilentError(f"Go prints something about {module} that is no JSON.") from error
+        return [one | {"GoVersion": _wanted_go(one, Path(folder))} for one in found]
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Yield JSON objects that follow each other."""
+    while text:
+        one, end = json.JSONDecoder().raw_decode(text)
+        yield one if isinstance(one, dict) else {}
+        text = text[end:].lstrip()
+
+
+def _wanted_go(one: dict[str, Any], folder: Path) -> str | None:
+    """Return the Go that a go.mod wants; Go itself does not say it where it is too old for it."""
+    place = Path(str(one.get("GoMod"))).resolve()
+    if not place.is_relative_to(folder.resolve()) or not place.is_file():
+        return None
+    found = _GO_LINE.search(place.read_bytes()[:_MOST_MOD_BYTES].decode(errors="replace"))
+    return found[1] if found else None
 
 
 def _environment(folder: str) -> dict[str, str]:

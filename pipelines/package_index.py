@@ -49,6 +49,7 @@ _CAUSES: Final = {
     "SSLError": "has a certificate that pip does not accept",
     "ProxyError": "is behind a proxy that does not answer",
     "TooManyRedirects": "redirects for ever",
+    "RetryError": "answers with an error of its own (5xx), also when it is asked again",
 }
 _UNREACHABLE: Final = "cannot be reached"
 
@@ -146,6 +147,9 @@ def sdists(project: str, *, python: Path, within_s: float) -> Page:
         page = read(str(found["text"]), kind, project)
     except _UnreadableError as error:
         raise IndexAnswerError(f"The package index {host} {error}.") from error
+    if not page.sdists and page.status == "active":
+        # Such as the page of a proxy that wants a login.
+        raise IndexAnswerError(f"The package index {host} lists no release of {project}.")
     return Page(host=host, sdists=page.sdists, status=page.status, requests_count=len(asked))
 
 

@@ -30,17 +30,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipelines.params import Declaration
-    from pipelines.upstream_records import State, UpstreamRecord
+    from pipelines.upstream_records import Engine, State, UpstreamRecord
 
 _MOST_KEPT: Final = 50
 
 
-def look(
+def look(  # noqa: PLR0913 - each is one independent fact
     declared: Declaration,
     *,
     previous: UpstreamRecord | None,
     deadline: float,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    engines: Sequence[Engine] | None = None,
     at: Layout | None = None,
 ) -> tuple[EngineUpstream, ...]:
     """
@@ -51,13 +52,18 @@ def look(
         previous: The look before.
         deadline: Instant of `time.monotonic()` at which everything is over.
         clock: What time it is.
+        engines: The only ones; None for all.
         at: The checkout, for logs.
     """
     if not declared.check_upstream.engines:
         return ()
     before = {one.engine: one for one in previous.engines} if previous else {}
     log = (at or Layout()).log("check-upstream", "engines")
-    pins = engine_releases.pins_of(declared)
+    pins = [
+        pin for pin in engine_releases.pins_of(declared) if engines is None or pin.engine in engines
+    ]
+    if not pins:
+        return ()
     with ThreadPoolExecutor(max_workers=len(pins), thread_name_prefix="engines") as pool:
         jobs = [
             pool.submit(_looked, pin, before.get(pin.engine), deadline, clock(), log)
