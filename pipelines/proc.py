@@ -193,6 +193,11 @@ def answer(
     except BaseException:
         stop(child)
         raise
+    finally:
+        for stream in (child.stdin, child.stdout, child.stderr):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
     if child.returncode:
         said = _last_lines(stderr.decode(errors="replace"), TAIL_LINES)
         raise ToolError(f"{name} {_cause(child.returncode)}.\n{said}".rstrip())
