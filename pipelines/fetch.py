@@ -77,7 +77,7 @@ TOKENIZERS: Final = (
     ("tekken.json",), ("*.tiktoken",), ("rwkv_vocab_*.txt",),
 )  # fmt: skip
 # Where a model says which code of its own has to be loaded.
-_CODE_NAMING: Final = (
+CODE_NAMING: Final = (
     CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
     "generation_config.json", "modules.json",
 )  # fmt: skip
@@ -733,14 +733,14 @@ def _require_no_code(directory: Path) -> None:
     Nobody runs it here, with this or without: a `*.py` is never fetched. But a model that needs it
     may be converted wrongly without it, which only a person can know.
     """
-    for name in _CODE_NAMING:
+    for name in CODE_NAMING:
         try:
             told = json.loads((directory / name).read_bytes())
         except FileNotFoundError:
             continue
         except (ValueError, RecursionError) as error:
             raise UpstreamError(f"{name} is not JSON: {error}.") from error
-        named = sorted(_named_code(name, told))
+        named = sorted(named_code(name, told))
         if named:
             files = sorted({f"{one.split('--')[-1].partition('.')[0]}.py" for one in named})
             raise UpstreamError(
@@ -751,7 +751,7 @@ def _require_no_code(directory: Path) -> None:
             )
 
 
-def _named_code(name: str, told: object) -> Iterator[str]:
+def named_code(name: str, told: object) -> Iterator[str]:
     """Yield classes that transformers or sentence-transformers would load from the repository."""
     if name == "modules.json":
         for module in told if isinstance(told, list) else ():
