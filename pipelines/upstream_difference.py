@@ -10,6 +10,7 @@ Nothing here asks a network by itself: both sides are handed in with what reads 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -104,6 +105,8 @@ _MAX_REFUSALS: Final = 20
 _MAX_NOTE: Final = 1500
 _MAX_DETAILS: Final = 12
 _CODE: Final = "*.py"
+# The key of a file that is a list.
+_LIST: Final = "(all)"
 
 
 @dataclass(frozen=True)
@@ -423,8 +426,7 @@ class _Comparison:
         was, now = self._loaded(one, old, self.old), self._loaded(one, new, self.new)
         if was is None or now is None:
             return
-        if now.get("auto_map") and not was.get("auto_map"):
-            self._tell_code(one)
+        self._tell_code(one, was, now)
         match one.name:
             case fetch.CONFIG:
                 self._tell_config(one, was, now)
@@ -455,12 +457,24 @@ class _Comparison:
         try:
             found = words.load(raw)
         except NotToldError as error:
-            if isinstance(error, words.NotJsonError) and side is self.new and file.name in _NEEDED:
+            if side is self.new and self._is_refused(file.name, raw, error):
                 self.refusals.append(f"{one.label} cannot be read: {error.message}")
             else:
                 self._untold(file, side, error.message, one.kind)
             return None
-        return found if isinstance(found, dict) else {"(all)": found}
+        return found if isinstance(found, dict) else {_LIST: found}
+
+    def _is_refused(self, name: str, raw: bytes, error: NotToldError) -> bool:
+        """Tell whether fetch or the converter stops at a file that we cannot read."""
+        if not isinstance(error, words.NotJsonError):
+            return False
+        if name in _NEEDED:
+            return True
+        try:
+            json.loads(raw)
+        except (ValueError, RecursionError):
+            return name in fetch.CODE_NAMING and not self.ignore_code
+        return False
 
     def _untold(
         self, file: RemoteFile, side: Side, why: str, kind: ChangeClass = "weights"
@@ -471,12 +485,16 @@ class _Comparison:
             "is not told."
         )
 
-    def _tell_code(self, one: _Changed) -> None:
-        told = f"{one.label} names code of the repository now (auto_map)"
-        if self.ignore_code:
+    def _tell_code(self, one: _Changed, was: dict[str, Any], now: dict[str, Any]) -> None:
+        """Say which code of the repository a file names, by fetch's own rule."""
+        if one.name not in fetch.CODE_NAMING:
+            return
+        old, new = (set(fetch.named_code(one.name, each.get(_LIST, each))) for each in (was, now))
+        told = f"{one.label} names code of the repository: {', '.join(map(shown, sorted(new)[:3]))}"
+        if new and not self.ignore_code:
+            self.refusals.append(f"{told}; `ignore_code` is not declared")
+        elif new - old:
             self.remarks.append(f"{told}; it is never fetched, and `ignore_code` is declared.")
-        else:
-            self.refusals.append(f"{told}, and `ignore_code` is not declared")
 
     def _tell_config(self, one: _Changed, was: dict[str, Any], now: dict[str, Any]) -> None:
         clauses = config_words.of_config(was, now)

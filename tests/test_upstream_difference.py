@@ -194,7 +194,7 @@ CASES: dict[str, tuple[Files, tuple[str, ...], tuple[str, ...]]] = {
         | {"modeling_x.py": b"import os", "pytorch_model.bin": b"x"},
         ("config",),
         (
-            "Would be refused: config.json names code of the repository now (auto_map), and `ig",
+            "Would be refused: config.json names code of the repository: modeling_x.X; `ignore_co",
             "modeling_x.py; code of a repository is never fetched.",
             "pytorch_model.bin; pickles are never fetched.",
         ),
