@@ -196,6 +196,11 @@ def _wanted(
     for name in engines:
         if name not in ENGINES:
             raise ParamsError(f"{wording.quoted(name)} is no engine: {' or '.join(ENGINES)}.")
+        if name in declared.models:
+            raise ParamsError(
+                f"a model is called {name}, too, and a branch can be of one of them only.",
+                hint="Give the model another name, or change the pin of the engine by hand.",
+            )
     if models or engines:
         known = tuple(each for each in ENGINES if each in engines)
         return _Wanted(models=tuple(dict.fromkeys(models)), engines=known, everything=False)
@@ -204,7 +209,9 @@ def _wanted(
             "nothing was named.", hint="fleet bump MODEL, or --engine NAME, or --all."
         )
     watched = ENGINES if declared.check_upstream.engines else ()
-    return _Wanted(models=tuple(declared.models), engines=watched, everything=True)
+    # A model may be called `ollama`; the branch of that name is then the model's.
+    free = tuple(each for each in watched if each not in declared.models)
+    return _Wanted(models=tuple(declared.models), engines=free, everything=True)
 
 
 def _last_look(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -29,6 +30,7 @@ from pipelines.bump_change import BODY_LIMIT, marker_of
 from pipelines.github import commits, pulls
 from pipelines.github.client import GitHub
 from pipelines.layout import Layout
+from pipelines.upstream_records import EngineUpstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -101,7 +103,7 @@ class Fleet:
     def line(self, branch: str = BRANCH) -> str:
         """What differs between main and a branch."""
         told = self.api.git.text("diff", "-U0", "main", branch, "--", ".")
-        return "\n".join(line for line in told.splitlines() if re.match(r"[+-] ", line))
+        return "\n".join(line for line in told.splitlines() if re.match(r"[+-](?![+-]{2} )", line))
 
 
 def current(model: str = MODEL, **changes: Any) -> ModelUpstream:
@@ -377,6 +379,40 @@ def test_nothing_is_opened_for_what_may_not_be_proposed(fleet: Fleet) -> None:
 
         assert (ran.code, ran.writes) == (0, [])
         assert f"so it is: {state}" in ran.err
+
+
+def test_an_engine_is_a_pull_request_of_its_own(fleet: Fleet) -> None:
+    """Version and digest together, in one commit; once main has them it is closed."""
+    engine = EngineUpstream(
+        engine="llama.cpp", pinned="0.3.36", newest="0.3.37", sha256="c" * 64, state="moved",
+        size_bytes=70 << 20, newest_at=factory.AT, reason="It is newer.",
+    )  # fmt: skip
+    branch = "bump/llama.cpp"
+
+    def look(found: EngineUpstream) -> None:
+        digest = hashlib.sha256(fleet.at.params.read_bytes()).hexdigest()
+        record = look_of(current(), current(OTHER))
+        update = {"engines": (found,), "params_sha256": digest}
+        records.write(fleet.at.upstream, record.model_copy(update=update))
+
+    look(engine)
+    assert __main__.main(["bump", "--engine", "llama.cpp"]) == 0
+    before, after = fleet.line(branch).splitlines()
+    assert after == before.replace("-t", "+t").replace("0.3.36", "0.3.37").replace(
+        "a" * 64, "c" * 64
+    )
+    assert fleet.pull["head"] == branch
+    number = fleet.pull["number"]
+
+    # A look at models alone says nothing of it.
+    fleet.bump(current(), words=(MODEL,))
+    assert fleet.pull["number"] == number
+
+    fleet.merged(fleet.api.git.files(branch)["params.yaml"].decode())
+    look(engine.model_copy(update={"pinned": "0.3.37", "state": "current"}))
+    assert __main__.main(["bump", "--engine", "llama.cpp"]) == 0
+    assert fleet.api.pulls[number]["state"] == "closed"
+    assert fleet.api.git.head(branch) is None
 
 
 # --- faults -----------------------------------------------------------------------------------
