@@ -14,7 +14,6 @@ and silence for two periods becomes an alarm.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import (
     architectures,
+    at_once,
     atomic,
     console,
     records,
@@ -39,18 +39,19 @@ from pipelines.layout import Layout
 from pipelines.upstream_records import UpstreamRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from pipelines.hub_metadata import Reader
     from pipelines.params import Declaration
     from pipelines.upstream_records import EngineUpstream, ModelUpstream
 
-_THREADS: Final = 8
 # For an answer that is being read when the deadline comes.
 _GRACE_S: Final = 1.0
 # Nobody asked for this look by name.
 _STAGE_DEADLINE_S: Final = 20.0
+# ... and where names are not resolved or packets vanish, not even for this long.
+_FIRST_ANSWER_S: Final = 3.0
 # A look that reached nobody is repeated sooner than one that found nothing new.
 _AGAIN_AFTER: Final = timedelta(hours=1)
 _ENGINES: Final = ":engines"
@@ -213,13 +214,20 @@ def look(  # noqa: PLR0913 - each is one independent fact, named at the call
     asks_engines = models is None and section.engines and not is_stage
     if asks_engines:
         jobs[_ENGINES] = partial(_look_at_engines, at, declared, previous, deadline, clock)
-    found = _all_of(jobs, deadline + _GRACE_S)
-    late = f"it did not answer within {limit_s:g} s, the time for the whole look."
+    on_the_hub = {m for m in chosen if declared.models[m].source.startswith("hf:")}
+    until = at_once.Until(
+        last=deadline + _GRACE_S,
+        first=time.monotonic() + _FIRST_ANSWER_S if is_stage else None,
+        answered=lambda: reader.was_answered,
+        asked=frozenset(on_the_hub),
+    )
+    found = at_once.run(jobs, until, label="check-upstream", unit="questions")
+    late = "it did not answer in the time that there is for a look."
     told = {model: each for model, each in known.items() if _is_of(declared, each)} | {
         model: found.get(model) or upstream_model.silent(subject, late)
         for model, subject in subjects.items()
     }
-    engines = previous.engines if previous and section.engines else ()
+    engines = _still_declared(declared, previous.engines if previous else ())
     if asks_engines:
         engines = _since(found.get(_ENGINES) or _silent_engines(engines, late), engines, now)
     own = tuple(told[model] for model in declared.models if model in told)
@@ -289,45 +297,19 @@ class _Architectures:
             return None
 
 
-def _all_of(jobs: Mapping[str, Callable[[], Any]], until: float) -> dict[str, Any]:
-    """
-    Do every job, a few at a time; return what was there at `until`, an instant of monotonic time.
-
-    The threads are daemons: one that hangs, in the resolver of names say, holds nobody up.
-    """
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[str, Any, BaseException | None]] = queue.SimpleQueue()
-    for name in jobs:
-        waiting.put(name)
-
-    def work() -> None:
-        while True:
-            try:
-                name = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.put((name, jobs[name](), None))
-            except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
-                done.put((name, None, error))
-
-    for _ in range(min(_THREADS, len(jobs))):
-        threading.Thread(target=work, daemon=True, name="check-upstream").start()
-    found: dict[str, Any] = {}
-    with console.Progress("check-upstream", total=len(jobs), unit="questions") as progress:
-        while len(found) < len(jobs):
-            try:
-                name, value, error = done.get(timeout=max(until - time.monotonic(), 0.001))
-            except queue.Empty:
-                break
-            if error is not None:
-                raise error
-            found[name] = value
-            progress.update(len(found))
-    return found
-
-
 # --- engines ----------------------------------------------------------------------------------
+
+
+def _still_declared(
+    declared: Declaration, known: tuple[EngineUpstream, ...]
+) -> tuple[EngineUpstream, ...]:
+    """Return what is known of the engines as they are declared now."""
+    if not known or not declared.check_upstream.engines:
+        return ()
+    from pipelines import engine_releases  # noqa: PLC0415 - only where engines were asked
+
+    pins = {(pin.engine, pin.version) for pin in engine_releases.pins_of(declared)}
+    return tuple(each for each in known if (each.engine, each.pinned) in pins)
 
 
 def _look_at_engines(

@@ -35,6 +35,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from pipelines import __version__, console
 from pipelines.errors import DigestError, RetryLaterError, UpstreamError
 from pipelines.hub import RemoteFile
+from pipelines.version_tags import newest_tag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -128,6 +129,11 @@ class Reader(Protocol):
         """Requests that were sent so far, repeats and redirects included."""
         ...
 
+    @property
+    def was_answered(self) -> bool:
+        """Whether the Hub, or whoever is in its place, has said anything at all yet."""
+        ...
+
     def look(self, repo: str, track: str) -> Head:
         """Return what is tracked: a branch, or the newest tag that matches a pattern."""
         ...
@@ -204,6 +210,11 @@ class HubReader:
     def requests_count(self) -> int:
         """Requests that were sent so far, repeats and redirects included."""
         return self._requests_count
+
+    @property
+    def was_answered(self) -> bool:
+        """Whether the Hub, or whoever is in its place, has said anything at all yet."""
+        return self._was_answered
 
     # --- questions ---
 
@@ -736,48 +747,3 @@ def _instant(value: object) -> datetime | None:
         when = datetime.fromisoformat(str(value))
         return when if when.tzinfo else when.replace(tzinfo=UTC)
     return None
-
-
-# --- tags -------------------------------------------------------------------------------------
-
-
-def newest_tag(pattern: str, tags: Mapping[str, object]) -> str | None:
-    """
-    Return the tag that matches a pattern and has the highest version; None if none matches.
-
-    Numbers count as numbers: v1.10 follows v1.9. A tag that names a pre-release (`-rc1`, `-beta`,
-    `.dev2`) is older than the plain version, and is passed over altogether as long as there is a
-    plain one, however high its number: who tracks `v*` tracks releases. A pattern that asks for
-    them by name (`v*-rc*`) gets them.
-
-    Args:
-        pattern: Of the whole name; `*` stands for any text.
-        tags: By name.
-    """
-    shape = re.compile(".*".join(map(re.escape, pattern.split("*"))))
-    found = [name for name in tags if shape.fullmatch(name)]
-    plain = [name for name in found if not _PRE_RELEASE.search(name)]
-    return max(plain or found, key=version_key, default=None)
-
-
-_PRE_RELEASE: Final = re.compile(
-    r"(?i)(?<![a-z])(?:alpha|beta|preview|pre|rc|dev|nightly|snapshot|test)(?![a-z])"
-)
-
-
-def version_key(tag: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
-    """
-    Return what sorts tags by version: numbers as numbers; a pre-release before its release.
-
-    `1.0-rc1` < `1.0-rc2` < `1.0` < `1.0.1` < `1.10`.
-    """
-    parts: list[tuple[int, int, str]] = []
-    for word in re.findall(r"\d+|[A-Za-z]+", tag):
-        if word.isdigit():
-            parts.append((2, int(word[:18]), ""))
-        elif _PRE_RELEASE.fullmatch(word):
-            parts.append((0, 0, word.lower()))
-        elif parts:
-            parts.append((3, 0, word.lower()))
-    # The end of a version: after any pre-release of it, before any further number.
-    return (*parts, (1, 0, "")), tag

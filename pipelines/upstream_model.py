@@ -382,12 +382,11 @@ class _Look:
         the Hub tells none, the clock begins when we first see the commit.
         """
         before = self._before
+        known = None
         if before is not None and before.track == self._spec.track:
-            if before.newest == head.sha:
-                return before.seen_after
-            if before.newest is not None:
-                return before.last_success_at
-        return None if self._believed_time(head) else self._subject.now
+            is_same = before.newest == head.sha
+            known = before.seen_after if is_same else before.newest and before.last_success_at
+        return known or (None if self._believed_time(head) else self._subject.now)
 
     def _told(
         self, state: State, reason: str, *, doubt: Doubt | None = None, next_step: str = "",

@@ -19,10 +19,11 @@ from hub import INSIDER, Fault, Hub
 
 from pipelines import check_upstream, declaration, records, report, upstream_due, upstream_words
 from pipelines.errors import ParamsError
-from pipelines.hub_metadata import HubReader, newest_tag
+from pipelines.hub_metadata import HubReader
 from pipelines.layout import Layout
 from pipelines.params import report_slice
 from pipelines.upstream_records import EngineUpstream, UpstreamNotices, UpstreamRecord
+from pipelines.version_tags import newest_tag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -464,8 +465,8 @@ def test_one_model_in_doubt_does_not_keep_the_others_back(
     assert [each.state for each in operator.last.models] == ["asks", "moved"]
 
 
-def test_our_token_sees_what_is_private(
-    operator: Operator, repo: Repo, monkeypatch: pytest.MonkeyPatch
+def test_our_token_sees_what_is_private_and_goes_nowhere_else(
+    hub: Hub, operator: Operator, repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without it the repository is not there, or not for us: both are said."""
     repo.private = True
@@ -477,6 +478,12 @@ def test_our_token_sees_what_is_private(
     assert (stranger.state, stranger.doubt) == ("asks", "gone")
     assert "HF_TOKEN" in stranger.next_step
     assert operator.look().state == "current"
+    repo.commit({"model.safetensors": weights(1)}, at=LONG_AGO)
+    hub.forget()
+    assert operator.look(days=4).state == "moved"
+    # Weights lie with a storage of another origin, which has no business with our token.
+    assert {each.authorized for each in hub.asked("/api/*")} == {True}
+    assert {each.authorized for each in hub.requests} == {True, False}
 
 
 # --- trouble ----------------------------------------------------------------------------------
@@ -828,6 +835,39 @@ def test_without_a_network_the_look_says_so_and_exits_0(fleet: Fleet, fork: Path
     assert "cannot be reached" in model.reason
     assert record.next_at is not None
     assert record.next_at - record.checked_at == timedelta(hours=1)
+
+
+def test_the_stage_does_not_wait_for_a_hub_that_never_says_a_word(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that are not resolved, packets that vanish: no wait for the deadline."""
+    monkeypatch.setattr("pipelines.check_upstream._FIRST_ANSWER_S", 0.1)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        began = time.monotonic()
+
+        found = operator.look(is_stage=True)
+
+    assert found.state == "unknown"
+    assert time.monotonic() - began < operator.section["deadline_seconds"] / 2
+
+
+def test_a_pin_that_changed_makes_an_engine_unknown(operator: Operator) -> None:
+    """What was found of the engine before a bump is not said of the one after it."""
+    operator.look()
+    assert operator.last is not None
+    known = EngineUpstream(
+        engine="llama.cpp", pinned="0.1.0", newest="0.2.0", state="moved", reason="Newer."
+    )
+    operator.section["engines"] = True
+    operator.declare(operator.declared[MODEL]["revision"])
+
+    before = operator.last.model_copy(update={"engines": (known,)})
+    operator.look(previous=before, is_stage=True)
+
+    assert operator.last.engines == ()
 
 
 def test_a_part_of_the_fleet_leaves_the_rest_as_it_was(
