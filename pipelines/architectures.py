@@ -67,10 +67,12 @@ def of_config(config: Mapping[str, Any]) -> tuple[str, ...]:
     """
     text_config = config.get("text_config")
     sections = [config, text_config] if isinstance(text_config, dict) else [config]
+    declared = [section.get("architectures") for section in sections]
     names = [
         name
-        for section in sections
-        for name in (section.get("architectures") or [])[:1]
+        for listed in declared
+        if isinstance(listed, list)
+        for name in listed[:1]
         if isinstance(name, str)
     ]
     if not names:
