@@ -176,6 +176,11 @@ class Hub:
             self.requests.clear()
             self._strikes.clear()
 
+    def recover(self, path: str) -> None:
+        """Let nothing go wrong any more by faults of which the pattern has this in it."""
+        with self.lock:
+            self._strikes = [each for each in self._strikes if path not in each.pattern]
+
     def fault(
         self, pattern: str, fault: Fault, *, method: str = "*", times: int | None = 1
     ) -> None:
