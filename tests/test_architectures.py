@@ -82,9 +82,16 @@ def test_the_text_part_of_a_multimodal_model_counts(config: dict[str, Any]) -> N
     assert found == config["architectures"][0]
 
 
-@pytest.mark.parametrize("config", [{}, {"architectures": []}, {"architectures": [3]},
-                                    {"architectures": None, "text_config": "x"}, {"architectures": 5},
-                                    {"architectures": {"a": 1}, "text_config": {"architectures": 7}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"architectures": []},
+        {"architectures": [3]},
+        {"architectures": None, "text_config": "x"},
+        {"architectures": 5, "text_config": {"architectures": {"a": 1}}},
+    ],
+)
 def test_a_config_without_an_architecture_is_refused(config: dict[str, Any]) -> None:
     """There is nothing to convert by."""
     with pytest.raises(UpstreamError, match="names no architecture"):
