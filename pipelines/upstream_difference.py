@@ -373,6 +373,8 @@ class _Comparison:
         raw = self._raw(one)
         if raw is None:
             return
+        if one.name == fetch.CONFIG and one.new is not None:
+            self._judge_config(raw[1])
         try:
             self._tell(one, *raw)
         except NotToldError as error:
@@ -466,10 +468,8 @@ class _Comparison:
 
     def _is_refused(self, name: str, raw: bytes, error: NotToldError) -> bool:
         """Tell whether fetch or the converter stops at a file that we cannot read."""
-        if not isinstance(error, words.NotJsonError):
-            return False
-        if name in _NEEDED:
-            return True
+        if name in _NEEDED and isinstance(error, words.NotJsonError):
+            return True  # by the converter, and by the libraries that it calls
         try:
             json.loads(raw)
         except (ValueError, RecursionError):
@@ -503,10 +503,22 @@ class _Comparison:
             self.refusals.append(f"{fetch.CONFIG} is gone")
         else:
             self._fold(one.label, clauses)
-            self.refusals += config_words.refusals(now, self.known)
         if words.written(was.get("license")) != words.written(now.get("license")):
             one.more.add("licence")
             self.notes["licence"].append(f"{one.label}: {words.clause('license', was, now)}.")
+
+    def _judge_config(self, raw: bytes) -> None:
+        """Say why fetch would refuse it, by what fetch reads, which is less strict than we are."""
+        try:
+            told = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            why = words.shown(str(error), 120)
+            self.refusals.append(f"{fetch.CONFIG} is not JSON: {why}")
+            return
+        if not isinstance(told, dict):
+            self.refusals.append(f"{fetch.CONFIG} is no JSON object")
+            return
+        self.refusals += config_words.refusals(told, self.known)
 
     def _tell_tokenizer_config(
         self, one: _Changed, was: dict[str, Any], now: dict[str, Any]
@@ -626,8 +638,8 @@ _TOLD_FIRST: Final[tuple[ChangeClass, ...]] = (
     "template", "tokenizer", "config", "generation", "weights", "card",
 )  # fmt: skip
 _HELD: Final = "A release waits until somebody has read the licence and accepts it (`license`)."
-# What fetch or the converter cannot do without.
-_NEEDED: Final = frozenset({fetch.CONFIG, _TOKENIZER, _TOKENIZER_CONFIG})
+# What the converter cannot do without where it is there.
+_NEEDED: Final = frozenset({_TOKENIZER, _TOKENIZER_CONFIG})
 _LONG: Final = frozenset({_TOKENIZER, "vocab.json", "merges.txt", "vocab.txt", "tekken.json"})
 
 

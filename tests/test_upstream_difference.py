@@ -486,6 +486,39 @@ def test_files_of_a_stranger_are_a_note_never_a_traceback(raw: bytes) -> None:
             assert found.notes
 
 
+BROKEN = [
+    *((name, raw) for raw in HOSTILE.values() for name in
+      ("config.json", "generation_config.json", "model.safetensors.index.json")),
+    *(("model.safetensors", raw) for raw in (b"", b"PK\x03\x04" + bytes(60), BASE["LICENSE"],
+                                             safetensors({"a": ("F8_E4M3", (4, 4))}))),
+    ("config.json", as_json(CONFIG | {"architectures": ["MambaNextForCausalLM"]})),
+    ("config.json", as_json(CONFIG | {"quantization_config": {"bits": 4}})),
+    ("generation_config.json", as_json({"auto_map": {"a": ["b.C", None]}})),
+    ("special_tokens_map.json", b"{"),
+]  # fmt: skip
+
+
+def test_what_would_be_refused_is_what_fetch_refuses(tmp_path: Path) -> None:
+    """Each file, broken in every way, is fetched for real: the forecast is right both ways."""
+    for number, (name, raw) in enumerate(BROKEN):
+        source = tmp_path / f"{number}"
+        source.mkdir()
+        for each, content in (BASE | {name: raw}).items():
+            (source / each).write_bytes(content)
+
+        refusal = ""
+        try:
+            fetch.fetch(
+                fetch.LocalDirectory(source), tmp_path / "fetched", label="", revision=None,
+                known_architectures=KNOWN, llama_cpp_commit="c" * 40,
+            )  # fmt: skip
+        except UpstreamError as error:
+            refusal = error.message
+
+        forecast = between(BASE, BASE | {name: raw}).refusals
+        assert bool(forecast) == bool(refusal), (name, raw[:80], forecast, refusal)
+
+
 def test_what_does_not_show_in_a_template_is_spelled_out_in_its_diff() -> None:
     """Whoever reviews the diff sees the character that turns the line around."""
     files = changed_json("tokenizer_config.json", chat_template=TEMPLATE + "\u202e\u200b!")
