@@ -676,9 +676,16 @@ class Measured:
     doubled: bool
 
 
-def measure(session: Session, *, doubling_fits: bool = True) -> Measured:
+def measure(
+    session: Session, *, doubling_fits: bool = True, names: str = "champion and challenger"
+) -> Measured:
     """
     Measure the champion against itself, then both in turns, and judge.
+
+    Args:
+        session: Where it stands.
+        doubling_fits: Whether there is time for as many pairs again.
+        names: Of the two, for people.
 
     Returns:
         The comparison; INVALID, with what to do, where the machine could not tell.
@@ -688,11 +695,12 @@ def measure(session: Session, *, doubling_fits: bool = True) -> Measured:
     pairs: list[Pair] = []
     reasons: list[str] = []
     try:
-        console.step(f"control: {wording.counted(plan.control_pairs, 'pair')} of the champion")
+        who = names.partition(" and ")[0]
+        console.step(f"control: {wording.counted(plan.control_pairs, 'pair')} of the {who}")
         control = session.control()
         reasons += too_noisy(plan, control)
         if not reasons:
-            console.step(f"{wording.counted(plan.pairs, 'pair')} of champion and challenger")
+            console.step(f"{wording.counted(plan.pairs, 'pair')} of {names}")
             for end in (plan.pairs, 2 * plan.pairs):
                 session.pairs(pairs, end, _teller(plan, end))
                 outcome = stats_paired.worst_of(

@@ -73,6 +73,8 @@ _PROBE_TOKENS: Final = 8
 _ANY_CODE: Final = range(-128, 256)
 _WHY_CHARACTERS: Final = 200
 _PLACE: Final = "engine"
+# How much more time than estimated is asked for where there was too little.
+_ROOM: Final = 1.25
 # Processes of a release: does it load on either engine, then one of each that is timed.
 _RELEASE_PROCESSES: Final = 4
 
@@ -168,6 +170,7 @@ class Axis:
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _journals: list[compare_run.Journal] = field(default_factory=list)
+    _before_s: float = 0.0
 
     @property
     def old(self) -> Toolchain:
@@ -210,7 +213,7 @@ class Axis:
             FleetError: A tool failed on the old engine with what it made, or the disk is full.
         """
         console.step(f"the engine alone: {self.what}")
-        began = time.monotonic()
+        began, self._before_s = time.monotonic(), self.spent_s()
         answers = self._in_time("the answers of the engine", self.estimate.answers_s, self._answers)
         releases = self._releases(answers)
         speed, validity = self._speed(compared)
@@ -259,11 +262,12 @@ class Axis:
     def _require_time(self, what: str, takes_s: float) -> None:
         left_s = self.budget_s - self.spent_s()
         if takes_s > left_s:
-            minutes = math.ceil((self.budget_s + takes_s - left_s) / 60)
+            # The whole comparison runs again, and time is an estimate.
+            minutes = math.ceil(_ROOM * (self._before_s + self.estimate.total_s) / 60)
             raise NoTimeError(
                 f"There was no time left for {what}: about {compare_run.minutes(takes_s)}, of "
                 f"{compare_run.minutes(self.budget_s)} {compare_run.minutes(max(left_s, 0.0))} "
-                f"were left. `fleet compare {self.model} --budget {minutes}` measures it."
+                f"were left. `fleet compare {self.model} --budget {minutes}` measures all."
             )
 
     def _clean(self) -> None:
@@ -432,7 +436,7 @@ class Axis:
         corpora.require(wanted.corpus, self.at, "evaluation text")
         logits = compare_quality.reference(self.at, wanted, run_as, subject)
         try:
-            read = compare_quality.read(self.at, wanted, run_as, subject)
+            read = compare_quality.read(self.at, wanted, run_as, subject, logits)
             _require_same_logits(read.found.ppl_base, logits.ppl, self.log)
         except ToolError as error:
             alone = replace(
@@ -615,7 +619,11 @@ class Axis:
         session = self._session("pairs", gguf, {"pairs": file})
         session.warm_up()
         twice_s = self.estimate.session_s * (1 + self.plan.pairs / (self.plan.pairs + 1))
-        return compare.measure(session, doubling_fits=twice_s <= session.budget_s)
+        return compare.measure(
+            session,
+            doubling_fits=twice_s <= session.budget_s,
+            names="old engine and new engine",
+        )
 
     def _session(self, kind: str, gguf: Path, facts: dict[str, object]) -> compare_run.Session:
         """Lay out pairs of old (A) and new engine (B) with one file."""
@@ -735,8 +743,8 @@ def _digest(path: Path) -> FileDigest:
 
 def _first_line(error: FleetError) -> str:
     """Return what a tool said, without the lines of its output."""
-    lines = [line.strip() for line in error.message.splitlines() if line.strip()]
-    telling = next((line for line in lines[1:] if "error" in line.lower()), "")
-    first = lines[0].rstrip(".") if lines else "no reason"
-    said = f"{first}: {telling}" if telling else first
+    lines = [line.strip() for line in error.message.splitlines() if line.strip()] or ["no reason"]
+    telling = next((line for line in lines[1:] if "error" in line.lower()), lines[-1])
+    first = lines[0].rstrip(".")
+    said = f"{first}: {telling}" if len(lines) > 1 else first
     return wording.shortened(console.clean(said), _WHY_CHARACTERS)

@@ -47,13 +47,13 @@ _CAUSED: Final[dict[Cause, str]] = {
     "both": "engine and GGUF both changed the speed",
     "interaction": "neither changed the speed by itself, but the new engine runs the new GGUF at "
     "another speed than the old one",
-    "neither": "neither the engine nor the GGUF changed the speed by what matters",
+    "neither": "of neither the engine nor the GGUF a change in speed that matters is shown",
     "cannot tell": "which of the two changed the speed cannot be told",
 }
 
 _CAUSED_BY_ENGINE: Final[dict[Cause, str]] = {
     "engine": "the GGUF is the same, so what changed in speed is due to the engine",
-    "neither": "the GGUF is the same, and the engine did not change its speed by what matters",
+    "neither": "the GGUF is the same, and no change of its speed that matters is shown",
 }
 
 

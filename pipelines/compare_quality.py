@@ -126,15 +126,28 @@ def reference(
     return benchmark.reference_logits(bench, subject.f16_digest)
 
 
-def read(at: Layout, wanted: BenchmarkSlice, run_as: Execution, subject: Subject) -> Reading:
+def read(
+    at: Layout,
+    wanted: BenchmarkSlice,
+    run_as: Execution,
+    subject: Subject,
+    logits: benchmark.Logits | None = None,
+) -> Reading:
     """
     Read the text as one side does, and hold it against the logits of another file.
+
+    Args:
+        at: The checkout.
+        wanted: Text and windows.
+        run_as: How the model is run.
+        subject: The side.
+        logits: What it is held against; None for `reference`.
 
     Raises:
         ToolError: llama-perplexity failed, or printed what cannot be trusted.
         MachineError: The disk is too small for the logits.
     """
-    logits = reference(at, wanted, run_as, subject)
+    logits = logits or reference(at, wanted, run_as, subject)
     window = logits.header.context_tokens
     batch = llama_perplexity.window_batch(window, run_as.batch_tokens)
     log = at.log("compare", wanted.model)
