@@ -1,7 +1,7 @@
 # `make` alone prints what there is. Each target sets up what it needs and is quick when that is done.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-base toolchain repro test check bench bench-compare bench-upstream prove lock clean
+.PHONY: help setup setup-base toolchain repro test test-engines check bench bench-compare bench-upstream prove lock clean
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -28,6 +28,9 @@ repro: setup  ## Run the chain on every declared model: convert, quantize, measu
 
 test: toolchain  ## Run all tests (about 30 minutes on 2 cores); ARGS="-k choose" picks some
 	@$(RUN) python -m pytest -n logical --maxprocesses 8 $(ARGS)
+
+test-engines: toolchain  ## Compare two real llama.cpp builds, the pinned one and the one before (builds that first, 7 minutes)
+	@$(RUN) FLEET_TEST_ENGINES=1 python -m pytest tests/test_compare_engine.py $(ARGS)
 
 check: setup  ## Lint, types, workflows and actions, schema and docs in sync (about 20 seconds, the first time a minute)
 	@$(RUN) ruff check .
