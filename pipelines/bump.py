@@ -321,11 +321,25 @@ def _brought(
     for bump in bumps:
         with failures.of(bump.subject):
             seen = pin_lines.values(at.params, bump.edits)
+            _tell_uncommitted(at, bump)
             yield (
                 bump_pull.bring(gh, bump, seen)
                 if gh is not None
                 else bump_local.bring(at, bump, seen)
             )
+
+
+def _tell_uncommitted(at: Layout, bump: Bump) -> None:
+    """Say that a directory is pinned as it lies here, and not as any commit has it."""
+    from pipelines import trees  # noqa: PLC0415 - the same
+
+    spec = declaration.load(at.params).models.get(bump.subject)
+    kind, _, place = spec.source.partition(":") if spec else ("", "", "")
+    if kind == "path" and trees.Git(at.root).differs("HEAD", place):
+        console.warn(
+            f"{bump.subject}: files in {place} are not committed: the digest is that of the files "
+            f"here. Commit them on {bump.branch}."
+        )
 
 
 def _settled(

@@ -125,12 +125,15 @@ def of_model(at: Layout, declared: Declaration, found: ModelUpstream, *, waits: 
 
 def _lead(found: ModelUpstream) -> str:
     classes = found.difference.classes if found.difference else ()
-    what = wording.listed([_WORDS[name] for name in classes]) or "something"
-    return (
-        f"{found.source.removeprefix('hf:')} has a newer revision: {what} changed. This changes "
-        f"one line of params.yaml, the `revision` of {found.model}. The checks build and measure "
-        "what follows from it, and their comment says whether to merge."
+    kind, _, place = found.source.partition(":")
+    then = (
+        f"This changes one line of params.yaml, the `revision` of {found.model}. The checks build "
+        "and measure what follows from it, and their comment says whether to merge."
     )
+    if kind == "path":
+        return f"The files in {place} are not those that are declared. {then}"
+    what = wording.listed([_WORDS[name] for name in classes]) or "something"
+    return f"{place} has a newer revision: {what} changed. {then}"
 
 
 def _ignore(found: ModelUpstream) -> str:
@@ -199,18 +202,13 @@ def _facts(at: Layout, declared: Declaration, found: ModelUpstream) -> Iterator[
             (f"{text}; {wording.counted(waited, 'day')} of waiting are over" if waited else text),
         )
     difference = found.difference
-    if difference is None:
-        return
-    yield "Changed", _changed(difference)
-    yield (
-        "Download",
-        (
-            f"{shown_size(difference.download_bytes)}; what did not change is not fetched again"
-            if difference.download_bytes
-            else "nothing"
-        ),
-    )
-    runs = runs_of(declared, found.model, difference.stages)
+    if difference is not None:
+        yield "Changed", _changed(difference)
+    if difference is not None and found.source.startswith("hf:"):
+        size = difference.download_bytes
+        again = f"{shown_size(size)}; what did not change is not fetched again"
+        yield "Download", again if size else "nothing"
+    runs = runs_of(declared, found.model, difference.stages if difference else MEASURING)
     if runs:
         yield "To run again", f"at most {stages_of(runs)}"
         yield "Takes", cost_of(budget_of(at, declared, found.model, runs))

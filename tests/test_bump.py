@@ -826,7 +826,7 @@ def test_a_branch_is_made_beside_unfinished_work(
 
 
 def test_a_directory_that_changed_is_pinned_offline(
-    clone: Clone, monkeypatch: pytest.MonkeyPatch
+    clone: Clone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A `path:` source is looked at without a network, and becomes a branch of this clone."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -849,6 +849,10 @@ def test_a_directory_that_changed_is_pinned_offline(
     assert code == 0
     now = fetch.content_digest(source)
     assert now != digest
+    assert (
+        f"model are not committed: the digest is that of the files here. Commit them on {BRANCH}"
+        in (capsys.readouterr().err)
+    )
     told = clone.git("show", f"{BRANCH}:models/fleet/params.yaml")
     assert told.strip() == text.replace(digest, now).strip()
 
