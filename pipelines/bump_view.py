@@ -65,6 +65,8 @@ _GATED: Final = "It is gated now"
 _OF_QUANTS: Final = frozenset({"quantize", "benchmark"})
 _NAMES_SHOWN: Final = 4
 _MOST_UNKNOWN: Final = 3
+# How `plan_budget` begins what it has no times of.
+_UNTIMED: Final = "how long "
 NOTICE: Final = (
     "**The checks wait for a click.** A job's own token opened this, and GitHub starts no workflow "
     "for that: press *Approve workflows to run* in the box below (where there is none, close this "
@@ -278,9 +280,9 @@ def cost_of(budget: Budget) -> str:
     """Say what runs cost, and what nobody knows of it."""
     parts = []
     if budget.gpu_minutes is not None:
-        parts.append(
-            f"about {comment_model.minutes(budget.gpu_minutes * 60)} on runners, as before"
-        )
+        untimed = any(text.startswith(_UNTIMED) for text in budget.unknown)
+        about = "at least" if untimed else "about"
+        parts.append(f"{about} {comment_model.minutes(budget.gpu_minutes * 60)} on runners")
     if budget.disk_bytes is not None:
         parts.append(f"{shown_size(budget.disk_bytes)} of disk")
     known = ", ".join(parts) or "nobody knows yet"
