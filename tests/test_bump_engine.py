@@ -133,7 +133,7 @@ def test_the_body_says_what_is_made_again_and_what_it_costs_for_all_models() -> 
         "| **Releases between** | 0.3.37 |",
         f"`{NEW}`, 73.0 MiB, as the package index says",
         "convert, verify, calibrate, quantize (5), benchmark (5), evaluate, choose, load-test",
-        "on runners, as before",
+        "on runners",
         "on the same GGUF",
         "Releases that `stable` means",
         "requirements.lock",
