@@ -8,6 +8,8 @@ against the bytes that were committed; the fetch itself is not asked whether the
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import multiprocessing
@@ -176,9 +178,10 @@ class Trials:
             _plan(self._hub, name, planned, struck, chance)
         with tempfile.TemporaryDirectory(prefix="fetch-trial-") as scratch:
             outcomes = [self._download(name, pinned, scratch, right, trial.patience)]
+            self._hub.forget(f"{name}/")
             if again:
-                self._hub.recover(f"{name}/")
                 outcomes.append(self._download(name, pinned, scratch, right, PATIENT))
+            self._hub.forget(f"{name}/")
             return outcomes
 
     def _download(
@@ -223,14 +226,15 @@ def download(name: str, pinned: str, root: str, patience: Patience) -> tuple[int
     code, message = 0, ""
     try:
         downloads = Downloads(at, MODEL, f"hf:{name}", pinned)
-        fetch.fetch(
-            HubRepo(name, pinned, patience=patience, downloads=downloads),
-            at.source(MODEL),
-            label=f"fetch {name}",
-            known_architectures=frozenset({"LlamaForCausalLM"}),
-            llama_cpp_commit="0c1e57098",
-            revision=None,
-        )
+        with contextlib.redirect_stderr(io.StringIO()):
+            fetch.fetch(
+                HubRepo(name, pinned, patience=patience, downloads=downloads),
+                at.source(MODEL),
+                label=f"fetch {name}",
+                known_architectures=frozenset({"LlamaForCausalLM"}),
+                llama_cpp_commit="0c1e57098",
+                revision=None,
+            )
     except FleetError as error:
         code, message = error.exit_code, error.message
     except Exception as error:  # noqa: BLE001 - that there is one is the finding

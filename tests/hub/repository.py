@@ -155,6 +155,7 @@ class Repo:
             )
             self.commits[made.id] = made
             self.branches[branch] = made.id
+            self.hub.objects |= {file.sha256: file for file in tree.values() if file.is_lfs}
             return made.id
 
     def tag(self, name: str, id_: str) -> None:

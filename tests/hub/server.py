@@ -77,6 +77,7 @@ class Hub:
         url: Address to use as endpoint; of loopback.
         repos: By the name that they have now.
         moved: From an old name to the new one.
+        objects: What is in LFS, by sha256; of deleted repositories, too.
         requests: Every request, in the order of arrival.
         unexpected: Requests that the Hub would not know.
         page: Commits, or entries of a tree, on one page.
@@ -86,6 +87,7 @@ class Hub:
         """Begin to answer, on a free port."""
         self.repos: dict[str, Repo] = {}
         self.moved: dict[str, str] = {}
+        self.objects: dict[str, File] = {}
         self.requests: list[Request] = []
         self.unexpected: list[str] = []
         self.page = 50
@@ -170,16 +172,16 @@ class Hub:
         """Return the bytes of all bodies that left, of paths that fit a glob."""
         return sum(each.sent_bytes for each in self.asked(pattern))
 
-    def forget(self) -> None:
-        """Count requests from here, and let nothing go wrong any more."""
-        with self.lock:
-            self.requests.clear()
-            self._strikes.clear()
+    def forget(self, about: str = "") -> None:
+        """
+        Count requests from here, and let nothing go wrong any more.
 
-    def recover(self, path: str) -> None:
-        """Let nothing go wrong any more by faults of which the pattern has this in it."""
+        Args:
+            about: Only requests with this in their path, and faults with it in their pattern.
+        """
         with self.lock:
-            self._strikes = [each for each in self._strikes if path not in each.pattern]
+            self.requests = [each for each in self.requests if about not in each.path]
+            self._strikes = [each for each in self._strikes if about not in each.pattern]
 
     def fault(
         self, pattern: str, fault: Fault, *, method: str = "*", times: int | None = 1
@@ -536,19 +538,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _AnswerError(400, "Only one auth mechanism allowed")
         if self.query.get("signature") != self.hub.signature(sha256):
             raise _AnswerError(403, "SignatureDoesNotMatch")
-        file = self._object(sha256)
+        file = self.hub.objects.get(sha256)
         if file is None:
             raise _AnswerError(404, "NoSuchKey")
         etag = hashlib.md5(file.content).hexdigest()
         return self._ranged(file.content, {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"})
-
-    def _object(self, sha256: str) -> File | None:
-        for repo in self.hub.repos.values():
-            for commit in repo.commits.values():
-                for file in commit.tree.values():
-                    if file.is_lfs and file.sha256 == sha256:
-                        return file
-        return None
 
     def _ranged(self, content: bytes, headers: dict[str, str]) -> Reply:
         """Answer with all of it, or with the range that was asked for."""
