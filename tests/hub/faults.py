@@ -322,7 +322,7 @@ def _other_size(reply: Reply, _: Fault, __: Scene) -> None:
 def _listing(
     edit: Callable[[dict[str, Any], Fault], object],
 ) -> Callable[[Reply, Fault, Scene], None]:
-    """Change the JSON of a listing; `content` names the only file meant, all if absent."""
+    """Change the JSON of a listing."""
 
     def change(reply: Reply, fault: Fault, _: Scene) -> None:
         told = json.loads(reply.body)
