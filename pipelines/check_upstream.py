@@ -39,7 +39,8 @@ from pipelines.layout import Layout
 from pipelines.upstream_records import UpstreamRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
 
     from pipelines.hub_metadata import Reader
@@ -239,7 +240,14 @@ def look(  # noqa: PLR0913 - each is one independent fact, named at the call
         + sum(each.requests_count for each in engines if asks_engines),
         models=own,
         engines=engines,
-        alarms=_alarms(own, engines, now, section.period_hours),
+        alarms=_alarms(
+            {each.model: each for each in own if each.source.startswith("hf:")}
+            | {each.engine: each for each in engines},
+            {*chosen, *(each.engine for each in engines if asks_engines)},
+            now,
+            section.period_hours,
+            previous.alarms if previous else (),
+        ),
         params_sha256=upstream_due.params_sha256(at) if models is None else None,
         next_at=now + (period if any(reached) or not reached else min(period, _AGAIN_AFTER)),
     )
@@ -345,29 +353,38 @@ def _since(
 
 
 def _alarms(
-    models: Sequence[ModelUpstream],
-    engines: Sequence[EngineUpstream],
+    told: Mapping[str, ModelUpstream | EngineUpstream],
+    asked: AbstractSet[str],
     now: datetime,
     period_hours: int,
+    before: Sequence[str],
 ) -> tuple[str, ...]:
-    """Say of what nothing was heard for two periods. A directory is always there to be asked."""
+    """
+    Say of what nothing was heard for two periods.
+
+    Who was not asked is not silent: of those an alarm stays as it was. A directory always answers.
+
+    Args:
+        told: What is known of each model and engine.
+        asked: Those that this look asked.
+        now: The time of day.
+        period_hours: As declared.
+        before: The alarms of the look before.
+    """
     found = []
-    asked: list[tuple[str, ModelUpstream | EngineUpstream]] = [
-        (each.model, each) for each in models if each.source.startswith("hf:")
-    ]
-    asked += [(each.engine, each) for each in engines]
-    for name, each in asked:
+    for name, each in told.items():
+        if name not in asked:
+            found += [line for line in before if line.startswith(f"{name}: ")]
+            continue
         since = each.last_success_at or each.first_asked_at
-        if (
-            each.state != "unknown"
-            or since is None
-            or now - since <= 2 * timedelta(hours=period_hours)
-        ):
+        limit = 2 * timedelta(hours=period_hours)
+        if each.state != "unknown" or since is None or now - since <= limit:
             continue
         heard = (
             f"the last success was at {each.last_success_at:%Y-%m-%d %H:%M} UTC"
             if each.last_success_at
             else f"it was never heard of since {since:%Y-%m-%d %H:%M} UTC"
         )
-        found.append(f"{upstream_words.silence(name, period_hours)}; {heard}. {each.reason}"[:2000])
+        text = f"{upstream_words.silence(name, period_hours)}; {heard}. {each.reason}"
+        found.append(wording.shortened(text, 2000))
     return tuple(found)

@@ -688,22 +688,30 @@ def test_a_model_that_never_answered_is_an_alarm_too(hub: Hub, operator: Operato
     assert alarms == [False, False, True]
 
 
-def test_an_engine_that_is_silent_is_an_alarm(operator: Operator) -> None:
-    """By the same rule; the record of the engines is handed on by looks that do not ask them."""
-    operator.look()
-    assert operator.last is not None
+def test_an_engine_that_is_silent_is_an_alarm_when_it_was_asked(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same rule. Looks that do not ask engines hand on what is known, an alarm too."""
     silent = EngineUpstream(
         engine="ollama", pinned="0.33.0", state="unknown", reason="No index.",
-        last_success_at=NOW - timedelta(days=3), first_asked_at=NOW - timedelta(days=9),
+        last_success_at=NOW - timedelta(days=3),
     )  # fmt: skip
+    monkeypatch.setattr("pipelines.upstream_engines.look", lambda *_, **__: (silent,))
     operator.section["engines"] = True
     operator.declare(operator.declared[MODEL]["revision"])
 
-    operator.look(previous=operator.last.model_copy(update={"engines": (silent,)}), is_stage=True)
-
-    assert operator.last.engines == (silent,)
+    operator.look()
+    assert operator.last is not None
     (alarm,) = operator.last.alarms
+    engines = operator.last.engines
+    operator.look(days=9, is_stage=True)
+    handed_on = operator.last
+    operator.look(previous=handed_on.model_copy(update={"alarms": ()}), is_stage=True)
+
     assert alarm.startswith("ollama: nothing was heard of it for two periods of 24 h;")
+    assert engines[0].first_asked_at == NOW
+    assert (handed_on.engines, handed_on.alarms) == (engines, (alarm,))
+    assert operator.last.alarms == ()
 
 
 def test_what_waits_for_a_person_and_what_moved_are_in_the_report(
