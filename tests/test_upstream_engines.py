@@ -147,7 +147,7 @@ def test_the_newest_release_comes_with_the_index_s_own_digest_size_and_time(inde
     assert found.newest_at == datetime(2026, 10, 1, 5, 48, 1, 345495, tzinfo=UTC)
     assert found.versions_between == ("0.3.35", "0.3.34")
     assert found.reason == "llama-cpp-python 0.3.36 was released on 2026-10-01."
-    assert (found.last_success_at, found.requests_count) == (NOW, 1)
+    assert (found.last_success_at, found.requests_count, found.notes) == (NOW, 1, ())
     assert index.asked[0][0] == PAGE
 
 
@@ -202,10 +202,13 @@ def test_no_time_and_no_network_are_unknown_within_the_deadline(
     machine.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     (refused,) = look(declared())
     (over,) = look(declared(), within_s=0.1)
+    machine.setenv("PIP_INDEX_URL", "http://index.invalid/simple")
+    (plain,) = look(declared())
     machine.setenv("PIP_NO_INDEX", "1")
     (told,) = look(declared())
 
-    assert (refused.state, over.state, told.state) == ("unknown", "unknown", "unknown")
+    assert {one.state for one in (refused, over, plain, told)} == {"unknown"}
+    assert "index.invalid is plain HTTP" in plain.reason
     assert "cannot be reached (ConnectionError)" in refused.reason
     assert "the time for the look was over" in over.reason
     assert "no-index" in told.reason
