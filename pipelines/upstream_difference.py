@@ -560,11 +560,26 @@ class _Comparison:
             notes, details = template_words.told(shown(file), then, later)
             self.notes["template"] += notes
             self.details |= details
-        other = {_JINJA, _TOKENIZER_CONFIG} - self.templates.keys()
-        if len(other) == 1 and _JINJA in other and _JINJA in self.now:
+        self._tell_other_template()
+
+    def _tell_other_template(self) -> None:
+        """
+        Warn where two files may hold a template of which only one changed.
+
+        transformers goes by chat_template.jinja, the converter by tokenizer_config.json
+        (gguf-py/gguf/vocab.py), and `verify` fails where they differ.
+        """
+        jinja, config = (self.templates.get(name) for name in (_JINJA, _TOKENIZER_CONFIG))
+        if config is not None and config[1] and jinja is None and _JINJA in self.now:
             self.notes["template"].append(
                 f"{_JINJA} is there, too, and did not change: transformers goes by it, llama.cpp's "
                 f"converter by the template in {_TOKENIZER_CONFIG}."
+            )
+        is_new = jinja is not None and not jinja[0] and bool(jinja[1])
+        if is_new and config is None and _TOKENIZER_CONFIG in self.now:
+            self.notes["template"].append(
+                f"If {_TOKENIZER_CONFIG}, which did not change, holds a template, llama.cpp's "
+                f"converter goes by that one and not by the new {_JINJA}."
             )
 
     def _tell_move(self, name: str) -> None:

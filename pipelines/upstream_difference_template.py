@@ -9,7 +9,6 @@ the template is read as text, by patterns whose time grows with its length alone
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -80,27 +79,24 @@ def told(
         before, after = old.get(name), new.get(name)
         if before == after:
             continue
-        if before is None or after is None:
-            fate = "is new" if before is None else "is gone"
-            length = len(after or before or "")
-            notes.append(f"{file}: the {what} {fate} ({length:,} characters).")
         try:
             details[f"{what}, {file}"], size = diff(before or "", after or "")
+            size += " (folded below)"
         except NotToldError as error:
-            notes.append(f"{file}: the {what} is not compared: {error.message}.")
-            continue
-        if before is not None and after is not None:
-            notes.append(_sentence(file, what, size, before, after))
-        elif after:
-            notes += [f"The new {what} {each}." for each in _odd(before or "", after)]
+            size = f"not compared by line, since {error.message}"
+        if before is None or after is None:
+            fate = "is new" if before is None else "is gone"
+            clauses = [f"{fate} ({len(after or before or ''):,} characters, folded below)"]
+            clauses += [] if after is None else _addressed("", after)
+        else:
+            clauses = ["changed: " + size, *_names(before, after), *_addressed(before, after)]
+            clauses += _put_in(before, after)
+        if max(len(before or ""), len(after or "")) > _MAX_LOOKED_AT:
+            clauses.append(f"only its first {_MAX_LOOKED_AT:,} characters were looked at")
+        if before is not None and after is not None and before.split() == after.split():
+            clauses.append("only white space differs, which changes prompts all the same")
+        notes.append(f"{file}: the {what} {several(clauses)}.")
     return notes, details
-
-
-def _sentence(file: str, what: str, size: str, before: str, after: str) -> str:
-    clauses = [f"{size} (folded below)", *_names(before, after), *_odd(before, after)]
-    if before.split() == after.split():
-        clauses.append("only white space differs, which changes prompts all the same")
-    return f"{file}: the {what} changed: {several(clauses)}."
 
 
 def _names(before: str, after: str) -> list[str]:
@@ -138,15 +134,17 @@ def _controls(text: str) -> dict[str, None]:
     return dict.fromkeys(quoted(each) for each in _CONTROL.findall(text[:_MAX_LOOKED_AT]))
 
 
-def _odd(before: str, after: str) -> list[str]:
-    """Name what a template has no business with, or what everybody's conversation begins with."""
-    clauses: list[str] = []
-    if new := _new(_addresses, before, after):
-        clauses.append(f"ATTENTION: it now names the address {quoted(new[0])}")
-    if new := _new(_sentences, before, after):
-        more = f" and {len(new) - 1:,} more such" if len(new) > 1 else ""
-        clauses.append(f"it now puts in the text {quoted(new[0])}{more}")
-    return clauses
+def _addressed(before: str, after: str) -> list[str]:
+    """Name what a template has no business with."""
+    new = _new(_addresses, before, after)
+    return [f"ATTENTION: it now names the address {quoted(new[0])}"] if new else []
+
+
+def _put_in(before: str, after: str) -> list[str]:
+    """Name what everybody's conversation may begin with now."""
+    new = _new(_sentences, before, after)
+    more = f" and {len(new) - 1:,} more such" if len(new) > 1 else ""
+    return [f"it now puts in the text {quoted(new[0])}{more}"] if new else []
 
 
 def _new(find: Callable[[str], list[str]], before: str, after: str) -> list[str]:
@@ -167,8 +165,3 @@ def _sentences(text: str) -> list[str]:
 def of_json(raw: Mapping[str, Any]) -> dict[str, str]:
     """Return the templates of a chat_template.json, or of a tokenizer_config.json."""
     return texts(raw.get("chat_template"))
-
-
-def fingerprint(found: Mapping[str, str]) -> str:
-    """Return what is equal for equal templates."""
-    return json.dumps(found, sort_keys=True)

@@ -145,6 +145,31 @@ CASES: dict[str, tuple[Files, tuple[str, ...], tuple[str, ...]]] = {
         ("template",),
         ('ATTENTION: it now names the address "https://evil.example/x"',),
     ),
+    "roles and thoughts": (
+        changed_json(
+            "tokenizer_config.json",
+            chat_template="{% if m['role'] == 'developer' %}{{ enable_thinking }}</think>{% endif %}",
+        ),
+        ("template",),
+        (
+            "it now uses enable_thinking",
+            "it now knows the role developer",
+            'it now writes "</think',
+        ),
+    ),
+    "a template beside the other one": (
+        {"chat_template.jinja": b"{{ 'https://evil.example' }}"},
+        ("template",),
+        (
+            "chat_template.jinja: the chat template is new (28 characters, folded below); ATTENTION",
+            "If tokenizer_config.json, which did not change, holds a template, llama.cpp's converter",
+        ),
+    ),
+    "a template too long to compare": (
+        changed_json("tokenizer_config.json", chat_template="https://evil.example/" + " " * 2**20),
+        ("template",),
+        ("ATTENTION", "not compared by line", "only its first 1,048,576 characters were looked at"),
+    ),
     "the template and another key": (
         changed_json("tokenizer_config.json", chat_template=TEMPLATE + " ", eos_token="</s>"),
         ("tokenizer", "template"),
@@ -528,6 +553,15 @@ def test_what_does_not_show_in_a_template_is_spelled_out_in_its_diff() -> None:
     (text,) = found.details.values()
     assert "+{% for m in messages %}" in text
     assert "\\u202e\\u200b!" in text
+
+
+def test_of_two_templates_the_one_that_did_not_change_is_named() -> None:
+    """transformers and the converter go by different files; a change of one divides them."""
+    old = BASE | {"chat_template.jinja": b"x"}
+
+    found = between(old, old | changed_json("tokenizer_config.json", chat_template="y"))
+
+    assert found.notes[-1].startswith("chat_template.jinja is there, too, and did not change: tran")
 
 
 def test_a_template_in_one_line_is_compared_tag_by_tag() -> None:
