@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -378,4 +379,5 @@ def _from_hub(wanted: Wanted, slice_: PublishSlice) -> None:
     digest = wanted.digest
     file = hub.RemoteFile(name=digest.name, size_bytes=digest.size_bytes, sha256=digest.sha256)
     wanted.path.parent.mkdir(parents=True, exist_ok=True)
-    hub.HubRepo(repo, slice_.revision).bring(file, wanted.path, lambda _: None)
+    with closing(hub.HubRepo(repo, slice_.revision)) as source:
+        source.bring(file, wanted.path, lambda _: None)

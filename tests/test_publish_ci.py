@@ -9,16 +9,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from github_api import Fault, GitHubApi
 from hosted_job import Hosted
+from hub import Hub
 from publish_factory import LICENSE, change, change_load_test, finished
 from record_factory import MODEL
 from release_checkout import Checkout
-from test_hub import REPO, Hub, serving
 from test_release_verbs import params_of
 
 from pipelines import checksums, declaration, params, records, release
@@ -306,28 +307,30 @@ def test_the_licence_of_a_model_of_the_hub_comes_from_its_pinned_revision(
 ) -> None:
     """The remote has no file of upstream's; one small text is asked of the Hub, and verified."""
     at = checkout.at
-    change(at.model_record("fetch", MODEL), FetchRecord, source=f"hf:{REPO}")
-    text = at.params.read_text().replace(f"path:examples/{MODEL}", f"hf:{REPO}")
+    change(at.model_record("fetch", MODEL), FetchRecord, source="hf:acme/Tiny")
+    text = at.params.read_text().replace(f"path:examples/{MODEL}", "hf:acme/Tiny")
     at.params.write_text(text)
+    pinned = declaration.load(at.params).models[MODEL].revision
     for path in objects(checkout.root.parent / "storage"):
         if path.read_bytes().startswith(b"Apache"):
             path.unlink()
     argv = ["publish", MODEL, "--to", "production", "--pull"]
-    env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
 
-    with serving(Hub({"LICENSE": LICENSE.encode()})) as hub:
+    with Hub() as hub:
+        repo = hub.create("acme/Tiny", {"LICENSE": LICENSE.encode()})
+        repo.commits[pinned] = replace(repo.commits[repo.head], id=pinned)
         done = subprocess.run(
             [sys.executable, "-m", "pipelines", *argv],
             cwd=checkout.root,
-            env={**os.environ, **env, "HF_ENDPOINT": hub.url, "HF_HOME": str(checkout.root / "hf")},
+            env={**os.environ, **hub.env(), "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
         )
 
-    assert done.returncode == 0, done.stderr
-    assert hub.bodies_of("LICENSE") == 1
+        assert done.returncode == 0, done.stderr
+        assert [each.sent_bytes for each in hub.asked("*/LICENSE")] == [len(LICENSE)]
     assert checkout.fleet("verify-registry", "production").code == 0
 
 
