@@ -148,12 +148,12 @@ CASES: dict[str, tuple[Files, tuple[str, ...], tuple[str, ...]]] = {
     "roles and thoughts": (
         changed_json(
             "tokenizer_config.json",
-            chat_template="{% if m['role'] == 'developer' %}{{ enable_thinking }}</think>{% endif %}",
+            chat_template="{% if m['role'] == 'dev' %}{{ enable_thinking }}</think>{% endif %}",
         ),
         ("template",),
         (
             "it now uses enable_thinking",
-            "it now knows the role developer",
+            "it now knows the role dev",
             'it now writes "</think',
         ),
     ),
@@ -161,8 +161,8 @@ CASES: dict[str, tuple[Files, tuple[str, ...], tuple[str, ...]]] = {
         {"chat_template.jinja": b"{{ 'https://evil.example' }}"},
         ("template",),
         (
-            "chat_template.jinja: the chat template is new (28 characters, folded below); ATTENTION",
-            "If tokenizer_config.json, which did not change, holds a template, llama.cpp's converter",
+            "chat_template.jinja: the chat template is new (28 characters, folded below); ATTENT",
+            "If tokenizer_config.json, which did not change, holds a template, llama.cpp's conv",
         ),
     ),
     "a template too long to compare": (
@@ -556,7 +556,7 @@ def test_what_does_not_show_in_a_template_is_spelled_out_in_its_diff() -> None:
 
 
 def test_of_two_templates_the_one_that_did_not_change_is_named() -> None:
-    """transformers and the converter go by different files; a change of one divides them."""
+    """The converter and transformers go by different files; a change of one divides them."""
     old = BASE | {"chat_template.jinja": b"x"}
 
     found = between(old, old | changed_json("tokenizer_config.json", chat_template="y"))
