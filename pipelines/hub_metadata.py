@@ -392,7 +392,10 @@ class HubReader:
             return None
         # A mirror hands on the Hub's own address; asked is who was asked before.
         prefix = urlsplit(endpoint()).path
-        place = urlsplit(urljoin(endpoint() + path, found[1]))
+        try:
+            place = urlsplit(urljoin(endpoint() + path, found[1]))
+        except ValueError:
+            return None
         following = f"{place.path.removeprefix(prefix)}?{place.query}"
         return following if following.startswith("/api/models/") and following != path else None
 
@@ -480,7 +483,10 @@ class HubReader:
             answer = self._get(url, base, max_bytes, part, is_file=may_leave)
             if answer.status not in _REDIRECTS:
                 break
-            url = urljoin(url, answer.headers.get("location", ""))
+            try:
+                url = urljoin(url, answer.headers.get("location", ""))
+            except ValueError:
+                raise _nonsense(repo) from None
             if stays:
                 raise DoubtError(
                     "renamed", f"hf:{repo} was renamed while we looked.", hint="Look again."
@@ -533,7 +539,7 @@ class HubReader:
             raise _AgainError(said, is_unreachable=True) from error
         except OfflineModeIsEnabled as error:
             raise RetryLaterError("HF_HUB_OFFLINE is set.", hint="Unset it to look.") from error
-        except (httpx2.HTTPError, OSError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             raise _AgainError(f"the answer of {base} broke off: {_words(error)}.") from error
 
     def _chunks(self, response: Any, max_bytes: int, *, is_file: bool) -> Iterator[bytes]:  # noqa: ANN401 - httpx2.Response

@@ -8,8 +8,10 @@ import re
 import shutil
 import socket
 import struct
+import threading
 import time
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +158,19 @@ def test_a_hundred_models_cost_a_hundred_requests(hub: Hub, tmp_path: Path) -> N
     assert operator.last is not None
     assert {each.state for each in operator.last.models} == {"current", "moved"}
     assert len(hub.requests) == operator.last.requests_count == 100
+
+
+def test_the_way_back_may_take_several_pages(hub: Hub, operator: Operator, repo: Repo) -> None:
+    """Every commit between is met once; the declared one is found where it is."""
+    hub.page = 2
+    for number in range(5):
+        repo.commit({"model.safetensors": weights(number + 1)}, f"Step {number}", at=LONG_AGO)
+
+    found = operator.look()
+
+    assert found.state == "moved"
+    assert found.commits == tuple(f"Step {number}" for number in (4, 3, 2, 1, 0))
+    assert len(hub.asked("*/commits/*")) == 3
 
 
 def test_what_moved_is_described_once(hub: Hub, operator: Operator, repo: Repo) -> None:
@@ -524,6 +539,41 @@ def test_a_hub_that_fails_is_unknown_and_what_was_known_stays(
     kept = ("newest", "difference", "commits", "owner", "repository_id", "last_success_at")
     assert [getattr(found, name) for name in kept] == [getattr(known, name) for name in kept]
     assert (found.last_state, found.last_reason) == (known.state, known.reason)
+
+
+class _LedAway(BaseHTTPRequestHandler):
+    """Answers everything with a redirect."""
+
+    place = ""
+
+    def do_GET(self) -> None:
+        """Lead away."""
+        self.send_response(302)
+        self.send_header("Location", self.place)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize(
+    "place", ["http://[::1", "//127.0.0.1:1/x", "", "javascript:alert(1)", "http://a" + "b" * 9000]
+)
+def test_a_redirect_to_nowhere_is_followed_nowhere(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """No address, another scheme, another host, a circle: unknown, in words."""
+    handler = type("Handler", (_LedAway,), {"place": place})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+
+        found = operator.look(reader=_reader())
+
+        server.shutdown()
+    assert found.state == "unknown"
+    assert found.reason.startswith("hf:acme/Tiny: ")
 
 
 @pytest.mark.parametrize("kind", ["stall_before", "stall_mid", "drip", "listing_endless"])
