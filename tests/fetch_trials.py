@@ -48,7 +48,7 @@ UNFORESEEN, HUNG = -1, -2
 GRACE_S: Final = 10.0
 # Long enough for a busy machine, short enough for a test.
 PATIENT: Final = Patience(
-    deadline_s=40.0, min_rate_bytes_s=16_384.0, stall_s=1.5, tries=2, first_pause_s=0.02,
+    deadline_s=60.0, min_rate_bytes_s=16_384.0, stall_s=4.0, tries=2, first_pause_s=0.02,
     longest_pause_s=0.1,
 )  # fmt: skip
 # Only the deadline ends what is slow.
@@ -93,6 +93,11 @@ class Trial:
     def __str__(self) -> str:
         """As a report shows it."""
         return f"{self.kind} ({self.how})"
+
+    def was_met(self, outcome: Outcome) -> bool:
+        """Whether it ended as it has to, of the fault that was planned and of nothing else."""
+        as_planned = outcome.struck > 0 or not self.faults
+        return outcome.code == self.expected and not outcome.missing and as_planned
 
     @property
     def may_pass(self) -> bool:
