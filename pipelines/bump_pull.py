@@ -38,7 +38,10 @@ _MAX_ROUNDS: Final = 5
 _FORBIDDEN: Final = 403
 # Commits for bots are made in GitHub's own name.
 _GITHUB: Final = "web-flow"
-_DOUBT: Final = ("<!-- fleet:doubt -->", "<!-- fleet:doubt-end -->")
+# For what is put into a body later, beside what people wrote.
+_SLACK: Final = 100
+# Around what is said above a body that is not rendered anew.
+_ABOVE: Final = ("<!-- fleet:above -->", "<!-- fleet:above-end -->")
 
 # opened      there is a pull request now
 # renewed     its branch or its words were changed
@@ -212,14 +215,22 @@ def _brought(gh: GitHub, bump: Bump, seen: Mapping[Place, Value]) -> Outcome:
     made = None
     if branch is None or not _is_right(gh, branch, bump, seen):
         if branch is not None and branch.foreign:
-            return Outcome(
-                subject=bump.subject,
-                state="left",
-                sentence=f"{bump.branch} is left as it is: {branch.foreign} Delete the branch to "
-                f"have it made anew with {bump_change.short(bump.new)}.",
-            )
+            return _left(gh, bump, pull, branch.foreign)
         made = _commit(gh, bump, main, branch)
     return _renewed(gh, bump, main, pull, made)
+
+
+def _left(gh: GitHub, bump: Bump, pull: Mapping[str, Any] | None, foreign: str) -> Outcome:
+    """Leave a branch to whom it is now, and say so where it is seen."""
+    sentence = (
+        f"{bump.branch} is left as it is: {foreign} Delete the branch to have it made anew with "
+        f"{bump_change.short(bump.new)}."
+    )
+    outcome = Outcome(subject=bump.subject, state="left", sentence=sentence)
+    if pull is None:
+        return outcome
+    _say_above(gh, pull, "NOTE", f"**{bump_change.short(bump.new)} is there**", sentence)
+    return _of_pull(pull, bump, "left", sentence)
 
 
 def _renewed(
@@ -230,7 +241,7 @@ def _renewed(
     room = bump_change.BODY_LIMIT
     if pull is not None:
         people = len(pulls.merged(pull.get("body"), ""))
-        room = min(room, pulls.BODY_CHARACTERS - people)
+        room = min(room, pulls.BODY_CHARACTERS - people - _SLACK)
     try:
         found = pulls.upsert_pull(
             gh,
@@ -450,9 +461,8 @@ def _withdrawn(
             url=url,
             number=number,
         )
-    body = pulls.merged(
-        taken(pull, "body", str), bump_change.withdrawn(pulls.ours(pull.get("body")))
-    )
+    told = pull.get("body")
+    body = pulls.merged(told, bump_change.withdrawn(pulls.ours(told)))
     # In one request: what is closed says that it was not a person who closed it.
     gh.patch(f"pulls/{number}", {"state": "closed", "body": body})
     with contextlib.suppress(UnknownOutcomeError):  # said or not, once is enough
@@ -470,19 +480,8 @@ def _withdrawn(
 
 def _doubted(gh: GitHub, pull: Mapping[str, Any], marker: Marker, sentence: str) -> Outcome:
     """Say above our part of a body that somebody has to look first; nothing else is changed."""
+    _say_above(gh, pull, "CAUTION", "**Do not merge before somebody looked**", sentence)
     number = taken(pull, "number", int)
-    there = taken(pull, "body", str)
-    ours = pulls.ours(there)
-    begin, end = _DOUBT
-    if begin in ours and end in ours:
-        ours = ours[: ours.index(begin)] + ours[ours.index(end) + len(end) :].lstrip("\n")
-    first, _, rest = ours.partition("\n")
-    warning = (
-        f"> [!CAUTION]\n> **Do not merge before somebody looked**: {escape_markdown(sentence)}"
-    )
-    body = pulls.merged(there, f"{first}\n{begin}\n{warning}\n\n{end}\n{rest}")
-    if body != there.replace("\r\n", "\n"):
-        gh.patch(f"pulls/{number}", {"body": body})
     return Outcome(
         subject=marker.subject,
         state="doubted",
@@ -490,3 +489,21 @@ def _doubted(gh: GitHub, pull: Mapping[str, Any], marker: Marker, sentence: str)
         url=str(taken(pull, "html_url", str)),
         number=number,
     )
+
+
+def _say_above(gh: GitHub, pull: Mapping[str, Any], kind: str, heading: str, sentence: str) -> None:
+    """Put one paragraph above our part of a body, in place of one that is there already."""
+    there = str(pull.get("body") or "").replace("\r\n", "\n")
+    before = ours = pulls.ours(there)
+    begin, end = _ABOVE
+    if begin in ours and end in ours:
+        ours = ours[: ours.index(begin)] + ours[ours.index(end) + len(end) :].lstrip("\n")
+    first, _, rest = ours.partition("\n")
+    told = f"> [!{kind}]\n> {heading}: {escape_markdown(sentence)}"
+    ours = f"{first}\n{begin}\n{told}\n\n{end}\n{rest}"
+    # Somebody took our part away; or what people wrote would be cut off.
+    if not before or len(there) - len(before) + len(ours) > pulls.BODY_CHARACTERS:
+        return
+    body = pulls.merged(there, ours)
+    if body != there:
+        gh.patch(f"pulls/{taken(pull, 'number', int)}", {"body": body})

@@ -236,20 +236,28 @@ def _other_bot(fleet: Fleet) -> None:
 def test_a_commit_of_somebody_else_is_never_overwritten(
     fleet: Fleet, pushed: Callable[[Fleet], None]
 ) -> None:
-    """What is newer waits; the branch, the words and the pull request stay, and it is said."""
+    """What is newer waits; the branch stays, and the pull request says once what is to be done."""
     fleet.bump(moved())
     pushed(fleet)
-    before = fleet.api.git.head(BRANCH)
+    before, proposed = fleet.api.git.head(BRANCH), fleet.pull["body"]
 
     assert fleet.bump(moved()).writes == []  # nothing is to be changed anyway
     ran = fleet.bump(moved(new=NEWER))
-    gone = fleet.bump(current())
+    again = fleet.bump(moved(new=NEWER))
 
-    assert (ran.code, ran.writes, gone.writes) == (0, [], [])
+    number = fleet.pull["number"]
+    assert (ran.code, ran.writes, again.writes) == (0, [f"PATCH pulls/{number}"], [])
     assert "is left as it is" in ran.err
+    assert f"{NEWER[:7]} is there" in fleet.pull["body"]
+    assert NEW in fleet.pull["title"] + fleet.pull["body"]
+
+    gone = fleet.bump(current())
+    assert gone.writes == []
     assert "left open" in gone.err
     assert fleet.api.git.head(BRANCH) == before
-    assert NEW in fleet.pull["body"]
+
+    fleet.bump(moved())
+    assert fleet.pull["body"] == proposed
 
 
 def test_a_push_in_the_very_moment_is_not_lost(
@@ -424,7 +432,7 @@ def test_an_engine_is_a_pull_request_of_its_own(fleet: Fleet) -> None:
 def test_a_fault_at_any_call_is_mended_by_the_next_run(
     fleet: Fleet, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A refusal or a lost answer at each write of a renewal: never two, never half."""
+    """A refusal or a lost answer at each write that shows: never two, never half."""
     monkeypatch.setattr("pipelines.github.client._FIRST_PAUSE_S", 0.0)
     fleet.bump(moved())
     start, number = fleet.api.git.head(BRANCH), fleet.pull["number"]
@@ -434,7 +442,8 @@ def test_a_fault_at_any_call_is_mended_by_the_next_run(
     places = [index for index, seen in enumerate(fleet.api.requests) if seen.is_write]
     assert len(places) == 6
 
-    for index in places:
+    # Before them only objects were made that nobody sees.
+    for index in places[-3:]:
         fleet.api.git.git("update-ref", f"refs/heads/{BRANCH}", str(start))
         fleet.api.pulls[number].update(body=body, labels=list(labels))
         fleet.api.forget()
