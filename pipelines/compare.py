@@ -365,8 +365,7 @@ class Task:
         """Lay out the engine alone, where the two sides run on two of them."""
         from pipelines import compare_engine, compare_engine_releases  # noqa: PLC0415 - it uses us
 
-        if fresh:
-            compare_engine.sweep(self.at, self.model)
+        compare_engine.sweep(self.at, self.model, fresh=fresh)
         if not compare_engine.differs(self.champion, self.challenger):
             return None
         released = compare_engine_releases.released(self.declared, self.at, self.model, self.host)

@@ -683,11 +683,12 @@ def estimate_of(whole: compare.Estimate, *, releases: int, is_one_file: bool) ->
     )
 
 
-def sweep(at: Layout, model: str) -> None:
-    """Remove the journals of a run that was stopped."""
+def sweep(at: Layout, model: str, *, fresh: bool) -> None:
+    """Remove the journals of runs that were stopped: all of them, or those that are too old."""
     for path in at.scratch(model).glob("engine-*.jsonl"):
         with contextlib.suppress(OSError):
-            path.unlink()
+            if fresh or time.time() - path.stat().st_mtime > compare_run.JOURNAL_LASTS_S:
+                path.unlink()
 
 
 def _told(tried: ReleaseTest, why: str, *, outcome: str = "undecided") -> ReleaseTest:

@@ -636,12 +636,25 @@ before it is promoted. What is served now is the release of release.json, or the
 A comparison is never taken for better than its own numbers, held against the differences that
 params.yaml says matter now: a wider limit at the time of measuring lets nothing pass.
 
+## A changed engine
+
+Where champion and challenger run on two builds of llama.cpp, `fleet compare` writes engine.json
+beside compare.json: the engine alone, on the same GGUF, and what was released, on the new engine
+(docs/compare.md). Its rule is `engine`, and its outcomes count as those of a comparison do: worse
+is REJECT, because every model gets the new engine and better weights of one must not hide what it
+costs; undecided, or left out for want of time, is HOLD; a speed that others disturbed is INVALID.
+A release that the new engine does not load, or answers worse with, is REJECT: a rollback brings
+its bytes back and not its engine. One that could not be tried is HOLD. It counts only if it
+speaks of the file, the context, the machine and the llama.cpp that there are now, and of the two
+sides of compare.json; a stale one never does, and a note says so. That an engine changed and was
+not measured alone is a note, and with `compare.required` HOLD.
+
 ## What review has to see
 
 Two files of results/ are asked for only if they are there, since a new model has neither:
-compare.json, and release.json. Without release.json nobody knows which licence was accepted before
-and what is served, so that neither a changed licence nor a missing comparison is seen. Git shows
-both removals: a change that deletes one of them needs a reason.
+compare.json, with engine.json beside it, and release.json. Without release.json nobody knows which
+licence was accepted before and what is served, so that neither a changed licence nor a missing
+comparison is seen. Git shows both removals: a change that deletes one of them needs a reason.
 
 ## Hosts
 
