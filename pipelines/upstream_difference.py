@@ -72,17 +72,16 @@ _CLASSES: Final[dict[str, ChangeClass]] = {
     "NOTICE.*": "licence",
 }
 
-# The stages that run again at most, in the order of the graph, by how far a change goes. Every new
-# `revision` is in the parameters of fetch and in convert.json, on which calibrate, quantize,
-# benchmark and evaluate depend: so they run although f16.gguf may be the same to the byte.
+# The stages that run again at most, in the order of the graph, by how far a change goes. Where
+# f16.gguf is the same to the byte, nothing is quantized or benchmarked again. What reads upstream's
+# own files is: verify, and the load test, which renders prompts with them.
 STAGES: Final[dict[Reach, tuple[str, ...]]] = {
     "gguf": (
         "fetch", "convert", "verify", "calibrate", "quantize", "benchmark", "evaluate", "choose",
         "load-test", "publish", "track", "report",
     ),
     "source": (
-        "fetch", "convert", "verify", "calibrate", "quantize", "benchmark", "evaluate", "choose",
-        "load-test", "publish", "track", "report",
+        "fetch", "convert", "verify", "choose", "load-test", "publish", "track", "report",
     ),
 }  # fmt: skip
 # How far a change of each class goes at most, and why: what llama.cpp's converter does with it.
