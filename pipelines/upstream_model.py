@@ -393,9 +393,10 @@ class _Look:
         **found: Any,  # noqa: ANN401 - fields of ModelUpstream
     ) -> ModelUpstream:  # fmt: skip
         """Compose the record of an answer."""
-        head, before = self._head, self._before
+        head = self._head
         owner, id_ = self._trusted
-        if head is not None and (state != "asks" or before is None):
+        # In doubt, what was known before stays what the next look is held against.
+        if head is not None and (state != "asks" or (owner, id_) == (None, None)):
             owner, id_ = head.owner or owner, head.repository_id or id_
         if head is not None:
             found = {
