@@ -51,6 +51,8 @@ _CAUSED: Final[dict[Cause, str]] = {
     "cannot tell": "which of the two changed the speed cannot be told",
 }
 
+# A tenth of what logits of 16 bits can tell from nothing.
+_SMALLEST_NATS: Final = 1e-4
 _CAUSED_BY_ENGINE: Final[dict[Cause, str]] = {
     "engine": "the GGUF is the same, so what changed in speed is due to the engine",
     "neither": "the GGUF is the same, and no change of its speed that matters is shown",
@@ -89,15 +91,22 @@ def test_name(one: EngineSpeed) -> str:
 
 
 def departure(one: Departure) -> str:
-    """Say how far something answers otherwise: `0.000012 nats, same first choice in 99.9 %`."""
+    """Say how far something answers otherwise: `divergence 0.02 nats [0.018, 0.022], ...`."""
     ratio = f"perplexity times {wording.number(one.ppl_ratio, 5)}"
     if one.kld_mean_nats is None or one.same_top is None:
         return ratio
-    return (
-        f"divergence {wording.number(one.kld_mean_nats)} nats "
-        f"[{wording.number(one.kld_low_nats)}, {wording.number(one.kld_high_nats)}], the same "
-        f"first choice for {wording.percent(one.same_top, 4)} of the tokens, {ratio}"
-    )
+    how_far = f"divergence {nats(one.kld_mean_nats)} nats"
+    if max(one.kld_mean_nats, one.kld_high_nats or 0.0) >= _SMALLEST_NATS:
+        how_far += f" [{nats(one.kld_low_nats)}, {nats(one.kld_high_nats)}]"
+    same = f"the same first choice for {wording.percent(one.same_top, 4)} of the tokens"
+    return f"{how_far}, {same}, {ratio}"
+
+
+def nats(value: float | None) -> str:
+    """Write a divergence; of one that is next to nothing only that: `below 0.0001`."""
+    if value is None or value == 0 or value >= _SMALLEST_NATS:
+        return wording.number(value)
+    return f"below {wording.declared(_SMALLEST_NATS)}"
 
 
 # --- sentences --------------------------------------------------------------------------------
@@ -203,7 +212,7 @@ def rows(record: EngineRecord) -> tuple[tuple[str, ...], ...]:
         }.get(answers.outcome, f"below {limit}")
         dash = wording.ABSENT
         if answers.engine.kld_mean_nats is not None:
-            klds = [wording.number(one.kld_mean_nats) if one else dash for one in told]
+            klds = [nats(one.kld_mean_nats) if one else dash for one in told]
             found.append(("divergence, nats", "0", *klds, same, dash, dash, dash))
         ratios = [wording.number(one.ppl_ratio, 5) if one else dash for one in told]
         found.append(("perplexity, times", "1", *ratios, dash, dash, dash, dash))

@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import comment_factory
 import engine_factory
 import gguf_factory
 import pytest
@@ -20,6 +21,7 @@ from test_compare import ROOT, edit, git, run, template
 
 from pipelines import (
     bundle_checks,
+    comment_render,
     compare,
     compare_engine,
     compare_engine_effects,
@@ -304,6 +306,28 @@ def test_report_and_comment_show_four_combinations_in_nine_columns() -> None:
     )
     for line in compare_engine_words.table(record):
         assert len(line) < 160
+
+
+def test_the_comment_has_the_engine_in_the_open_where_it_is_worse(tmp_path: Path) -> None:
+    """It stands among what does not hold, its table is folded; else it is a gate that passes."""
+    base, head = Layout(tmp_path / "base"), Layout(tmp_path / "head")
+    comment_factory.write(base)
+    declared = comment_factory.write(head)
+    old = engine_record().champion
+    records.write(head.comparison(MODEL), record_factory.compare_record("better", champion=old))
+    shown = {}
+    for name, change in (("worse", -0.10), ("equal", 0.0)):
+        records.write(head.engine_record(MODEL), engine_record(change, change, 0.10))
+        shown[name] = comment_render.render(comment_factory.compose(base, head, {MODEL: declared}))
+
+    assert "engine on the same GGUF" in shown["worse"].partition("<details>")[0]
+    assert "decode at 256 is slower" in shown["worse"].partition("<details>")[0]
+    assert "engine on the same GGUF" not in shown["equal"].partition("<details>")[0]
+    for text in shown.values():
+        assert "The engine alone, on the same GGUF" in text
+        table = next(line for line in text.splitlines() if "old GGUF, old engine" in line)
+        assert table.count("|") == 9 + 1
+        assert "below 0.0001 nats" in text
 
 
 def test_what_was_measured_of_the_engine_travels_as_the_comparison_does(tmp_path: Path) -> None:
