@@ -137,6 +137,8 @@ class Transfers:
             fresh=fresh,
         )
         tried = stalls = deaths = 0
+        if _size_bytes(part) == size_bytes:
+            return  # one that is linked elsewhere may be read-only by now
         while True:
             before_bytes = _size_bytes(part)
             self._require_time(order)
@@ -145,8 +147,11 @@ class Transfers:
                 return
             stalls += failure.kind == "stalled"
             deaths += failure.kind == "died"
-            if _size_bytes(part) - before_bytes >= max(_PROGRESS_BYTES, self._quantum_bytes):
-                tried, stalls = 0, min(stalls, 1)
+            brought_bytes = _size_bytes(part) - before_bytes
+            if brought_bytes >= _PROGRESS_BYTES:
+                tried = 0
+            if brought_bytes >= max(_PROGRESS_BYTES, self._quantum_bytes):
+                stalls = min(stalls, 1)
             if failure.kind in {"stalled", "xet"} and not self._is_plain:
                 self._is_plain = True
                 self.close()

@@ -451,12 +451,17 @@ def test_a_fetch_that_is_killed_goes_on_where_it_was(
     hub: Hub, repo: Repo, tmp_path: Path, tools: Toolchain,
     fleet: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:  # fmt: skip
-    """SIGKILL in a download: the worker is gone as well; the next run asks for the rest only."""
+    """
+    SIGKILL in a download: the worker is gone as well; the next run asks for the rest only.
+
+    The next one hangs, for as long as params.yaml allows.
+    """
     at = Layout(tmp_path)
     declare(tmp_path, tiny(tmp_path / "model"), tools)
     text = at.params.read_text()
     text = re.sub(r"source: .*", f"source: {SOURCE}", text)
-    at.params.write_text(re.sub(r"revision: .*", f'revision: "{repo.head}"', text))
+    text = re.sub(r"revision: .*", f'revision: "{repo.head}"', text)
+    at.params.write_text(f"{text}fetch: {{min_rate_kib_s: 100, stall_seconds: 2}}\n")
     weights = repo.revision(repo.head)[WEIGHTS]
     part = at.downloads / f"{hashlib.sha256(weights).hexdigest()}.part"
     hub.fault(f"/storage/*{WEIGHTS}", Fault("stall_mid", at_byte=200_000))
@@ -473,9 +478,10 @@ def test_a_fetch_that_is_killed_goes_on_where_it_was(
     assert [child for child in children if "pipelines.hub_worker" in child.cmdline()]
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert psutil.wait_procs(children, timeout=5)[1] == []
     assert not at.source("tiny").exists()
     hub.forget()
+    hub.fault(f"/storage/*{WEIGHTS}", Fault("stall_mid", at_byte=50_000))
 
     done = fleet("fetch", "tiny")
 
@@ -483,8 +489,10 @@ def test_a_fetch_that_is_killed_goes_on_where_it_was(
     assert is_whole(at, repo)
     record = records.read(at.model_record("fetch", "tiny"), records.FetchRecord)
     assert hashlib.sha256(weights).hexdigest() in {file.sha256 for file in record.files}
-    (asked,) = hub.asked(f"/storage/*{WEIGHTS}")
-    assert (asked.range, asked.sent_bytes) == ("bytes=200000-", len(weights) - 200_000)
+    asked = hub.asked(f"/storage/*{WEIGHTS}")
+    assert [each.range for each in asked] == ["bytes=200000-", "bytes=250000-"]
+    assert asked[1].sent_bytes == len(weights) - 250_000
+    assert "it was slower than 100 KiB/s for 2 s" in done.stderr
     assert not hub.asked("*/tokenizer.model")
 
 
@@ -685,4 +693,5 @@ def test_a_file_that_xet_has_is_resumed_and_when_xet_hangs_it_comes_the_plain_wa
     assert is_whole(at, repo)
     sent = hub.sent_bytes(f"/storage/*{WEIGHTS}")
     assert sent == (len(weights) - 123_456 if hangs else 0)
+    assert len(hub.asked(f"/acme/*{WEIGHTS}", "HEAD")) == 1, "what was there was of use"
     assert ("on the plain way now" in capsys.readouterr().err) == hangs
