@@ -225,9 +225,9 @@ def run(slice_: FetchSlice, at: Layout) -> records.FetchRecord:
         ignore_code=slice_.ignore_code,
     )
     directory = at.source(slice_.model)
-    dvc_state.remember_all(
-        {directory / name: digests.md5 for name, digests in fetched.digests.items()}
-    )
+    md5s = {directory / name: digests.md5 for name, digests in fetched.digests.items()}
+    fetch_downloads.drop_rotted(at, md5s)
+    dvc_state.remember_all(md5s)
     return records.FetchRecord(
         model=slice_.model,
         source=slice_.source,

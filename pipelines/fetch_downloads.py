@@ -95,13 +95,14 @@ class Downloads:
             RetryLaterError: Another process was at it all the time.
         """
         files = tuple(files)
-        for file in files:
-            if file.sha256 is not None:
-                self.require_recorded(file.name, file.sha256)
         lock = self._directory / ".lock"
         self._held.enter_context(
             locks.exclusively(lock, "downloading", silent_s=0.5, timeout_s=within_s)
         )
+        # After the wait: whoever was before us may have brought the very files.
+        for file in files:
+            if file.sha256 is not None:
+                self.require_recorded(file.name, file.sha256)
         self._note(sorted({file.digest for file in files}))
         return present(self._at, files, self._known)
 
@@ -124,12 +125,10 @@ class Downloads:
             if found_digest(target, file, digests) == file.digest:
                 return digests
             atomic.remove(target)
-            if file.sha256 is not None:
-                console.warn(
-                    f"{source} is not the file that its name says: it has sha256 {digests.sha256}, "
-                    f"its record {file.sha256}. {file.name} is downloaded again. `fleet repro` "
-                    "removes what is damaged."
-                )
+            if source == cached(self._at, digests.md5):
+                continue  # another file of the same name and size
+            if source.is_relative_to(dvc_state.cache_dir(self._at.root)):
+                _drop_rotted(source)
         return None
 
     def require_recorded(self, name: str, sha256: str) -> None:
@@ -203,14 +202,13 @@ class Known:
 
     def __init__(self, at: Layout) -> None:
         """Read them."""
-        cache = dvc_state.cache_dir(at.root) / "files/md5"
         self._places: dict[str, dict[Path, None]] = {}
         self._revisions: dict[tuple[str, str], dict[str, str]] = {}
         for record, is_here in _records(at):
             named = self._revisions.setdefault((record.source, record.revision), {})
             for file in record.files:
                 named.setdefault(file.name, file.sha256)
-                paths = [cache / file.md5[:2] / file.md5[2:]] if _MD5.fullmatch(file.md5) else []
+                paths = [cached(at, file.md5)] if _MD5.fullmatch(file.md5) else []
                 # A record can be written by hand, with names in it that lead anywhere.
                 if is_here and _PLAIN.fullmatch(f"{record.model}/{file.name}"):
                     paths.append(at.source(record.model) / file.name)
@@ -251,6 +249,33 @@ def present(at: Layout, files: Iterable[RemoteFile], known: Known) -> dict[str, 
         elif part_bytes is not None:
             found[file.name] = min(part_bytes, file.size_bytes)
     return found
+
+
+def cached(at: Layout, md5: str) -> Path:
+    """Return where DVC has, or would have, a file with this md5."""
+    return dvc_state.cache_dir(at.root) / "files/md5" / md5[:2] / md5[2:]
+
+
+def drop_rotted(at: Layout, md5s: Mapping[Path, str]) -> None:
+    """
+    Remove what DVC's cache has under the names of right files, but with other bytes.
+
+    DVC believes what it has and links it in the place of what a stage has just made, wherever that
+    came from. An object that has rotted would so replace the very bytes that were verified.
+
+    Args:
+        at: The checkout.
+        md5s: {verified file: md5}.
+    """
+    for path, md5 in md5s.items():
+        there = cached(at, md5)
+        if there.is_file() and not there.samefile(path) and hashing.digest(there).md5 != md5:
+            _drop_rotted(there)
+
+
+def _drop_rotted(path: Path) -> None:
+    console.warn(f"{path} had rotted on the disk: it was not the file that its name says. Removed.")
+    atomic.remove(path)
 
 
 def here_bytes(at: Layout, model: str, source: str, revision: str) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from checkpoints import PARAMETERS_COUNT, SHAPES, declare, safetensors, tiny
 
-from pipelines import fetch, records
+from pipelines import fetch, fetch_downloads, records
 from pipelines.errors import DigestError, MachineError, UpstreamError
 from pipelines.fetch import LocalDirectory
 from pipelines.layout import Layout
@@ -519,6 +519,27 @@ def test_the_stage_writes_the_same_record_twice(
     record = records.read(at.model_record("fetch", "tiny"), records.FetchRecord)
     assert [file.name for file in record.files] == TAKEN
     assert record.size_bytes == sum(file.size_bytes for file in record.files)
+
+
+def test_an_object_of_the_cache_that_has_rotted_does_not_replace_what_was_verified(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DVC would link it in its place; one that is right, or the file itself, stays."""
+    at = Layout(tmp_path)
+    md5s = {path: hashlib.md5(path.read_bytes()).hexdigest() for path in source.iterdir()}
+    rotted, right, linked = sorted(md5s)[:3]
+    for path in (rotted, right, linked):
+        fetch_downloads.cached(at, md5s[path]).parent.mkdir(parents=True)
+    fetch_downloads.cached(at, md5s[rotted]).write_bytes(b"rot")
+    fetch_downloads.cached(at, md5s[right]).write_bytes(right.read_bytes())
+    fetch_downloads.cached(at, md5s[linked]).hardlink_to(linked)
+
+    fetch_downloads.drop_rotted(at, md5s)
+
+    assert [fetch_downloads.cached(at, md5s[path]).exists() for path in sorted(md5s)[:3]] == [
+        False, True, True,
+    ]  # fmt: skip
+    assert capsys.readouterr().err.count("had rotted on the disk") == 1
 
 
 def test_fleet_digest_prints_the_revision(

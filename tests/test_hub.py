@@ -617,8 +617,11 @@ def test_a_new_template_brings_no_weight_byte(
     content[5000] ^= 1
     cached.chmod(0o644)
     cached.write_bytes(content)
+    cached.chmod(0o444)  # by which DVC believes it without a look
     anew()
     assert hub.sent_bytes(f"/storage/*{WEIGHTS}") == len(content)
+    dvc(at.root, "add", "-q", "work/tiny/source")
+    assert (at.source("tiny") / WEIGHTS).read_bytes() == repo.revision(head)[WEIGHTS]
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
