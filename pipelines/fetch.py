@@ -602,8 +602,9 @@ class _Bringer:
 
         def show(size_bytes: int) -> None:
             new_bytes = max(size_bytes - here_bytes, 0)
-            rate = new_bytes / 2**20 / max(time.monotonic() - started, 0.001)
-            self._progress.update(self._done_bytes + new_bytes, f"{file.name} at {rate:,.1f} MiB/s")
+            rate = new_bytes / 1024 / max(time.monotonic() - started, 0.001)
+            shown = f"{rate / 1024:,.1f} MiB/s" if rate >= 1024 else f"{rate:,.0f} KiB/s"  # noqa: PLR2004 - KiB in a MiB
+            self._progress.update(self._done_bytes + new_bytes, f"{file.name} at {shown}")
 
         target = self._into / file.name
         target.parent.mkdir(exist_ok=True)
