@@ -228,12 +228,13 @@ def agreement(bundle: BundleRecord, declared: Declaration, *, measured: bool) ->
         yield f"{whose}: dvc.lock has no entry of {wording.first_few(missing)}: it was not made."
     if foreign := [name for name in bundle.lock if name not in expected]:
         yield f"{whose}: {wording.first_few(foreign)} is not declared."
+    steps = coverage.steps_of(declared, _GRAPH)
     entries = {
-        name: _Entry.model_validate(entry)
+        name: _of_graph(_Entry.model_validate(entry), steps[name])
         for name, entry in bundle.lock.items()
         if name in expected
     }
-    yield from (f"{whose}: {clause}." for clause in _paths(entries, declared))
+    yield from (f"{whose}: {clause}." for clause in _paths(entries, steps))
     yield from (f"{whose}: {clause}." for clause in _files(bundle, entries))
     yield from (f"{whose}: {clause}." for clause in _links(bundle, entries))
     yield from (f"{whose}: {clause}." for clause in _slices(entries, declared))
@@ -246,9 +247,17 @@ def _md5(text: str) -> str:
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 
-def _paths(entries: Mapping[str, _Entry], declared: Declaration) -> Iterator[str]:
+def _of_graph(entry: _Entry, step: coverage.Step) -> _Entry:
+    """Leave out what the graph does not name any more: DVC compares it no more, and keeps it."""
+    kept = {
+        "deps": tuple(each for each in entry.deps if each.path in step.deps),
+        "outs": tuple(each for each in entry.outs if each.path in step.outs),
+    }
+    return entry.model_copy(update=kept)
+
+
+def _paths(entries: Mapping[str, _Entry], steps: Mapping[str, coverage.Step]) -> Iterator[str]:
     """Hold what each stage read and wrote against the graph: what is not named, nobody compares."""
-    steps = coverage.steps_of(declared, _GRAPH)
     for name, entry in entries.items():
         for what, found, due in (
             ("reads", entry.deps, steps[name].deps),

@@ -518,6 +518,18 @@ def test_an_entry_of_the_lock_names_all_that_its_stage_reads_and_writes(
     assert any(f"{stage} {what} other files" in text and name in text for text in told)
 
 
+def test_what_a_graph_before_this_one_named_as_well_is_passed_over(at: Layout) -> None:
+    """DVC runs nothing again for it, and leaves it in the lock as it once was."""
+    good = bundle_of(at)
+    lock = copy.deepcopy(good.lock)
+    earlier = {"hash": "md5", "md5": "0" * 32, "size": 1}
+    entry = lock[f"quantize@{MODEL}-Q8_0"]
+    entry["deps"].append({"path": f"results/{MODEL}/convert.json"} | earlier)
+    entry["outs"].append({"path": f"results/{MODEL}/more.json"} | earlier)
+
+    assert _told(at, good.model_copy(update={"lock": lock})) == []
+
+
 def test_a_quant_that_is_not_declared_is_said(at: Layout) -> None:
     """A bundle of before the declaration changed holds what nobody wants."""
     good = bundle_of(at)

@@ -197,6 +197,16 @@ EDITS: dict[str, tuple[Callable[[Layout], object], set[str]]] = {
     "an entry that read less": (
         _edit_lock(lambda lock: lock[f"choose@{MODEL}"]["deps"].pop()), {f"choose@{MODEL}"},
     ),
+    "an entry of a graph that read more": (
+        _edit_lock(lambda lock: lock[f"quantize@{Q4}"]["deps"].append(
+            {"path": f"results/{MODEL}/convert.json", "hash": "md5", "md5": "0" * 32, "size": 1})),
+        set(),
+    ),
+    "an entry of a graph that wrote more": (
+        _edit_lock(lambda lock: lock[f"quantize@{Q4}"]["outs"].append(
+            {"path": f"results/{MODEL}/more.json", "hash": "md5", "md5": "0" * 32, "size": 1})),
+        set(),
+    ),
     "an entry that wrote less": (
         _edit_lock(lambda lock: lock[f"choose@{MODEL}"]["outs"].pop()), {f"choose@{MODEL}"},
     ),
