@@ -49,7 +49,7 @@ bench-compare: toolchain  ## Measure how often `fleet compare` is wrong here -> 
 bench-upstream: setup  ## Time a look at upstream of 100 models -> results/upstream-look.json (1 minute)
 	@$(RUN) python -m bench.upstream $(ARGS)
 
-bench-fetch: setup  ## Download 1,700 times while the Hub or the network fails -> results/fetch-faults.json (10 minutes)
+bench-fetch: setup  ## Download 2,000 times while the Hub or the network fails -> results/fetch-faults.json (10 minutes)
 	@$(RUN) python -m bench.faulty_downloads $(ARGS)
 
 prove: setup  ## Prove what a registry promises: histories, kills, reads -> results/release-proofs.json (2 hours)

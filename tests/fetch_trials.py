@@ -52,7 +52,7 @@ PATIENT: Final = Patience(
     longest_pause_s=0.1,
 )  # fmt: skip
 # Only the deadline ends what is slow.
-HURRIED: Final = replace(PATIENT, deadline_s=2.0, min_rate_bytes_s=0.0, stall_s=60.0)
+HURRIED: Final = replace(PATIENT, deadline_s=5.0, min_rate_bytes_s=0.0, stall_s=60.0)
 
 # What a fault strikes: the listing, one file by chance, one of the shards, the bytes of a shard as
 # the Hub's storage sends them.
