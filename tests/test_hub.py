@@ -443,6 +443,18 @@ def test_what_is_here_already_needs_no_room(
     assert is_whole(at, repo)
 
 
+def test_a_disk_that_fills_up_is_said_as_such(repo: Repo, at: Layout) -> None:
+    """The kernel's own refusal, where the weights would go: exit 7, and not tried again."""
+    digest = hashlib.sha256(repo.revision(repo.head)[WEIGHTS]).hexdigest()
+    at.downloads.mkdir(parents=True)
+    (at.downloads / f"{digest}.part").symlink_to("/dev/full")
+
+    error = refused(at, repo.head)
+
+    assert isinstance(error, MachineError)
+    assert f"{WEIGHTS}: the disk is full" in error.message
+
+
 # --- over processes ---------------------------------------------------------------------------
 
 
