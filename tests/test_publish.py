@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import engine_factory
 import pytest
 import yaml
 from publish_factory import (
@@ -24,6 +25,7 @@ from publish_factory import (
 from record_factory import MODEL, compare_record, sha256, side
 
 from pipelines import declaration, params, publish, records
+from pipelines.compare_records import CompareRecord
 from pipelines.errors import DigestError, MachineError, StoreError
 from pipelines.ledger import Ledger
 from pipelines.release_records import (
@@ -479,6 +481,19 @@ def test_a_comparison_that_appears_is_judged_and_part_of_the_evidence(
     assert "compare.json" in release_of(at).evidence
     assert better.release != first.release
     assert not chain.run()
+
+    whole = records.read(at.comparison(MODEL), CompareRecord)
+    sides = {"champion": whole.champion, "challenger": whole.challenger}
+    own = {"machine": whole.machine, "context_tokens": whole.context_tokens}
+    older = whole.champion.model_copy(update={"toolchain_id": "cpu-old"})
+    records.write(at.comparison(MODEL), whole.model_copy(update={"champion": older}))
+    told = engine_factory.engine_record(**(sides | own | {"champion": older}))
+    records.write(at.engine_record(MODEL), told)
+    assert chain.run()
+    assert "engine.json" in release_of(at).evidence
+    better = chain.record()
+    assert not chain.run()
+    at.engine_record(MODEL).unlink()
     compared(at, "worse")
     assert chain.run()
 
