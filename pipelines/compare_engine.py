@@ -248,15 +248,18 @@ class Axis:
         for journal in self._journals:
             journal.remove()
 
-    def _in_time(self, what: str, takes_s: float, do: Callable[[], Any]) -> Any:  # noqa: ANN401 - of `do`
-        """Do a part if there is time for it; else say what it would take."""
+    def _in_time(
+        self, what: str, takes_s: float, do: Callable[[], Any], *, decides: bool = True
+    ) -> Any:  # noqa: ANN401 - of `do`
+        """Do a part if there is time for it; else say what it would take, and None."""
         try:
             if takes_s:
                 self._require_time(what, takes_s)
             return do()
         except NoTimeError as error:
             console.warn(str(error))
-            self.left_out.append(str(error))
+            # What only explains holds nothing up.
+            (self.left_out if decides else self.notes).append(str(error))
             return None
 
     def _require_time(self, what: str, takes_s: float) -> None:
@@ -590,7 +593,7 @@ class Axis:
             return (), engine.validity
         new: Sequence[SpeedComparison] = ()
         of_new = self._in_time(
-            "the speed of the engine on the new GGUF", session_s, self._pairs_of_new
+            "the speed of the engine on the new GGUF", session_s, self._pairs_of_new, decides=False
         )
         if of_new is not None and of_new.validity.verdict == "VALID":
             new = of_new.speed
