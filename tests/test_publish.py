@@ -483,11 +483,12 @@ def test_a_comparison_that_appears_is_judged_and_part_of_the_evidence(
     assert not chain.run()
 
     whole = records.read(at.comparison(MODEL), CompareRecord)
-    sides = {"champion": whole.champion, "challenger": whole.challenger}
-    own = {"machine": whole.machine, "context_tokens": whole.context_tokens}
     older = whole.champion.model_copy(update={"toolchain_id": "cpu-old"})
     records.write(at.comparison(MODEL), whole.model_copy(update={"champion": older}))
-    told = engine_factory.engine_record(**(sides | own | {"champion": older}))
+    told = engine_factory.engine_record(
+        champion=older, challenger=whole.challenger, machine=whole.machine,
+        context_tokens=whole.context_tokens,
+    )  # fmt: skip
     records.write(at.engine_record(MODEL), told)
     assert chain.run()
     assert "engine.json" in release_of(at).evidence
