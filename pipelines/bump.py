@@ -8,7 +8,9 @@
     fleet bump tiny-llama --local     branch and commit in this clone; needs no GitHub
 
 It goes by the last look (`fleet check-upstream`), or looks itself where that is of another
-declaration. Nothing is built of what it finds: a person merges a change of params.yaml, or not.
+declaration or older than `check_upstream.period_hours`: what was the newest last week would take
+the place of what is proposed today. Directories cost no request, and are looked at every time.
+Nothing is built of what it finds: a person merges a change of params.yaml, or not.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -57,6 +60,8 @@ _MARKS: Final = {
     "left": "✋", "elsewhere": "⚠️", "withdrawn": "🗑️", "doubted": "⚠️",
 }  # fmt: skip
 _SHOWN_ROWS: Final = 200
+# By which the clocks of two machines may differ.
+_SKEW: Final = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,7 @@ def main(  # noqa: PLR0913 - one for each option
 
     Raises:
         ParamsError: The declaration is wrong, nothing or something unknown was named, `upstream`
-            is no record, or GitHub's variables are missing.
+            is no record or too old, or GitHub's variables are missing.
     """
     declared = declaration.load(at.params)
     wanted = _wanted(declared, models, engines, everything=everything)
@@ -218,24 +223,45 @@ def _last_look(
     at: Layout, declared: Declaration, wanted: _Wanted, upstream: Path | None
 ) -> UpstreamRecord:
     """
-    Return the last look; a new one where there is none, or that is of another declaration.
+    Return the last look; a new one where there is none, or where that is old or of other words.
 
     Raises:
-        ParamsError: `upstream` is no record.
+        ParamsError: `upstream` is no record, or too old.
     """
+    from pipelines import check_upstream  # noqa: PLC0415 - only here somebody is asked
+
     path = upstream or at.upstream
     found = records.read_or_reason(path, UpstreamRecord)
-    if isinstance(found, str):
-        if upstream is not None:
+    now = datetime.now(UTC)
+    if upstream is not None and isinstance(found, str):
+        raise ParamsError(
+            f"{path} is no record of a look: {console.clean(found)}",
+            hint=f"fleet check-upstream --out {path}",
+        )
+    if isinstance(found, UpstreamRecord):
+        is_recent = _is_recent(declared, found.checked_at, now)
+        if upstream is not None and not is_recent:
             raise ParamsError(
-                f"{path} is no record of a look: {console.clean(found)}",
-                hint=f"fleet check-upstream --out {path}",
+                f"{path} is a look of {found.checked_at:%Y-%m-%d %H:%M} UTC, older than "
+                f"check_upstream.period_hours ({declared.check_upstream.period_hours}): what was "
+                "the newest then may not be it now.",
+                hint=f"Look again: fleet check-upstream --out {path}; in a workflow, run all of "
+                "its jobs again.",
             )
-    elif _fits(at, declared, found, wanted):
-        return found
-    from pipelines import check_upstream  # noqa: PLC0415 - only here the network is asked
-
-    console.info("There is no look at this very declaration yet: looking.")
+        # A record that was named is the answer of another job, which also writes nothing.
+        engines = wanted.engines if upstream is None else ()
+        if (
+            is_recent
+            and _fits(at, declared, found, wanted, now)
+            and _has_engines(declared, found, engines, now)
+        ):
+            local = [
+                name for name in wanted.models if declared.models[name].source.startswith("path:")
+            ]
+            if not local:
+                return found
+            return check_upstream.look(at, declared, models=local, previous=found)
+    console.info("There is no look at this very declaration that is recent enough: looking.")
     previous = None if isinstance(found, str) else found
     models = None if wanted.everything or wanted.engines else wanted.models
     record = check_upstream.look(at, declared, models=models, previous=previous)
@@ -243,7 +269,15 @@ def _last_look(
     return record
 
 
-def _fits(at: Layout, declared: Declaration, record: UpstreamRecord, wanted: _Wanted) -> bool:
+def _is_recent(declared: Declaration, looked_at: datetime | None, now: datetime) -> bool:
+    """Tell whether what was the newest at some time may be taken for that of now."""
+    period = timedelta(hours=declared.check_upstream.period_hours)
+    return looked_at is not None and -_SKEW <= now - looked_at < period
+
+
+def _fits(
+    at: Layout, declared: Declaration, record: UpstreamRecord, wanted: _Wanted, now: datetime
+) -> bool:
     """Tell whether a look is of the declaration that is here."""
     if record.params_sha256 is not None:
         return record.params_sha256 == hashlib.sha256(at.params.read_bytes()).hexdigest()
@@ -255,6 +289,28 @@ def _fits(at: Layout, declared: Declaration, record: UpstreamRecord, wanted: _Wa
         if found is None or (found.newest in spec.ignore) != (found.state == "ignored"):
             return False
         if (found.source, found.track, found.pinned) != (spec.source, spec.track, spec.revision):
+            return False
+        # A look at some models carries along what earlier ones said of the others.
+        if found.state != "unknown" and not _is_recent(declared, found.last_success_at, now):
+            return False
+    return True
+
+
+def _has_engines(
+    declared: Declaration, record: UpstreamRecord, engines: Sequence[Engine], now: datetime
+) -> bool:
+    """Tell whether a look asked for engines: `fleet repro` carries along what others found."""
+    if not engines or not declared.check_upstream.engines:
+        return True
+    from pipelines import engine_releases  # noqa: PLC0415 - only where engines were asked for
+
+    known = {each.engine: each for each in record.engines}
+    for pin in engine_releases.pins_of(declared):
+        found = known.get(pin.engine)
+        if pin.engine in engines and (
+            found is None
+            or (found.state != "unknown" and not _is_recent(declared, found.last_success_at, now))
+        ):
             return False
     return True
 

@@ -74,6 +74,8 @@ hosts:
 """
 AT: Final = datetime(2026, 11, 16, 9, 14, tzinfo=UTC)
 LOOKED_AT: Final = datetime(2026, 11, 22, 5, 41, tzinfo=UTC)
+# Of a look that `fleet bump` believes.
+NOW: Final = datetime.now(UTC)
 WEIGHTS: Final = "model.safetensors"
 _TOOLS: Final = (
     "{%- if tools %}\n"
@@ -231,14 +233,15 @@ def moved(model: str = MODEL, old: str = OLD, new: str = NEW, **changes: Any) ->
             download_bytes=8 << 20,
         ),
         "commits": ("Train on",),
-        "last_success_at": LOOKED_AT,
+        "last_success_at": NOW,
     }
     return ModelUpstream(**(fields | changes))
 
 
-def look_of(*found: ModelUpstream) -> UpstreamRecord:
-    """Build the record of a look."""
-    return UpstreamRecord(checked_at=LOOKED_AT, requests_count=2, models=found)
+def look_of(*found: ModelUpstream, **changes: Any) -> UpstreamRecord:
+    """Build the record of a look, of just now."""
+    fields: dict[str, Any] = {"checked_at": NOW, "requests_count": 2, "models": found}
+    return UpstreamRecord(**(fields | changes))
 
 
 def main() -> None:

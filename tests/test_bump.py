@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import bump_factory as factory
@@ -21,6 +22,7 @@ from pipelines import (
     bump_body,
     bump_pull,
     bump_view,
+    check_upstream,
     declaration,
     pin_lines,
     records,
@@ -738,6 +740,42 @@ def test_another_declaration_is_looked_at_anew(
     assert len(hub.requests) == requests  # the record of that look fits
 
 
+@pytest.mark.parametrize("carried", [False, True])
+def test_what_was_the_newest_last_week_takes_nobodys_place(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, *, carried: bool
+) -> None:
+    """A record left here, or a model that it only carries along: it is looked at again."""
+    old = factory.NOW - timedelta(days=7)
+    fleet.bump(moved(new=NEWER))
+    asked: list[Any] = []
+
+    def look(*_: Any, models: Any, **__: Any) -> Any:
+        asked.append(models)
+        return look_of(moved(new=NEWER), current(OTHER))
+
+    monkeypatch.setattr(check_upstream, "look", look)
+    stale = look_of(
+        moved(last_success_at=old), current(OTHER), checked_at=factory.NOW if carried else old
+    )
+    for words in ((MODEL,), ("--all",)):
+        records.write(fleet.at.upstream, stale)
+        fleet.api.forget()
+        assert __main__.main(["bump", *words]) == 0
+        assert [one for one in fleet.api.requests if one.is_write] == []
+    assert asked == [(MODEL,), None]
+
+
+def test_a_record_that_is_named_and_old_is_refused(fleet: Fleet, tmp_path: Path) -> None:
+    """A job that is run again days later has it: nothing is written, and what to do is said."""
+    path = tmp_path / "upstream.json"
+    records.write(path, look_of(moved(), checked_at=factory.NOW - timedelta(days=2)))
+
+    ran = fleet.bump(moved(), words=("--all", "--upstream", str(path)))
+
+    assert (ran.code, ran.writes) == (2, [])
+    assert "run all of its jobs again" in ran.err
+
+
 # --- in a clone -------------------------------------------------------------------------------
 
 
@@ -864,6 +902,11 @@ def test_a_directory_that_changed_is_pinned_offline(
     )
     told = clone.git("show", f"{BRANCH}:models/fleet/params.yaml")
     assert told.strip() == text.replace(digest, now).strip()
+
+    # The record of that look fits, and the files are others again.
+    (source / "generation_config.json").write_bytes(factory.edited(card, temperature=0.25))
+    assert __main__.main(["bump", MODEL, "--local"]) == 0
+    assert fetch.content_digest(source) in clone.git("show", f"{BRANCH}:models/fleet/params.yaml")
 
 
 def test_a_clone_without_a_name_is_told_how_to_get_one(
