@@ -31,6 +31,7 @@ from pipelines import (
     compare_sides,
     declaration,
     hashing,
+    llama_perplexity,
     measuring,
     publish,
     records,
@@ -41,6 +42,7 @@ from pipelines import (
 )
 from pipelines.compare_engine_records import EngineRecord
 from pipelines.compare_records import CompareRecord
+from pipelines.errors import ToolError
 from pipelines.layout import Layout
 from pipelines.records import QuantizeRecord
 from pipelines.toolchain import Toolchain
@@ -154,6 +156,23 @@ def test_a_mean_of_nothing_has_an_interval_of_nothing() -> None:
     assert compare_engine_effects.departure_interval([0.0, -1e-7, 0.0, 1e-7]) == (0.0, 0.0)
     low, high = compare_engine_effects.departure_interval([0.01, 0.02, 0.03] * 6)
     assert 0.01 < low < 0.02 < high < 0.03
+
+
+def test_an_error_that_is_none_is_zero_only_where_two_are_one(tmp_path: Path) -> None:
+    """The tool prints `nan` for it where both answer equally; anywhere else that stops the run."""
+    stdout, stderr = (
+        (ROOT / "tests/data" / f"llama-divergence.{end}").read_text()
+        for end in ("stdout", "stderr")
+    )
+    base = llama_perplexity.BaseHeader(context_tokens=128, vocabulary_tokens=1024, chunks=6)
+    for error in ("0.002778", "0.002765", "0.080693"):
+        damaged = stdout.replace(f"±   {error}", "±       -nan")
+        assert damaged != stdout
+        for may_be_same in (False, True):  # their perplexities differ by 0.5 %
+            with pytest.raises(ToolError, match="not finite"):
+                llama_perplexity.parse_divergence(
+                    damaged, stderr, base=base, log=tmp_path / "log", may_be_same=may_be_same
+                )
 
 
 # --- the verdict ------------------------------------------------------------------------------
