@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import random
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -306,8 +307,11 @@ class Transfers:
                 # Memory may be there the next time; a bug of ours would be the same.
                 error = ToolError(f"{file}: the program that talks to the Hub {words}.")
             case "unreachable":
-                text = f"{file} cannot be had from {order.endpoint} now: {words}.{_kept(order)}"
-                error = RetryLaterError(text, hint=NETWORK_HINT)
+                error = RetryLaterError(
+                    f"{file} cannot be had from {shown_address(order.endpoint)} now: {words}."
+                    f"{_kept(order)}",
+                    hint=NETWORK_HINT,
+                )
             case _:
                 text = f"{file} did not come: {words}.{_kept(order)}"
                 error = RetryLaterError(text, hint=NETWORK_HINT)
@@ -351,6 +355,11 @@ def _environment(*, plain: bool) -> dict[str, str]:
     places = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]
     env = {"PYTHONPATH": os.pathsep.join(place for place in places if place)}
     return env | ({"HF_HUB_DISABLE_XET": "1"} if plain else {})
+
+
+def shown_address(url: str) -> str:
+    """Return an address as it may be shown: without the password of a mirror."""
+    return re.sub(r"//[^/]*@", "//", url)
 
 
 def _size_bytes(part: Path) -> int:

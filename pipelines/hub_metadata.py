@@ -32,9 +32,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import quote, urljoin, urlsplit
 
-from pipelines import __version__, console
-from pipelines.errors import DigestError, RetryLaterError, UpstreamError
+from pipelines import __version__, console, wording
+from pipelines.errors import DigestError, MachineError, RetryLaterError, UpstreamError
 from pipelines.hub import RemoteFile
+from pipelines.hub_download import shown_address
 from pipelines.version_tags import newest_tag
 
 if TYPE_CHECKING:
@@ -168,10 +169,32 @@ def look(repo: str, track: str, *, deadline: float) -> Head:
 
 
 def endpoint() -> str:
-    """Return the address of the Hub: HF_ENDPOINT now, else what huggingface_hub knows."""
-    from huggingface_hub import constants  # noqa: PLC0415 - 0.2 s, and only for hf: sources
+    """
+    Return the address of the Hub: HF_ENDPOINT now, else what huggingface_hub knows.
 
-    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    Raises:
+        MachineError: HF_ENDPOINT is no address, or another variable of huggingface_hub is odd.
+    """
+    try:
+        from huggingface_hub import constants  # noqa: PLC0415 - 0.2 s, and only for hf: sources
+    except ValueError as error:
+        raise MachineError(
+            f"huggingface_hub cannot read its own variables: {_words(error)}.",
+            hint="Look at those that begin with HF_: env | grep ^HF_",
+        ) from error
+    address = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    try:
+        parts = urlsplit(address)
+        is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        told = wording.quoted(shown_address(address))
+        raise MachineError(
+            f"HF_ENDPOINT is {told}, which is no address of a Hub.",
+            hint="It begins with https://, or is not set at all.",
+        )
+    return address
 
 
 class HubReader:
@@ -535,12 +558,13 @@ class HubReader:
                 body = b"".join(self._chunks(response, max_bytes, is_file=is_file))
                 return _Answer(response.status_code, dict(response.headers), body)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
-            said = f"{base} cannot be reached: {_words(error)}."
+            said = f"{shown_address(base)} cannot be reached: {_words(error)}."
             raise _AgainError(said, is_unreachable=True) from error
         except OfflineModeIsEnabled as error:
             raise RetryLaterError("HF_HUB_OFFLINE is set.", hint="Unset it to look.") from error
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-            raise _AgainError(f"the answer of {base} broke off: {_words(error)}.") from error
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+            said = f"the answer of {shown_address(base)} broke off: {_words(error)}."
+            raise _AgainError(said) from error
 
     def _chunks(self, response: Any, max_bytes: int, *, is_file: bool) -> Iterator[bytes]:  # noqa: ANN401 - httpx2.Response
         """
@@ -586,16 +610,35 @@ class _AgainError(Exception):
 
 
 def _session() -> tuple[Any, dict[str, str]]:
-    """Return huggingface_hub's session and headers: proxies, the token, and who we are."""
+    """
+    Return huggingface_hub's session and headers: proxies, the token, and who we are.
+
+    Raises:
+        MachineError: A proxy or certificates that are set for this machine cannot be used.
+        UpstreamError: What is set as the token is none.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    from huggingface_hub import utils as hub  # noqa: PLC0415 - 0.2 s, and only for hf: sources
+    import httpx2  # noqa: PLC0415 - 0.2 s, and only for hf: sources
+    from huggingface_hub import utils as hub  # noqa: PLC0415 - the same
 
-    headers = hub.build_hf_headers(  # type: ignore[attr-defined]
-        library_name=_LIBRARY, library_version=__version__
-    )
-    client = hub.get_session()  # type: ignore[attr-defined]
-    return client, {str(name): str(value) for name, value in headers.items()}
+    try:
+        told = hub.build_hf_headers(  # type: ignore[attr-defined]
+            library_name=_LIBRARY, library_version=__version__
+        )
+        client = hub.get_session()  # type: ignore[attr-defined]
+    except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+        raise MachineError(
+            f"what this machine has set for its network cannot be used: {_words(error)}.",
+            hint="Look at HTTPS_PROXY, ALL_PROXY (no SOCKS), SSL_CERT_FILE and SSL_CERT_DIR.",
+        ) from error
+    headers = {str(name): str(value) for name, value in told.items()}
+    if not headers.get("authorization", "").isascii():
+        raise UpstreamError(
+            "the token has characters that none has.",
+            hint="Set HF_TOKEN again, without what came along when it was copied.",
+        )
+    return client, headers
 
 
 def _resolve(repo: str, revision: str, name: str) -> str:

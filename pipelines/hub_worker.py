@@ -266,7 +266,8 @@ def _receive(response: Any, part: _Part, total_bytes: int | None) -> None:  # no
     if part.take(response.iter_bytes()):
         return  # more than was declared: the digest will tell whether what we have is right
     if not part.is_whole:
-        if "chunked" in response.headers.get("transfer-encoding", "").lower():
+        is_chunked = "chunked" in response.headers.get("transfer-encoding", "").lower()
+        if is_chunked and total_bytes is None:
             raise _length(part.have_bytes)
         # Nothing said how much there would be: this may have been a cut.
         raise _Failed(
@@ -425,7 +426,7 @@ def _explained() -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise _Failed(Failure(kind="offline")) from error
-    except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
+    except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, ImportError) as error:
         raise _Failed(Failure(kind="unreachable", detail=_words(error))) from error
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
         raise _Failed(Failure(kind="broken", detail=_words(error))) from error

@@ -24,6 +24,7 @@ from checkpoints import CONFIG, PARAMETERS_COUNT, declare, tiny
 from hub import INSIDER, Fault, Hub
 from hub import server as hub_server
 from hub.faults import Reply
+from huggingface_hub import close_session
 
 from pipelines import dvc_state, fetch, proc, records
 from pipelines.errors import (
@@ -322,6 +323,48 @@ def test_a_hub_that_is_down_or_forbidden_means_try_again_later(
     assert {type(error) for error in (down, offline, mid)} == {RetryLaterError}
     assert "http://127.0.0.1:9 cannot be reached" in down.message
     assert "HF_HUB_OFFLINE is set" in offline.message
+
+
+SETTINGS: dict[str, tuple[dict[str, str], type[FleetError], str]] = {
+    "no address": ({"HF_ENDPOINT": "huggingface.co"}, MachineError, 'HF_ENDPOINT is "huggingface'),
+    "no port": ({"HF_ENDPOINT": "http://hub:port"}, MachineError, "which is no address of a Hub"),
+    "a mirror's password": (
+        {"HF_ENDPOINT": "http://me:secret@127.0.0.1:9"}, RetryLaterError,
+        "http://127.0.0.1:9 cannot be reached",
+    ),
+    "a proxy of another kind": (
+        {"ALL_PROXY": "socks5://127.0.0.1:9"}, MachineError, "set for its network cannot be used"
+    ),
+    "no such certificates": (
+        {"SSL_CERT_FILE": "/no/such/file"}, MachineError, "set for its network cannot be used"
+    ),
+    "half a token": (
+        {"HF_TOKEN": "hf_secret\u2026", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}, UpstreamError,
+        "the token has characters that none has",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "kind", "why"), SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.usefixtures("hub")
+def test_settings_that_cannot_be_used_are_said_and_no_secret_with_them(
+    settings: dict[str, str], kind: type[FleetError], why: str,
+    at: Layout, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A variable of the environment is wrong: which, what to do, and no traceback."""
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    if "HF_TOKEN" in settings:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    close_session()  # which keeps what was set when it was made
+    try:
+        error = refused(at, "a" * 40, HASTY)
+    finally:
+        close_session()
+
+    assert type(error) is kind, error.message
+    assert why in error.message
+    assert "secret" not in error.message + error.hint
 
 
 # --- a person has to decide -------------------------------------------------------------------
