@@ -343,21 +343,21 @@ def _ollama_by_github(pin: Pin, deadline: float) -> Listing:
     }
     if not tagged:
         raise MachineError(f"GitHub lists no release of {OLLAMA}.")
-    name = None
+    name = own = None
     if pin.sha256 is not None:
-        files = _digests(tagged.get(pin.version, {}))
+        there = tagged.get(pin.version, {})
+        files = _digests(there)
         name = next((name for name, digest in files.items() if digest == pin.sha256), None)
+        # None of its files is the declared one, if each says what it is: one is named as another.
+        is_told = len(files) == len(_assets(there))
+        own = pin.sha256 if name else next(iter(files.values()), None) if is_told else None
     return Listing(
         said_by="GitHub",
         releases=tuple(
             Release(
                 version=version,
                 at=package_index.time_of(one.get("published_at")),
-                sha256=(
-                    pin.sha256
-                    if version == pin.version and name is not None
-                    else _digests(one).get(name or "")
-                ),
+                sha256=own if version == pin.version else _digests(one).get(name or ""),
                 size_bytes=_sizes(one).get(name or ""),
             )
             for version, one in tagged.items()

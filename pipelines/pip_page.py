@@ -77,7 +77,8 @@ def _asked(session: Any, index: str, project: str) -> dict[str, Any]:  # noqa: A
             url, headers={"Accept": _ACCEPT, "Cache-Control": "max-age=0"}, stream=True
         )
         with answer:
-            if not _is_safe(session, answer.url):
+            # Whoever sits on one step of plain HTTP chooses the next.
+            if not all(_is_safe(session, step.url) for step in (*answer.history, answer)):
                 return found | {"error": "insecure"}
             found["status"] = answer.status_code
             if answer.status_code != _OK:

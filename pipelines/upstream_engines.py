@@ -15,24 +15,26 @@ A digest of the release in use that is not the declared one stops everything: so
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import time
 from datetime import UTC, datetime, timedelta
+from threading import Thread
 from typing import TYPE_CHECKING, Final
 
 from pipelines import console, engine_releases, go_versions, wording
 from pipelines.engine_releases import PROJECT, Listing, Pin, Release
-from pipelines.errors import FleetError
+from pipelines.errors import FleetError, MachineError
 from pipelines.layout import Layout
 from pipelines.upstream_records import EngineUpstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from pipelines.params import Declaration
     from pipelines.upstream_records import Engine, State, UpstreamRecord
 
 _MOST_KEPT: Final = 50
+# For a program that is being ended when the deadline comes; less than who asked us waits.
+_GRACE_S: Final = 0.7
 
 
 def look(  # noqa: PLR0913 - each is one independent fact
@@ -64,29 +66,43 @@ def look(  # noqa: PLR0913 - each is one independent fact
     ]
     if not pins:
         return ()
-    with ThreadPoolExecutor(max_workers=len(pins), thread_name_prefix="engines") as pool:
-        jobs = [
-            pool.submit(_looked, pin, before.get(pin.engine), deadline, clock(), log)
-            for pin in pins
-        ]
-        return tuple(job.result() for job in jobs)
+    now = clock()
+    listings: dict[Engine, Listing | Exception] = {}
+
+    def ask(pin: Pin) -> None:
+        try:
+            listings[pin.engine] = engine_releases.listing_of(pin, deadline, log)
+        except Exception as error:  # noqa: BLE001 - raised again by who waits
+            listings[pin.engine] = error
+
+    # Daemons: one that hangs, in the resolver of names say, holds up neither the other one nor the
+    # end of the process, as a pool would.
+    threads = [Thread(target=ask, args=(pin,), name="engines", daemon=True) for pin in pins]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(deadline + _GRACE_S - time.monotonic(), 0))
+    late = MachineError("it did not answer in the time that there is for a look.")
+    return tuple(
+        _told(pin, listings.get(pin.engine, late), before.get(pin.engine), now) for pin in pins
+    )
 
 
-def _looked(
-    pin: Pin, before: EngineUpstream | None, deadline: float, now: datetime, log: Path
+def _told(
+    pin: Pin, listing: Listing | Exception, before: EngineUpstream | None, now: datetime
 ) -> EngineUpstream:
-    try:
-        listing = engine_releases.listing_of(pin, deadline, log)
-    except FleetError as error:
+    if isinstance(listing, FleetError):
         return EngineUpstream(
             engine=pin.engine,
             pinned=pin.version,
             state="unknown",
-            reason=wording.sentence(_bounded(error.message)),
-            next_step=_bounded(error.hint),
+            reason=wording.sentence(_bounded(listing.message)),
+            next_step=_bounded(listing.hint),
             first_seen=before.first_seen if before else {},
             last_success_at=before.last_success_at if before else None,
         )
+    if isinstance(listing, Exception):
+        raise listing
     return judged(pin, listing, before=before, now=now)
 
 
