@@ -215,21 +215,32 @@ def _brought(gh: GitHub, bump: Bump, seen: Mapping[Place, Value]) -> Outcome:
     made = None
     if branch is None or not _is_right(gh, branch, bump, seen):
         if branch is not None and branch.foreign:
-            return _left(gh, bump, pull, branch.foreign)
+            is_there = _pins(gh, branch.head, bump) == dict(bump.edits)
+            return _left(gh, bump, pull, branch.foreign, main.name if is_there else None)
         made = _commit(gh, bump, main, branch)
     return _renewed(gh, bump, main, pull, made)
 
 
-def _left(gh: GitHub, bump: Bump, pull: Mapping[str, Any] | None, foreign: str) -> Outcome:
-    """Leave a branch to whom it is now, and say so where it is seen."""
-    sentence = (
-        f"{bump.branch} is left as it is: {foreign} Delete the branch to have it made anew with "
-        f"{bump_change.short(bump.new)}."
-    )
+def _left(
+    gh: GitHub, bump: Bump, pull: Mapping[str, Any] | None, foreign: str, merge: str | None
+) -> Outcome:
+    """
+    Leave a branch to whom it is now, and say so where it is seen.
+
+    Where it pins what is proposed and only the line of the default branch, `merge`, is another one,
+    it must not be deleted: that closes its pull request, which says that this is not wanted.
+    """
+    new = bump_change.short(bump.new)
+    if merge is None:
+        heading, step = f"**{new} is there**", f"Delete the branch to have it made anew with {new}."
+    else:
+        heading = f"**{merge} has another line by now**"
+        step = f"Merge {merge} into it, and keep {new} there."
+    sentence = f"{bump.branch} is left as it is: {foreign} {step}"
     outcome = Outcome(subject=bump.subject, state="left", sentence=sentence)
     if pull is None:
         return outcome
-    _say_above(gh, pull, "NOTE", f"**{bump_change.short(bump.new)} is there**", sentence)
+    _say_above(gh, pull, "NOTE", heading, sentence)
     return _of_pull(pull, bump, "left", sentence)
 
 
@@ -272,24 +283,30 @@ def _label(gh: GitHub, pull: Mapping[str, Any], bump: Bump) -> None:
     """
     Give a pull request the labels of a change, and take away classes that a former one had.
 
-    Labels decide nothing: a refusal is said. GitHub makes one that is not there yet only for a
-    token that may write issues.
+    Labels decide nothing: a refusal is said. One that the repository does not have yet GitHub makes
+    only for a token that may write issues, which no job of ours needs for anything else here; so
+    each is asked for alone, and those that are there are given.
     """
     names = [each.get("name") for each in pull.get("labels") or () if isinstance(each, dict)]
     missing = [name for name in bump.labels if name not in names]
     start = bump_change.CLASS_LABEL.format(name="")
     stale = [name for name in names if str(name).startswith(start) and name not in bump.labels]
     number = taken(pull, "number", int)
+    refused: dict[str, GitHubError] = {}
+    for name in missing:
+        try:
+            gh.post(f"issues/{number}/labels", {"labels": [name]}, repeatable=True)
+        except GitHubError as error:
+            refused[name] = error
+    if refused:
+        commands = "; ".join(f'gh label create "{name}"' for name in refused)
+        why = next(iter(refused.values())).message
+        console.warn(f"#{number} lacks labels: {why} Make them once in the repository: {commands}")
     try:
-        if missing:
-            gh.post(f"issues/{number}/labels", {"labels": missing}, repeatable=True)
         for name in stale:
             gh.delete(f"issues/{number}/labels/{quoted(str(name))}")
     except GitHubError as error:
-        console.warn(
-            f"#{number} lacks labels of {', '.join(bump.labels)}: {error.message} Make them once "
-            "in the repository, or give the token `issues: write`."
-        )
+        console.warn(f"#{number} has labels of what it was before: {error.message}")
 
 
 def _of_pull(
@@ -354,7 +371,9 @@ def _foreign(gh: GitHub, listed: list[Any]) -> Iterator[str]:
         told = taken(taken(each, "commit", dict), "message", str)
         if author not in ours or committer not in {*ours, _GITHUB} or not bump_change.is_ours(told):
             who = committer if author in ours and committer != _GITHUB else author
-            yield f"{console.clean(who or 'somebody')} committed there."
+            # "Update branch" is one too: what somebody resolved in it looks the same.
+            did = "merged into it" if len(each.get("parents") or ()) > 1 else "committed there"
+            yield f"{console.clean(who or 'somebody')} {did}."
 
 
 def _login(commit: Any, role: str) -> str:  # noqa: ANN401 - JSON of GitHub's

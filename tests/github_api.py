@@ -232,6 +232,8 @@ class GitHubApi:
             "ghs_of-an-app": Token("fleet-of-octo[bot]"),
             "ghp_of-a-person": Token("mona"),
         }
+        # Of the repository; those that are used are there afterwards.
+        self.labels: set[str] = set()
         self.pulls: dict[int, dict[str, Any]] = {}
         self.issues: dict[int, dict[str, Any]] = {}
         self.comments: dict[int, dict[str, Any]] = {}
@@ -880,6 +882,12 @@ def _add_labels(api: GitHubApi, call: Call) -> tuple[int, Any]:
     number = call.number("issue_number")
     api.shown_issue(number)
     labels = (api.issues.get(number) or api.pulls[number])["labels"]
+    rights = call.token.permissions
+    may_make = rights is None or rights.get("issues") == "write"
+    if not may_make and not api.labels.issuperset(call.body["labels"]):
+        # All or nothing.
+        raise AnswerError(403, "You do not have permission to create labels on this repository.")
+    api.labels.update(call.body["labels"])
     labels += [each for each in call.body["labels"] if each not in labels]
     return 200, api.shown_labels(labels)
 

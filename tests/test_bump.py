@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -28,11 +29,12 @@ from pipelines import (
     records,
 )
 from pipelines.bump_body import FileLine, Link, Risk, View
-from pipelines.bump_change import BODY_LIMIT, marker_of
+from pipelines.bump_change import BODY_LIMIT, CLASS_LABEL, LABEL, marker_of
+from pipelines.bump_engine import ENGINE_LABEL
 from pipelines.github import commits, pulls
 from pipelines.github.client import GitHub
 from pipelines.layout import Layout
-from pipelines.upstream_records import EngineUpstream
+from pipelines.upstream_records import CLASSES, EngineUpstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -234,7 +236,19 @@ def _other_bot(fleet: Fleet) -> None:
     fleet.api.git.commit(BRANCH, {"notes.md": "fixed\n"}, "Autofix", author="style-ci[bot]")
 
 
-@pytest.mark.parametrize("pushed", [_pushed, _amended, _other_bot])
+def _updated(fleet: Fleet) -> None:
+    """The button "Update branch": GitHub merges, in the name of who pressed it."""
+    git = fleet.api.git
+    main = git.commit("main", {"README.md": "Another word.\n"}, author="mona")
+    tree = git.tree(f"{BRANCH}^{{tree}}", {"README.md": git.blob(b"Another word.\n")})
+    told = f"Merge branch 'main' into {BRANCH}"
+    made = git.commit_tree(
+        tree, [str(git.head(BRANCH)), main], told, author="mona", committer="GitHub"
+    )
+    git.git("update-ref", f"refs/heads/{BRANCH}", made)
+
+
+@pytest.mark.parametrize("pushed", [_pushed, _amended, _other_bot, _updated])
 def test_a_commit_of_somebody_else_is_never_overwritten(
     fleet: Fleet, pushed: Callable[[Fleet], None]
 ) -> None:
@@ -300,6 +314,30 @@ def test_another_line_on_main_means_another_look(fleet: Fleet) -> None:
     fleet.at.params.write_text(edited.replace(OLD, "e" * 40))
     fleet.bump(moved(old="e" * 40))
     assert fleet.line().startswith(f"-    revision: {'e' * 40}")
+
+
+def test_whose_branch_it_is_merges_main_where_only_main_has_another_line(fleet: Fleet) -> None:
+    """To delete the branch would close the pull request: that this very change is not wanted."""
+    fleet.bump(moved())
+    _pushed(fleet)
+    fleet.merged(PARAMS.replace(OLD, "e" * 40))
+
+    ran = fleet.bump(moved(old="e" * 40))
+
+    assert "Merge main into it, and keep 9f3c4e5 there." in ran.err
+    assert "main has another line by now" in fleet.pull["body"]
+    assert "Delete" not in ran.err
+
+    # Somebody does.
+    git = fleet.api.git
+    text = fleet.at.params.read_text().replace("e" * 40, NEW)
+    tree = git.tree("main^{tree}", {"params.yaml": git.blob(text.encode())})
+    heads = [str(git.head(one)) for one in (BRANCH, "main")]
+    made = git.commit_tree(tree, heads, "Merge main", author="mona", committer="mona")
+    git.git("update-ref", f"refs/heads/{BRANCH}", made)
+    fleet.bump(moved(old="e" * 40))
+    assert "another line" not in fleet.pull["body"]
+    assert f"{MODEL} {'e' * 40}..{NEW}" in fleet.pull["body"]
 
 
 # --- out of date ------------------------------------------------------------------------------
@@ -472,16 +510,26 @@ def test_a_model_that_fails_keeps_nobody_from_the_others(fleet: Fleet) -> None:
     assert fleet.pull["head"] == f"bump/{OTHER}"
 
 
-def test_a_token_that_may_make_no_labels_proposes_all_the_same(fleet: Fleet) -> None:
-    """GitHub makes a new label only for who may write issues: said, with what to do."""
-    refused = Fault(kind="status", status=403, body={"message": "not permitted to create labels"})
-    fleet.api.strike(refused, matches="POST issues/.*/labels")
+def test_a_token_that_may_make_no_labels_gives_those_that_are_there(fleet: Fleet) -> None:
+    """GitHub makes a new label only for who may write issues: said, with what to type."""
+    fleet.api.labels = {"bump"}
+    rights = {"contents": "write", "pull_requests": "write"}
+    fleet.api.tokens[fleet.api.token] = Token(ACTIONS, rights)
 
     ran = fleet.bump(moved())
 
     assert ran.code == 0
     assert fleet.pull["head"] == BRANCH
-    assert "issues: write" in ran.err
+    assert fleet.pull["labels"] == ["bump"]
+    assert 'Make them once in the repository: gh label create "bump: weights"' in ran.err
+
+
+def test_the_labels_to_be_made_once_are_all_that_a_bump_has() -> None:
+    """As an operator types them, by the page on settings."""
+    page_ = (factory.ROOT / "docs/security.md").read_text()
+    (told,) = re.findall(r"for label in (.+); do\n    gh label create", page_)
+    every = {CLASS_LABEL.format(name=name) for name in CLASSES} | {LABEL, ENGINE_LABEL}
+    assert set(shlex.split(told)) == every
 
 
 def test_racing_runs_leave_one_branch_and_one_pull_request(
