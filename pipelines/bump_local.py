@@ -59,7 +59,7 @@ def bring(at: Layout, bump: Bump, seen: Mapping[Place, Value]) -> Outcome:
     if before is not None:
         if clone.is_right(before, bump, seen):
             return _of(bump, "unchanged", f"{bump.branch} is as it has to be.")
-        if (why := clone.foreign(before)) is not None:
+        if (why := clone.foreign(before, bump)) is not None:
             return _of(
                 bump,
                 "left",
@@ -104,16 +104,27 @@ class _Clone:
         except ParamsError:
             return None
 
-    def foreign(self, commit: str) -> str | None:
+    def foreign(self, commit: str, bump: Bump) -> str | None:
         """Say which commit of a branch is none of ours; None if all are."""
         for one in self._words("rev-list", f"{self.head}..{commit}"):
             told = self._told("show", "-s", "--format=%B", one).decode(errors="replace")
-            touched = self._words("diff-tree", "--no-commit-id", "--name-only", "-r", "-m", one)
-            is_bump = [name.rpartition("/")[2] for name in touched] == [PARAMS]
-            records = not bump_change.is_bump(told)
-            if not bump_change.is_ours(told) or not (is_bump or records):
+            records = bump_change.is_ours(told) and not bump_change.is_bump(told)
+            if not records and not (bump_change.is_bump(told) and self._is_made_here(one, bump)):
                 return f"{one[:12]} is a commit of yours."
         return None
+
+    def _is_made_here(self, commit: str, bump: Bump) -> bool:
+        """Tell whether a commit is what we make of the one before, and was not amended since."""
+        touched = self._words("diff-tree", "--no-commit-id", "--name-only", "-r", "-m", commit)
+        if [name.rpartition("/")[2] for name in touched] != [PARAMS]:
+            return False
+        before, after = self.git.show(f"{commit}^", PARAMS), self.git.show(commit, PARAMS)
+        if before is None or after is None:
+            return False
+        try:
+            return pin_lines.changed(before, pin_lines.values(after, bump.edits)) == after
+        except ParamsError:
+            return False
 
     def checked_out(self, branch: str) -> str | None:
         """Return where a branch is checked out; None if it is nowhere."""

@@ -311,9 +311,18 @@ def _file(each: FileChange) -> FileLine:
 
 
 def _links(found: ModelUpstream) -> Iterator[Link]:
-    """Yield where to read on; of a repository of the Hub alone."""
+    """
+    Yield where to read on; of a repository of the Hub alone.
+
+    None where HF_ENDPOINT names another place: a mirror has no pages that we know of, its address
+    may hold a secret, and what the Hub has under this name was not looked at.
+    """
+    from pipelines import hub_metadata  # noqa: PLC0415 - not for --help
+
     kind, _, place = found.source.partition(":")
     if kind != "hf" or not _REPOSITORY.fullmatch(place) or found.newest is None:
+        return
+    if hub_metadata.endpoint() != HUB:
         return
     yield Link(text="Commits", url=f"{HUB}/{place}/commits/{found.newest}")
     yield Link(text="the newest", url=f"{HUB}/{place}/commit/{found.newest}")

@@ -680,6 +680,20 @@ def test_a_strangers_text_is_shown_and_does_nothing(shift: int) -> None:
     assert not re.search("[\u202a-\u202e\u2066-\u2069\u200f\x1b]", text)
 
 
+def test_where_a_mirror_was_asked_nothing_leads_to_the_hub(fleet: Fleet) -> None:
+    """Another place was looked at, and its address, which may hold a secret, is not told."""
+    assert f"(https://huggingface.co/{factory.REPOSITORY}/commits/" in _body(fleet)
+    fleet.monkeypatch.setenv("HF_ENDPOINT", "https://mirror.invalid/s3cret")
+    text = _body(fleet)
+    assert "https://" not in text
+    assert "mirror.invalid" not in text
+
+
+def _body(fleet: Fleet) -> str:
+    (found,) = bump.plan(fleet.at, declaration.load(fleet.at.params), look_of(moved()))
+    return found.text()
+
+
 def test_what_is_left_out_goes_in_the_stated_order() -> None:
     """Differences, the longest first; commits; notes; files; ends of sentences; each is said."""
     whole = bump_body.render(view(), BODY_LIMIT)
@@ -918,6 +932,26 @@ def test_a_branch_is_made_beside_unfinished_work(
     __main__.main(["bump", MODEL, "--local"])
     assert "is a commit of yours" in capsys.readouterr().err
     assert clone.git("rev-parse", BRANCH) == kept
+
+
+def test_what_somebody_amended_in_the_same_file_is_kept(
+    clone: Clone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message is still ours, and so is the only file; the other line is not."""
+    records.write(Layout(clone.fleet).upstream, look_of(moved(), current(OTHER)))
+    assert __main__.main(["bump", MODEL, "--local"]) == 0
+    clone.git("switch", "-q", BRANCH)
+    path = clone.fleet / "params.yaml"
+    path.write_text(path.read_text().replace("context_tokens:   512", "context_tokens:   256"))
+    clone.git("commit", "-q", "--amend", "--no-edit", "models/fleet/params.yaml")
+    clone.git("switch", "-q", "main")
+    amended = clone.git("rev-parse", BRANCH)
+
+    records.write(Layout(clone.fleet).upstream, look_of(moved(new=NEWER), current(OTHER)))
+    assert __main__.main(["bump", MODEL, "--local"]) == 0
+
+    assert clone.git("rev-parse", BRANCH) == amended
+    assert "is a commit of yours" in capsys.readouterr().err
 
 
 def test_a_directory_that_changed_is_pinned_offline(
