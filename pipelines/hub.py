@@ -131,6 +131,7 @@ class HubRepo:
         reader = hub_metadata.HubReader(
             deadline=time.monotonic() + max(self._transfers.left_s, 0),
             attempts=self._patience.tries + 1,
+            answer_s=self._patience.stall_s,
         )
         return reader.at(self.repo, self.revision)
 
@@ -193,8 +194,7 @@ class HubRepo:
         """Transfer what is missing and hash all of it; wrong bytes are asked for once more."""
         for is_last in (False, True):
             try:
-                if not part.exists():
-                    part.touch()
+                _own(part, file.size_bytes)
                 self._transfers.bring(
                     file.name,
                     file.size_bytes,
@@ -233,6 +233,19 @@ def _name(part: Path, target: Path) -> None:
         target.hardlink_to(part)
         return
     part.replace(target)
+
+
+def _own(part: Path, size_bytes: int) -> None:
+    """
+    See that there is a file to append to, and that nobody else has it.
+
+    One that is linked elsewhere was whole: it is a model's by now, and an object of DVC's cache. If
+    it has another size than is listed now, it is left to them.
+    """
+    if part.exists() and part.stat().st_nlink > 1 and part.stat().st_size != size_bytes:
+        atomic.remove(part)
+    if not part.exists():
+        part.touch()
 
 
 def git_blob_sha1(path: Path) -> str:

@@ -12,6 +12,7 @@ Nothing here says that bytes are right: `pipelines.hub` hashes them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -22,7 +23,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import console, proc
 from pipelines.errors import DigestError, MachineError, RetryLaterError, ToolError, UpstreamError
@@ -42,7 +43,7 @@ NETWORK_HINT: Final = "Check the network, the proxy and HF_ENDPOINT, then try ag
 _TOO_BUSY: Final = frozenset({408, 425, 429})
 _SERVER_ERRORS: Final = range(500, 600)
 # More than any pause that nobody would wonder about.
-_LONG_PAUSE_S: Final = 5.0
+LONG_PAUSE_S: Final = 5.0
 _TOLD_WITHIN_S: Final = 10.0
 # Python, httpx2 and huggingface_hub, on a machine that has a lot to do.
 _READY_WITHIN_S: Final = 120.0
@@ -199,8 +200,11 @@ class Transfers:
         self._worker = proc.Dialogue(
             [sys.executable, "-m", "pipelines.hub_worker"], env=_environment(plain=self._is_plain)
         )
-        said = self._worker.hear(within_s=max(min(_READY_WITHIN_S, self.left_s), 0))
-        if said != READY:
+        until = time.monotonic() + max(min(_READY_WITHIN_S, self.left_s), 0)
+        said: str | None = ""
+        while said not in {READY, None}:  # this Python may have something to say of its own
+            said = self._worker.hear(within_s=max(until - time.monotonic(), 0))
+        if said is None:
             self._require_time(order)
             raise MachineError(
                 f"the program that talks to the Hub was not there within {_READY_WITHIN_S:.0f} s.",
@@ -221,7 +225,7 @@ class Transfers:
                 return Failure(kind="stalled", detail=_rate_words(self._patience))
             self._require_time(order)
             line = worker.hear(within_s=min(patient_s, self.left_s))
-            said = {} if line is None else json.loads(line)
+            said = _message(line)
             if "done" in said:
                 progress(said["done"])
                 return None
@@ -266,7 +270,7 @@ class Transfers:
                 f"{_duration(max(self.left_s, 0))} left for this fetch.{_kept(order)}",
                 hint=f"Run the same command again after {when:%Y-%m-%d %H:%M:%S} UTC.",
             )
-        if pause_s >= _LONG_PAUSE_S:
+        if pause_s >= LONG_PAUSE_S:
             console.info(f"{self._file(order)}: {_words(failure)}; again in {pause_s:.0f} s.")
         time.sleep(pause_s)
 
@@ -355,6 +359,14 @@ def _environment(*, plain: bool) -> dict[str, str]:
     places = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]
     env = {"PYTHONPATH": os.pathsep.join(place for place in places if place)}
     return env | ({"HF_HUB_DISABLE_XET": "1"} if plain else {})
+
+
+def _message(line: str | None) -> dict[str, Any]:
+    """Read what a worker says; what a library printed is nothing."""
+    with contextlib.suppress(ValueError):
+        said = json.loads(line or "")
+        return said if isinstance(said, dict) else {}
+    return {}
 
 
 def shown_address(url: str) -> str:

@@ -35,7 +35,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from pipelines import __version__, console, wording
 from pipelines.errors import DigestError, MachineError, RetryLaterError, UpstreamError
 from pipelines.hub import RemoteFile
-from pipelines.hub_download import shown_address
+from pipelines.hub_download import LONG_PAUSE_S, shown_address
 from pipelines.version_tags import newest_tag
 
 if TYPE_CHECKING:
@@ -200,13 +200,14 @@ def endpoint() -> str:
 class HubReader:
     """The real `Reader`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is one independent fact, named at the call
         self,
         *,
         deadline: float,
         attempts: int = 4,
         connect_timeout_s: float = 5.0,
         timeout_s: float = 10.0,
+        answer_s: float = 60.0,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         """
@@ -217,11 +218,13 @@ class HubReader:
             attempts: How often a question is put to a Hub that is busy or out of reach.
             connect_timeout_s: For a connection.
             timeout_s: Without a byte.
+            answer_s: For all bytes of one answer: who drips does not answer.
             pause: Waits between two attempts.
         """
         self._deadline = deadline
         self._attempts = attempts
         self._timeouts = (connect_timeout_s, timeout_s)
+        self._answer_s = answer_s
         self._pause = pause
         self._lock = threading.Lock()
         self._requests_count = 0
@@ -461,6 +464,8 @@ class HubReader:
                     wait_s = random.uniform(0.2, 1) * min(2.0 ** (attempt - 1), 8)  # noqa: S311
                 left_s = self._deadline - time.monotonic()
                 if attempt < self._attempts and wait_s < left_s:
+                    if wait_s >= LONG_PAUSE_S:
+                        console.info(f"hf:{repo}: {fault.said} Again in {wait_s:.0f} s.")
                     self._pause(wait_s)
                     continue
                 self._give_up(repo, fault, left_s)
@@ -574,6 +579,7 @@ class HubReader:
         digest or range that it is not what was asked for, and asking again would not help.
         """
         is_error = response.status_code not in {200, 206}
+        end = min(self._deadline, time.monotonic() + self._answer_s)
         size = 0
         # As they arrive: pieces of a size would be waited for, however slowly they come.
         for chunk in response.iter_bytes():
@@ -583,7 +589,7 @@ class HubReader:
                     return
                 raise _AgainError(f"an answer has more than {max_bytes:,} bytes.")
             yield chunk
-            if self._deadline <= time.monotonic():
+            if end <= time.monotonic():
                 raise _AgainError("the answer did not end in time.")
 
 

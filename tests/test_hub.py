@@ -26,7 +26,7 @@ from hub import server as hub_server
 from hub.faults import Reply
 from huggingface_hub import close_session
 
-from pipelines import dvc_state, fetch, proc, records
+from pipelines import dvc_state, fetch, hub_metadata, proc, records
 from pipelines.errors import (
     DigestError,
     FleetError,
@@ -325,6 +325,31 @@ def test_a_hub_that_is_down_or_forbidden_means_try_again_later(
     assert "HF_HUB_OFFLINE is set" in offline.message
 
 
+def test_a_listing_that_drips_is_no_answer(hub: Hub, repo: Repo, at: Layout) -> None:
+    """A byte now and then is a hung transfer for a listing as well, long before the deadline."""
+    hub.fault("/api/*", Fault("drip", pause_s=0.05), times=None)
+    started = time.monotonic()
+
+    error = refused(at, repo.head, Patience(**(vars(HASTY) | {"stall_s": 0.3})))
+
+    assert isinstance(error, RetryLaterError)
+    assert "the answer did not end in time" in error.message
+    assert time.monotonic() - started < 30
+
+
+def test_whoever_waits_for_a_listing_is_told_for_how_long(
+    hub: Hub, repo: Repo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Hub that wants to be left alone gets that, and the operator a word."""
+    hub.fault("/api/*", Fault("retry_after", status=429, retry_after="40"))
+    waited: list[float] = []
+
+    hub_metadata.HubReader(deadline=time.monotonic() + 60, pause=waited.append).at(NAME, repo.head)
+
+    assert waited == [40]
+    assert f"hf:{NAME}: the Hub answers 429. Again in 40 s." in capsys.readouterr().err
+
+
 SETTINGS: dict[str, tuple[dict[str, str], type[FleetError], str]] = {
     "no address": ({"HF_ENDPOINT": "huggingface.co"}, MachineError, 'HF_ENDPOINT is "huggingface'),
     "no port": ({"HF_ENDPOINT": "http://hub:port"}, MachineError, "which is no address of a Hub"),
@@ -593,6 +618,36 @@ def test_shards_that_arrived_are_not_asked_for_again(hub: Hub, at: Layout, tmp_p
     )
     asked = [each.path.rpartition("/")[2] for each in hub.requests if each.sent_bytes]
     assert len(asked) == 1 + 1 + 1, "the listing, the one that failed, and the one that has rotted"
+
+
+@pytest.mark.parametrize("size", [-1, 1], ids=["shorter", "longer"])
+def test_a_beginning_that_a_model_has_by_now_is_not_written_to(
+    size: int, repo: Repo, at: Layout
+) -> None:
+    """What was whole for a model of the same file is linked there, and in DVC's cache."""
+    weights = repo.revision(repo.head)[WEIGHTS]
+    theirs = at.root / "theirs"
+    at.downloads.mkdir(parents=True)
+    theirs.write_bytes(other := weights[:size] if size < 0 else weights + b"x")
+    (at.downloads / f"{hashlib.sha256(weights).hexdigest()}.part").hardlink_to(theirs)
+
+    bring(at, repo.head)
+
+    assert is_whole(at, repo)
+    assert theirs.read_bytes() == other
+
+
+def test_what_this_python_prints_by_itself_is_no_word_of_the_worker(
+    repo: Repo, at: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sitecustomize that greets ends no transfer."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text("print('hello')\nprint('[1]')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+
+    bring(at, repo.head)
+
+    assert is_whole(at, repo)
 
 
 def test_what_no_declared_revision_needs_is_removed(hub: Hub, repo: Repo, at: Layout) -> None:
