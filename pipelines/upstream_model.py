@@ -106,6 +106,9 @@ class _Look:
             return self._asks(error)
         except FleetError as error:
             return self.unknown(error.message, error.hint)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return self.unknown(f"{where}{error.strerror or error}.", "Look at that file.")
         except ValidationError as error:
             # One hostile repository keeps no other model back.
             what = error.errors(include_url=False, include_input=False)[0]["msg"]

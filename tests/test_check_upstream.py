@@ -828,6 +828,23 @@ def test_a_directory_is_held_against_its_digest_without_a_network(fleet: Fleet, 
     assert "tiny-llama  moved" in strict.stdout
 
 
+def test_a_file_that_cannot_be_read_is_no_reason_to_look_at_no_other_model(
+    fork: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's refusal is what is said of that model, with the file."""
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path / "model.safetensors"))
+
+    monkeypatch.setattr("pipelines.fetch.content_digest", refused)
+    at = Layout(fork)
+
+    (model,) = check_upstream.look(at, declaration.load(at.params), models=["tiny-llama"]).models
+
+    assert model.state == "unknown"
+    assert "examples/tiny-llama/model.safetensors: Permission denied." in model.reason
+
+
 def test_the_stage_looks_once_a_period_and_again_after_an_edit(fleet: Fleet, fork: Path) -> None:
     """The second time nothing is even imported; the record and what the report reads stay."""
     at = Layout(fork)
