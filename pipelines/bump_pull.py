@@ -5,7 +5,8 @@ What there is decides, nothing is remembered elsewhere: a second run changes not
 
     pull request closed without a merge    that change is not wanted; it is not proposed again
     branch with a commit of somebody else  is left alone, and said
-    branch that pins what is proposed      stays as it is, records that were adopted on it too
+    branch that pins what is proposed      stays as it is, records that were adopted on it too;
+                                           without records it begins anew if it is in conflict
     branch that pins something else        becomes one fresh commit on top of the default branch
 
 A branch is never forced over what somebody pushed in between, though REST cannot compare and set:
@@ -121,12 +122,14 @@ class _Branch:
         head: Commit that it is at.
         is_ahead: Whether it has commits of its own.
         foreign: Who else committed there, in words; None if nobody did.
+        is_bump_alone: Whether all that it has is one commit of ours without records.
         fork: Commit where it left the default branch.
     """
 
     head: str
     is_ahead: bool
     foreign: str | None
+    is_bump_alone: bool
     fork: str
 
 
@@ -213,7 +216,11 @@ def _brought(gh: GitHub, bump: Bump, seen: Mapping[Place, Value]) -> Outcome:
         return objection
     branch = _read(gh, main, bump.branch)
     made = None
-    if branch is None or not _is_right(gh, branch, bump, seen):
+    if (
+        branch is None
+        or not _is_right(gh, branch, bump, seen)
+        or (branch.is_bump_alone and _conflicts(gh, pull))
+    ):
         if branch is not None and branch.foreign:
             is_there = _pins(gh, branch.head, bump) == dict(bump.edits)
             return _left(gh, bump, pull, branch.foreign, main.name if is_there else None)
@@ -303,8 +310,8 @@ def _label(gh: GitHub, pull: Mapping[str, Any], bump: Bump) -> None:
         why = next(iter(refused.values())).message
         console.warn(f"#{number} lacks labels: {why} Make them once in the repository: {commands}")
     try:
-        for name in stale:
-            gh.delete(f"issues/{number}/labels/{quoted(str(name))}")
+        for former in stale:
+            gh.delete(f"issues/{number}/labels/{quoted(str(former))}")
     except GitHubError as error:
         console.warn(f"#{number} has labels of what it was before: {error.message}")
 
@@ -354,13 +361,20 @@ def _read(gh: GitHub, main: Main, name: str) -> _Branch | None:
     head = commits.branch_head(gh, name)
     if head is None:
         return None
-    told = gh.get(f"compare/{main.commit}...{head}")
-    listed = taken(told, "commits", list)
+    compared = gh.get(f"compare/{main.commit}...{head}")
+    listed = taken(compared, "commits", list)
     foreign = next(_foreign(gh, listed), None)
-    if len(listed) != taken(told, "total_commits", int):
+    if len(listed) != taken(compared, "total_commits", int):
         foreign = "it has more commits than GitHub shows."
-    fork = taken(taken(told, "merge_base_commit", dict), "sha", str)
-    return _Branch(head=head, is_ahead=bool(listed), foreign=foreign, fork=fork)
+    fork = taken(taken(compared, "merge_base_commit", dict), "sha", str)
+    told = [taken(taken(each, "commit", dict), "message", str) for each in listed]
+    return _Branch(
+        head=head,
+        is_ahead=bool(listed),
+        foreign=foreign,
+        is_bump_alone=foreign is None and len(told) == 1 and bump_change.is_bump(told[0]),
+        fork=fork,
+    )
 
 
 def _foreign(gh: GitHub, listed: list[Any]) -> Iterator[str]:
@@ -389,6 +403,18 @@ def _is_right(gh: GitHub, branch: _Branch, bump: Bump, seen: Mapping[Place, Valu
     return _pins(gh, branch.head, bump) == dict(bump.edits) and (
         _pins(gh, branch.fork, bump) == dict(seen)
     )
+
+
+def _conflicts(gh: GitHub, pull: Mapping[str, Any] | None) -> bool:
+    """
+    Tell whether GitHub says that a pull request cannot be merged; not yet known means no.
+
+    A line of the default branch beside ours is enough, such as the `stable:` of a rollback.
+    """
+    if pull is None:
+        return False
+    told = gh.get(f"pulls/{taken(pull, 'number', int)}")
+    return isinstance(told, dict) and told.get("mergeable") is False
 
 
 def _pins(gh: GitHub, commit: str, bump: Bump) -> dict[Place, Any] | None:

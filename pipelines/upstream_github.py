@@ -64,7 +64,7 @@ def look(at: Layout, models: Sequence[str], *, out: Path | None, as_json: bool) 
 
     Args:
         at: The checkout.
-        models: See `check_upstream.main`.
+        models: See `check_upstream.main`; all, where there is no record of an earlier look.
         out: File for the record.
         as_json: Print the record.
 
@@ -77,6 +77,10 @@ def look(at: Layout, models: Sequence[str], *, out: Path | None, as_json: bool) 
     if before is not None:
         at.upstream.parent.mkdir(parents=True, exist_ok=True)
         records.write(at.upstream, before)
+    elif models:
+        # A look at some alone would close the issue on the others, of which it knows nothing.
+        console.info("There is no record of an earlier look: every model is looked at.")
+        models = ()
     code = check_upstream.main(at, models, out=out, as_json=as_json)
     there_is = work(gh, check_upstream.read(at))
     runner.outputs(bump=there_is.bump, issue=there_is.issue)

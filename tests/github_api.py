@@ -592,6 +592,7 @@ class GitHubApi:
         made["closed_at"] = None if pull["state"] == "open" else now()
         if not simple:
             made["merged"] = pull["merged"]
+            made["mergeable"] = self.git.merges(base_sha, self.head_of(number))
         return made
 
     def shown_issue(self, number: int) -> dict[str, Any]:

@@ -49,6 +49,14 @@ class BareRepository:
         subprocess.run(["git", "init", "-q", "--bare", "-b", "main", str(path)], check=True)
         return cls(path)
 
+    def merges(self, base: str, head: str) -> bool | None:
+        """Tell whether two commits merge without a conflict; None where that is not known."""
+        told = subprocess.run(
+            ["git", "-C", str(self.path), "merge-tree", "--write-tree", base, head],
+            capture_output=True, check=False,
+        )  # fmt: skip
+        return {0: True, 1: False}.get(told.returncode)
+
     # --- branches
 
     def head(self, branch: str) -> str | None:

@@ -340,6 +340,26 @@ def test_whose_branch_it_is_merges_main_where_only_main_has_another_line(fleet: 
     assert f"{MODEL} {'e' * 40}..{NEW}" in fleet.pull["body"]
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_line_beside_ours_on_main_leaves_no_proposal_that_cannot_be_merged(
+    fleet: Fleet, *, measured: bool
+) -> None:
+    """Such as that of a rollback; what was measured on the branch is not thrown away for it."""
+    fleet.bump(moved())
+    before, number = fleet.api.git.head(BRANCH), fleet.pull["number"]
+    if measured:
+        before = fleet.api.git.commit(BRANCH, {RECORDS: "{}\n"}, f"Records: hold\n\nat {NEW}.")
+    fleet.merged(PARAMS.replace("  # pinned", "  # pinned\n    stable: e9edfb8e46f8" + "0" * 52))
+
+    fleet.bump(moved())
+
+    assert fleet.pull["number"] == number
+    assert (fleet.api.git.head(BRANCH) == before) is measured
+    if not measured:
+        assert fleet.line() == f"-    revision: {OLD}  # pinned\n+    revision: {NEW}  # pinned"
+        assert fleet.bump(moved()).writes == []
+
+
 # --- out of date ------------------------------------------------------------------------------
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from github_fixtures import client, serving
 
-from pipelines import upstream_github, upstream_issues
+from pipelines import check_upstream, records, upstream_github, upstream_issues
 from pipelines.github.artifacts import MAX_ZIP_BYTES
+from pipelines.layout import Layout
 from pipelines.upstream_records import EngineUpstream, ModelUpstream, UpstreamRecord
 
 if TYPE_CHECKING:
@@ -164,6 +165,29 @@ def test_a_proposal_or_an_issue_that_is_open_is_looked_after(api: GitHubApi) -> 
     upstream_issues.settle(client(api), record(model("tiny", "asks", doubt="gone")), run_url=None)
 
     assert upstream_github.work(client(api), record(model("tiny"))) == (True, True)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_some_alone_are_looked_at_where_the_others_are_known(
+    api: GitHubApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, known: bool
+) -> None:
+    """A look that knows nothing of the others would close the issue on them."""
+    at, asked = Layout(tmp_path), []
+    for name, value in api.environment(api.token).items():
+        monkeypatch.setenv(name, value)
+    if known:
+        left(api, 5, record(model("tiny"), model("other", "asks", doubt="gone")))
+
+    def main(_: Layout, models: Any, **__: Any) -> int:
+        asked.append(tuple(models))
+        at.upstream.parent.mkdir(exist_ok=True)
+        records.write(at.upstream, record(model("tiny")))
+        return 0
+
+    monkeypatch.setattr(check_upstream, "main", main)
+    upstream_github.look(at, ("tiny",), out=None, as_json=False)
+
+    assert asked == [("tiny",) if known else ()]
 
 
 # --- the issue --------------------------------------------------------------------------------
