@@ -267,6 +267,7 @@ def _renewed(
             base=main.name,
             title=bump.title,
             body=bump.text(room),
+            opens=pull is None,
         )
     except GitHubError as error:
         if error.status == _FORBIDDEN and pull is None:

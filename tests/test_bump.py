@@ -296,10 +296,31 @@ def test_a_push_in_the_very_moment_is_not_lost(
     assert "mona committed there" in ran.err
 
 
+def test_what_is_closed_in_the_very_moment_is_not_opened_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody refuses it between our look and our words."""
+    fleet.bump(moved())
+    number = fleet.pull["number"]
+    real = pulls.upsert_pull
+
+    def closing(*args: Any, **options: Any) -> Any:
+        if fleet.api.pulls[number]["state"] == "open":
+            fleet.api.close_pull(number)
+        return real(*args, **options)
+
+    monkeypatch.setattr(pulls, "upsert_pull", closing)
+    ran = fleet.bump(moved())
+
+    assert ran.writes == []
+    assert [one["state"] for one in fleet.api.pulls.values()] == ["closed"]
+    assert f"#{number} was closed" in ran.err
+
+
 def test_another_line_on_main_means_another_look(fleet: Fleet) -> None:
     """What main pins by now was not looked at; other lines of it do not matter."""
     fleet.bump(moved())
-    edited = PARAMS.replace("context_tokens:   512", "context_tokens:   256")
+    edited = PARAMS.replace("memory_mib: 4096", "memory_mib: 8192")
     fleet.merged(edited)
 
     assert fleet.bump(moved()).writes == []

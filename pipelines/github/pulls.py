@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines.github.client import taken
-from pipelines.github.errors import GitHubError, UnknownOutcomeError
+from pipelines.github.errors import GitHubError, MovedError, UnknownOutcomeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +55,14 @@ def _repository(head: dict[str, Any]) -> str | None:
 
 
 def upsert_pull(  # noqa: PLR0913 - what a pull request is made of
-    gh: GitHub, *, head: str, base: str, title: str, body: str, labels: Sequence[str] = ()
+    gh: GitHub,
+    *,
+    head: str,
+    base: str,
+    title: str,
+    body: str,
+    labels: Sequence[str] = (),
+    opens: bool = True,
 ) -> dict[str, Any]:
     """
     Open a pull request from a branch of ours, or renew the one that is open.
@@ -70,14 +77,19 @@ def upsert_pull(  # noqa: PLR0913 - what a pull request is made of
         title: Of it.
         body: Our part, Markdown.
         labels: To be added.
+        opens: Whether it may be opened; not if one was open just now, which somebody may close.
 
     Returns:
         The pull request, as GitHub describes it.
 
     Raises:
+        MovedError: There is none, and it may not be opened.
         GitHubError, RetryLaterError: See `client.GitHub.post`.
     """
     pull = find_by_head(gh, head)
+    if pull is None and not opens:
+        text = f"the pull request from {head} was closed in this very moment."
+        raise MovedError(text, branch=head, found=None)
     if pull is None:
         pull = _opened(gh, head=head, base=base, title=title, body=body)
     wanted = {
