@@ -15,6 +15,7 @@ import io
 import re
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from pipelines import atomic, console, declaration, marked_yaml
 from pipelines.errors import MachineError, ParamsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 # Where a value stands: ("models", "tiny-llama", "revision").
 Place = tuple[str, ...]
@@ -83,11 +84,23 @@ def write(path: Path, edits: Mapping[Place, Value]) -> bool:
 
 def changed(data: bytes, edits: Mapping[Place, Value]) -> bytes:
     """Return params.yaml of another place with these values. Raises: see `write`."""
-    with tempfile.TemporaryDirectory(prefix="fleet-params-") as folder:
-        path = Path(folder) / "params.yaml"
-        path.write_bytes(data)
+    with _as_file(data) as path:
         write(path, edits)
         return path.read_bytes()
+
+
+@contextmanager
+def _as_file(data: bytes) -> Iterator[Path]:
+    """Put a declaration of another place into a file, whose name no error shows."""
+    with tempfile.TemporaryDirectory(prefix="fleet-params-") as folder:
+        path = Path(folder).resolve() / "params.yaml"
+        path.write_bytes(data)
+        try:
+            yield path
+        except ParamsError as error:
+            error.message = error.message.replace(str(path), path.name)
+            error.args = (error.message,)
+            raise
 
 
 def values(source: Path | bytes, places: Iterable[Place]) -> dict[Place, Any]:
@@ -102,9 +115,7 @@ def values(source: Path | bytes, places: Iterable[Place]) -> dict[Place, Any]:
         ParamsError: The file is wrong, or has no such place; a model that is not declared, say.
     """
     if isinstance(source, bytes):
-        with tempfile.TemporaryDirectory(prefix="fleet-params-") as folder:
-            path = Path(folder) / "params.yaml"
-            path.write_bytes(source)
+        with _as_file(source) as path:
             return values(path, places)
     tree = declaration.load(source).model_dump()
     return {place: _value_at(tree, place, source) for place in places}
@@ -126,7 +137,12 @@ def _value_at(tree: Any, place: Place, path: Path) -> Any:  # noqa: ANN401 - pla
 
 def _spliced(path: Path, text: str, edits: Mapping[Place, Value]) -> str:
     """Exchange the values; from the end on, so that each finds its place where it was read."""
-    root = _root(text)
+    from ruamel.yaml.error import YAMLError  # noqa: PLC0415 - not for --help
+
+    try:
+        root = _root(text)
+    except YAMLError:  # such as a tab before a value, which the C parser takes
+        raise _cannot(path, edits) from None
     splices = [_splice(path, text, root, place, value) for place, value in edits.items()]
     for start, end, new in sorted(splices, reverse=True):
         text = f"{text[:start]}{new}{text[end:]}"

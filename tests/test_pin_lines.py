@@ -98,6 +98,21 @@ def test_what_cannot_be_written_leaves_the_file_as_it_is(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("revision: ", "revision:\t"), ("revision: ", "revision: >-\n      "), ("models:", "model:")],
+)
+def test_what_another_place_has_wrong_names_no_file_of_ours(before: str, after: str) -> None:
+    """A tab, which only one of two parsers takes; a folded value; a key that is none."""
+    text = PARAMS.replace(before, after, 1)
+
+    with pytest.raises(ParamsError) as error:
+        pin_lines.changed(text.encode(), {REVISION: NEW})
+
+    assert "params.yaml" in error.value.message
+    assert "/" not in error.value.message
+
+
 def test_the_pins_of_this_repository_can_be_changed(tmp_path: Path) -> None:
     """Its own params.yaml is written in a way in which a bump changes one line for each pin."""
     path = tmp_path / "params.yaml"
