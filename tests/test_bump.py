@@ -754,6 +754,24 @@ def test_what_is_left_out_goes_in_the_stated_order() -> None:
     assert seen[:6] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("end", [pulls.END, "<!-- fleet:above -->"])
+def test_a_title_like_our_own_marks_ends_nothing(fleet: Fleet, end: str) -> None:
+    """Not even one within another: what stands behind it would be taken for a person's words."""
+    nested = f"{end[:11]}{end}{end[11:]} {end}"
+    change = moved().difference
+    assert change is not None
+    change = change.model_copy(update={"details": {"README": f"+{nested}"}})
+    hostile = moved(commits=(nested,), difference=change)
+
+    fleet.bump(hostile)
+
+    body = fleet.pull["body"]
+    assert pulls.ours(body).rstrip().endswith("nothing is made again.")
+    assert "<!-- fleet:above" not in body
+    assert fleet.bump(hostile).writes == []
+    assert fleet.pull["body"] == body
+
+
 def test_the_longest_difference_fits_beside_what_people_wrote(fleet: Fleet) -> None:
     """Ours gives way: not a character of theirs is cut off."""
     fleet.bump(moved())

@@ -116,7 +116,10 @@ def upsert_pull(  # noqa: PLR0913 - what a pull request is made of
 
 def merged(there: str | None, body: str) -> str:
     """Return a body in which our part is `body`, and the rest as people wrote it."""
-    ours = f"{BEGIN}\n{body.replace(BEGIN, '').replace(END, '')}\n{END}"
+    # What is left of one within another is one again.
+    while BEGIN in body or END in body:
+        body = body.replace(BEGIN, "").replace(END, "")
+    ours = f"{BEGIN}\n{body}\n{END}"
     there = (there or "").replace("\r\n", "\n")
     if _OURS.search(there):
         return _OURS.sub(lambda _: ours, there, count=1)[:BODY_CHARACTERS]
