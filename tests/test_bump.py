@@ -886,6 +886,32 @@ def test_what_was_the_newest_last_week_takes_nobodys_place(
     assert asked == [(MODEL,), None]
 
 
+def test_an_engine_of_which_a_look_says_nothing_new_is_asked_for(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage of `fleet repro` asks no index: it has none, or carries along an old answer."""
+    fleet.merged(PARAMS.replace("engines: false", "engines: true"))
+    asked: list[Any] = []
+
+    def look(*_: Any, models: Any, **__: Any) -> Any:
+        asked.append(models)
+        return look_of(current(), current(OTHER))
+
+    monkeypatch.setattr(check_upstream, "look", look)
+    digest = hashlib.sha256(fleet.at.params.read_bytes()).hexdigest()
+    old = EngineUpstream(
+        engine="llama.cpp", pinned="0.3.36", newest="0.3.37", sha256="c" * 64, state="moved",
+        reason="It is newer.", last_success_at=factory.NOW - timedelta(days=7),
+    )  # fmt: skip
+    for engines in ((), (old,)):
+        found = look_of(current(), current(OTHER), engines=engines, params_sha256=digest)
+        records.write(fleet.at.upstream, found)
+        assert __main__.main(["bump", "--engine", "llama.cpp"]) == 0
+
+    assert asked == [None, None]
+    assert fleet.api.pulls == {}
+
+
 def test_a_record_that_is_named_and_old_is_refused(fleet: Fleet, tmp_path: Path) -> None:
     """A job that is run again days later has it: nothing is written, and what to do is said."""
     path = tmp_path / "upstream.json"
