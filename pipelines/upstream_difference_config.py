@@ -161,12 +161,14 @@ class Card:
         front: Each key of the front matter with the lines of its value, in their order.
         is_plain: Whether the front matter is of that simple form all through. It is a stranger's
             YAML, and is not parsed: what cannot be told by its lines could be the licence.
+        is_read: Whether the converter reads it: nothing stands before it, and be it a blank line.
         is_reranker: See `_RERANKERS`.
     """
 
     raw: str
     front: tuple[tuple[str, str], ...]
     is_plain: bool
+    is_read: bool
     is_reranker: bool
 
     @property
@@ -176,11 +178,17 @@ class Card:
 
 
 def card(text: str) -> Card:
-    """Read a card as the converter does (gguf-py/gguf/metadata.py, load_model_card)."""
-    lines = text.splitlines()
+    """
+    Read a card as the converter does (gguf-py/gguf/metadata.py, load_model_card).
+
+    But for what may stand before the front matter: the Hub passes over that, the converter over the
+    whole card then, and whoever reads the licence on the Hub's page is not to be told another one.
+    """
+    is_read = text.startswith("---")
+    lines = text.lstrip("\ufeff \t\r\n").splitlines()
     is_reranker = any(word in text.lower() for word in _RERANKERS)
     if not lines or lines[0] != "---":
-        return Card(raw="", front=(), is_plain=True, is_reranker=is_reranker)
+        return Card(raw="", front=(), is_plain=True, is_read=True, is_reranker=is_reranker)
     end = next((at for at, line in enumerate(lines[1:], 1) if line == "---"), len(lines))
     front: list[tuple[str, list[str]]] = []
     is_plain = end <= _MAX_FRONT_LINES
@@ -198,19 +206,23 @@ def card(text: str) -> Card:
         key == "<<" or (key in _LICENSE_KEYS and each.startswith(("*", "&", "!", "{", "|", ">")))
         for key, each in told
     )
-    return Card(raw="\n".join(lines[1:end]), front=told, is_plain=is_plain, is_reranker=is_reranker)
+    return Card(
+        raw="\n".join(lines[1:end]), front=told,
+        is_plain=is_plain, is_read=is_read, is_reranker=is_reranker,
+    )  # fmt: skip
 
 
 def licence_differs(old: Card, new: Card) -> bool:
     """Tell whether two cards may declare different licences; yes where that cannot be told."""
-    if old.license != new.license:
+    if old.license != new.license or (old.license and old.is_read != new.is_read):
         return True
     return not (old.is_plain and new.is_plain) and old.raw != new.raw
 
 
 def card_reaches_gguf(old: Card, new: Card) -> bool:
     """Tell whether a card differs in something that the converter reads."""
-    return old.raw != new.raw or old.is_reranker != new.is_reranker
+    then, now = (each.raw if each.is_read else "" for each in (old, new))
+    return then != now or old.is_reranker != new.is_reranker
 
 
 def of_card(old: Card, new: Card) -> list[str]:
@@ -221,6 +233,9 @@ def of_card(old: Card, new: Card) -> list[str]:
         clauses += [clause(key, then, now) for key in changed(then, now)]
         if not (old.is_plain and new.is_plain):
             clauses.append("the front matter is of a form that may hide what it says of a licence")
+    if old.is_read != new.is_read and (old.raw or new.raw):
+        what = "reads it now" if new.is_read else "overlooks it now, as something stands before it"
+        clauses.append(f"the front matter is there, and the converter {what}")
     before, after = dict(old.front), dict(new.front)
     keys = [key for key in (*before, *after) if key not in _LICENSE_KEYS]
     keys = [key for key in dict.fromkeys(keys) if before.get(key) != after.get(key)]

@@ -591,6 +591,23 @@ def test_no_form_of_yaml_hides_a_licence_that_changed(front: str) -> None:
     assert found.stages == STAGES["gguf"]
 
 
+@pytest.mark.parametrize("before", ["\ufeff", "\n \n", "\ufeff\r\n"])
+def test_nothing_before_the_front_matter_hides_a_licence_that_changed(before: str) -> None:
+    """The converter overlooks such a card; the Hub, and with it everybody who looks, does not."""
+    old, new = (f"{before}---\nlicense: {name}\n---\n# Tiny\n".encode() for name in ("mit", "x"))
+
+    found = between(BASE | {"README.md": old}, BASE | {"README.md": new})
+
+    assert found.classes == ("licence",)
+    assert any('"mit" -> "x"' in note for note in found.notes)
+
+    plain = old.removeprefix(before.encode())
+    overlooked = between(BASE | {"README.md": plain}, BASE | {"README.md": old})
+
+    assert (overlooked.classes, overlooked.stages) == (("licence",), STAGES["gguf"])
+    assert "the converter overlooks it now" in overlooked.notes[0]
+
+
 def test_files_stored_otherwise_are_the_same_by_their_bytes() -> None:
     """A tokenizer that moved from git to LFS has no digest to compare; it is read on both sides."""
     old, new = Revision("a", BASE), Revision("b", BASE | {"notes.txt": b"x"})
