@@ -513,7 +513,7 @@ def _start(  # noqa: PLR0913 - each option is one independent fact about a child
             stdout=output or subprocess.PIPE,
             stderr=subprocess.STDOUT if one_stream or output else subprocess.PIPE,
             process_group=0,
-            # Safe here: the hook only calls prctl, no lock and no allocation of Python's.
+            # It calls prctl and nothing else: Python warns of hooks where there are threads.
             preexec_fn=die_with_parent if _libc is not None else None,
         )
     except OSError as error:

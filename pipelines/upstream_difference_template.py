@@ -50,9 +50,9 @@ def texts(raw: object) -> dict[str, str]:
     if isinstance(raw, str):
         return {"default": raw}
     if isinstance(raw, list) and all(isinstance(each, dict) for each in raw):
-        found = {each.get("name"): each.get("template") for each in raw}
+        found: dict[str, str] = {each.get("name"): each.get("template") for each in raw}
         if all(isinstance(name, str) and isinstance(text, str) for name, text in found.items()):
-            return found  # type: ignore[return-value] # held just above
+            return found
     if isinstance(raw, dict) and all(isinstance(text, str) for text in raw.values()):
         return raw
     raise NotToldError("its chat_template is no text")

@@ -9,6 +9,7 @@ values; it counts as touched.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pipelines import safetensors_header, wording
@@ -142,7 +143,7 @@ def _tensors(side: Weights, budget: _Budget) -> dict[str, Tensor]:
         limit_bytes = budget.limit_bytes()
         try:
             tensors, spent_bytes = safetensors_header.read_ranges(
-                lambda start, end, file=file: _part(side, file, start, end),
+                partial(_part, side, file),
                 name=file.name,
                 size_bytes=file.size_bytes,
                 limit_bytes=limit_bytes,
