@@ -232,8 +232,9 @@ class GitHubApi:
             "ghs_of-an-app": Token("fleet-of-octo[bot]"),
             "ghp_of-a-person": Token("mona"),
         }
-        # Of the repository; those that are used are there afterwards.
-        self.labels: set[str] = set()
+        # Of the repository: those that the page on settings wants; what is used is there afterwards.
+        kinds = "weights tokenizer template config generation licence card engine"
+        self.labels = {"bump", *(f"bump: {kind}" for kind in kinds.split())}
         self.pulls: dict[int, dict[str, Any]] = {}
         self.issues: dict[int, dict[str, Any]] = {}
         self.comments: dict[int, dict[str, Any]] = {}
