@@ -232,7 +232,7 @@ class GitHubApi:
             "ghs_of-an-app": Token("fleet-of-octo[bot]"),
             "ghp_of-a-person": Token("mona"),
         }
-        # Of the repository: those that the page on settings wants; what is used is there afterwards.
+        # Of the repository: those that the page on settings wants, and what is used.
         kinds = "weights tokenizer template config generation licence card engine"
         self.labels = {"bump", *(f"bump: {kind}" for kind in kinds.split())}
         self.pulls: dict[int, dict[str, Any]] = {}
