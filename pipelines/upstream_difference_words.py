@@ -183,7 +183,9 @@ def quoted(text: str) -> str:
 def leaves(told: Mapping[str, Any]) -> dict[str, object]:
     """Flatten an object: `{"a": {"b": 1}}` becomes `{"a.b": 1}`; lists are values."""
     found: dict[str, object] = {}
-    rest: list[tuple[str, object, int]] = [(key, each, 1) for key, each in reversed(list(told.items()))]
+    rest: list[tuple[str, object, int]] = [
+        (key, each, 1) for key, each in reversed(list(told.items()))
+    ]
     while rest:
         name, each, depth = rest.pop()
         if isinstance(each, dict) and each and depth < _MAX_DEPTH:
