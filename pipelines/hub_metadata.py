@@ -170,7 +170,9 @@ def look(repo: str, track: str, *, deadline: float) -> Head:
 
 def endpoint() -> str:
     """
-    Return the address of the Hub: HF_ENDPOINT now, else what huggingface_hub knows.
+    Return the address of the Hub: HF_ENDPOINT now, else that of the Hub itself.
+
+    What huggingface_hub calls ENDPOINT is what the variable was when it was first imported.
 
     Raises:
         MachineError: HF_ENDPOINT is no address, or another variable of huggingface_hub is odd.
@@ -182,7 +184,7 @@ def endpoint() -> str:
             f"huggingface_hub cannot read its own variables: {_words(error)}.",
             hint="Look at those that begin with HF_: env | grep ^HF_",
         ) from error
-    address = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    address = (os.environ.get("HF_ENDPOINT") or constants.HUGGINGFACE_CO_URL_HOME).rstrip("/")
     try:
         parts = urlsplit(address)
         is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
