@@ -1,7 +1,7 @@
 # `make` alone prints what there is. Each target sets up what it needs and is quick when that is done.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-base toolchain repro test test-engines check bench bench-compare bench-upstream prove lock clean
+.PHONY: help setup setup-base toolchain repro test test-engines check bench bench-compare bench-upstream bench-fetch prove lock clean
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

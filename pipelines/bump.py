@@ -238,6 +238,13 @@ def _last_look(
             f"{path} is no record of a look: {console.clean(found)}",
             hint=f"fleet check-upstream --out {path}",
         )
+    if isinstance(found, str) and path.exists():
+        # It alone remembers whose repository each was: without it a stranger's could pass.
+        raise ParamsError(
+            f"{console.clean(found)}: nothing is proposed by a look that has to begin anew.",
+            hint="See on the Hub that each repository is whose it was, then type: "
+            "fleet check-upstream",
+        )
     if isinstance(found, UpstreamRecord):
         is_recent = _is_recent(declared, found.checked_at, now)
         if upstream is not None and not is_recent:

@@ -242,13 +242,7 @@ class _Look:
         except DoubtError as error:
             if error.doubt != "revision-gone":
                 raise
-            raise DoubtError(
-                "revision-gone",
-                f"the declared commit {self._pinned[:12]} is gone from hf:{self._place}: its "
-                f"history was rewritten. {_HERE_STAYS}",
-                hint=f"Keep what is here, or look at {head.sha} on the Hub and declare it as "
-                "`revision` by hand.",
-            ) from error
+            raise self._gone_doubt(head) from error
         if (old.id, old.repository_id) != (head.id, head.repository_id):
             raise DoubtError(
                 "owner", f"hf:{self._place} became another repository while we looked.",
@@ -266,6 +260,26 @@ class _Look:
         _require_usable(head)
         difference = self._difference(old, head)
         return self._judged(head, difference, way.titles)
+
+    def _gone_doubt(self, head: Head) -> DoubtError:
+        """Say that the declared commit is not there: gone, if it was ever seen."""
+        known = records.read_or_reason(
+            self._subject.at.model_record("fetch", self._subject.model), FetchRecord
+        )
+        if isinstance(known, str) or known.revision != self._pinned:
+            text = (
+                f"hf:{self._place} has no commit {self._pinned[:12]}: it is mistyped, or upstream "
+                "rewrote its history."
+            )
+            hint = f"Look at its commits on the Hub; the newest is {head.sha}."
+            return DoubtError("revision-gone", text, hint=hint)
+        return DoubtError(
+            "revision-gone",
+            f"the declared commit {self._pinned[:12]} is gone from hf:{self._place}: its "
+            f"history was rewritten. {_HERE_STAYS}",
+            hint=f"Keep what is here, or look at {head.sha} on the Hub and declare it as "
+            "`revision` by hand.",
+        )
 
     def _history_doubt(self, head: Head, looked_count: int, *, went_back: bool) -> DoubtError:
         if went_back:
@@ -360,7 +374,8 @@ class _Look:
         if self._subject.now < ripe_at:
             return self._told(
                 "waiting",
-                f"{_named(head)} is newer, with {what}; it is too young to be proposed.",
+                f"{_named(head)} is newer, with {what}; it is too young to be proposed"
+                f"{self._why_young(head, seen_after)}.",
                 next_step=f"It is proposed from {ripe_at:%Y-%m-%d %H:%M} UTC on "
                 "(`cooldown_days`), if it is still the newest then.",
                 **found,
@@ -371,6 +386,13 @@ class _Look:
             next_step=f"fleet bump {self._subject.model}",
             **found,
         )
+
+    def _why_young(self, head: Head, seen_after: datetime | None) -> str:
+        """Say by which clock, where that is not the Hub's."""
+        told = self._believed_time(head)
+        if seen_after is None or (told is not None and told >= seen_after):
+            return ""
+        return f": by what was seen here, it came after {seen_after:%Y-%m-%d %H:%M} UTC"
 
     def _believed_time(self, head: Head) -> datetime | None:
         """Return when the Hub got the commit; a time to come is none."""
@@ -472,9 +494,9 @@ class _Look:
             )  # fmt: skip
         difference = self._directory_difference(directory, listing, digest)
         what = what_words(difference, 0)
-        if difference is not None and _is_card(
-            difference, cards=self._subject.declared.check_upstream.cards
-        ):
+        if difference is None:
+            what = f"{what}: `fleet fetch {self._subject.model}` of the declared files was not run"
+        elif _is_card(difference, cards=self._subject.declared.check_upstream.cards):
             # Who edits a file here means it, and fetch refuses any other content than declared.
             what = f"{what} alone"
         return self._told(

@@ -923,6 +923,20 @@ def test_a_record_that_is_named_and_old_is_refused(fleet: Fleet, tmp_path: Path)
     assert "run all of its jobs again" in ran.err
 
 
+def test_a_record_that_was_cut_off_is_no_reason_to_trust_anybody(fleet: Fleet) -> None:
+    """It alone knew whose repository each was, so it is left as it is, and nothing is proposed."""
+    fleet.bump(moved(), words=("--all", "--dry-run"))
+    half = fleet.at.upstream.read_bytes()[:900]
+    fleet.at.upstream.write_bytes(half)
+
+    code = __main__.main(["bump", "--all", "--dry-run"])
+
+    told = fleet.capsys.readouterr()
+    assert (code, told.out) == (2, "")
+    assert "fleet check-upstream" in told.err
+    assert fleet.at.upstream.read_bytes() == half
+
+
 # --- in a clone -------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import requests
 from hub import INSIDER, Fault, Hub
+from record_factory import fetch_record
 
 from pipelines import check_upstream, declaration, records, report, upstream_due, upstream_words
 from pipelines.errors import ParamsError
@@ -398,7 +399,7 @@ def _without_main(repo: Repo) -> None:
         (_recreated, "owner", "another repository under the same name"),
         (_deleted, "gone", "is private or gated for us"),
         (_disabled, "disabled", "was disabled by the Hub"),
-        (_rewritten, "revision-gone", "can be served"),
+        (_rewritten, "revision-gone", "it is mistyped, or upstream rewrote its history"),
         (_another_line, "history", "is not in the history of"),
         (_gated_and_moved, "gated", "we have no access"),
         (_without_a_tokenizer, "unusable", "the tokenizer is missing"),
@@ -420,6 +421,20 @@ def test_without_a_proof_a_person_is_asked(
         assert found.next_step
     assert operator.last is not None
     assert operator.last.alarms == ()
+
+
+def test_a_commit_that_was_fetched_is_gone_and_not_mistyped(operator: Operator, repo: Repo) -> None:
+    """What is here stays, and can be served."""
+    fetched = fetch_record(MODEL, source=f"hf:{REPO}", revision=repo.head)
+    records.write(operator.at.model_record("fetch", MODEL), fetched)
+    operator.look()
+    _rewritten(repo)
+
+    found = operator.look(days=5)
+
+    assert found.doubt == "revision-gone"
+    assert "its history was rewritten" in found.reason
+    assert "can be served" in found.reason
 
 
 def test_another_owner_is_asked_about_until_somebody_pins_by_hand(
