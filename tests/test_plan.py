@@ -43,7 +43,7 @@ EDITS = (
     ("recipe: 1", "recipe: 2"), ("ttft_ms: 500", "ttft_ms: 600"),
     (f"{MODEL}, type: Q6_K}}", f"{MODEL}, type: Q6_K, pure: true}}"),
 )  # fmt: skip
-COMPARING = f"how long comparing {MODEL} takes: nobody has timed it, 30 min at most"
+COMPARING = f"how long comparing {MODEL} takes: no pull request has timed it, 30 min at most"
 REMOVED = ("", "verify.json", "quantize", "on", "toolchain.json")
 SOMEBODY = "tester/fleet"
 HOSTILE_REF = "$(touch${IFS}x);`x`"
@@ -794,7 +794,7 @@ def test_time_is_that_of_the_same_stages_before(at: Layout) -> None:
     found = _runs_of(at)
     assert found.gpu_minutes == pytest.approx((90 + 600 + test_s) / 60)
     assert found.unknown == (
-        f"how long evaluate of {MODEL} takes: nobody has timed it",
+        f"how long evaluate of {MODEL} takes: no pull request has timed it",
         COMPARING,
     )
 
@@ -835,7 +835,7 @@ def test_nothing_is_never_what_is_unknown(at: Layout) -> None:
     shutil.rmtree(at.root / "results" / OTHER)
     found = _runs_of(at, OTHER)
     assert (found.gpu_minutes, found.disk_bytes, found.network_bytes) == (None, None, None)
-    assert any("nobody has timed it" in line for line in found.unknown)
+    assert any("no pull request has timed it" in line for line in found.unknown)
     assert any("was never fetched" in line for line in found.unknown)
     assert any("is on the Hub" in line for line in found.unknown)
     total = plan_budget.together([found, Budget(gpu_minutes=2.0, disk_bytes=3, network_bytes=4)])
