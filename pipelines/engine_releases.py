@@ -275,8 +275,8 @@ def _ollama_by_go(pin: Pin, deadline: float, log: Path) -> Listing:
         raise _IncompleteError(
             f"Go's module proxy lists {wording.counted(len(versions), 'release')} of Ollama, up to "
             f"{versions[0]}, and not the declared {pin.version}: it cannot say what is newest.",
-            hint="Set GITHUB_TOKEN, by which GitHub is asked, or GOPROXY to a proxy that lists all; or "
-            "check_upstream.engines to false.",
+            hint="Set GITHUB_TOKEN, by which GitHub is asked, or GOPROXY to a proxy that lists "
+            "all; or check_upstream.engines to false.",
         )
     described = go_versions.described(
         module, newer[:_MOST_DESCRIBED], go, within_s=_left_s(until) if newer else 0

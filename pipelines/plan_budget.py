@@ -145,7 +145,8 @@ class _Model:
             stages = [f"{stage} ({n})" if n > 1 else stage for stage, n in never.items()]
             take = "takes" if len(stages) == 1 else "take"
             self.unknown.append(
-                f"how long {wording.listed(stages)} of {self.model} {take}: no pull request has timed it"
+                f"how long {wording.listed(stages)} of {self.model} {take}: "
+                "no pull request has timed it"
             )
         known += self._comparison()
         return sum(known) / _MINUTE_S if known or not never else None
@@ -164,7 +165,8 @@ class _Model:
         if (self.folder / "choice.json").is_file():
             most = wording.declared(self.declared.compare.max_minutes)
             self.unknown.append(
-                f"how long comparing {self.model} takes: no pull request has timed it, {most} min at most"
+                f"how long comparing {self.model} takes: no pull request has timed it, "
+                f"{most} min at most"
             )
         return []
 
