@@ -45,7 +45,7 @@ def embedded() -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in sorted((act.ROOT / "examples/tiny-llama").iterdir())
-        if not path.name.endswith(NOT_OF_THE_MODEL)
+        if path.is_file() and not path.name.endswith(NOT_OF_THE_MODEL)
     }
 
 
