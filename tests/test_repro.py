@@ -595,7 +595,7 @@ def test_terminal_shows_each_stage_and_ends_with_the_table(graph: Callable[..., 
         {
             "a": {
                 "cmd": 'echo \'{"text": "tensor 7 of 9", "pid": 1}\' >> $GGUF_FLEET_PROGRESS; '
-                "echo 'warning: mind the gap' >&2; sleep 1.5; echo A > a.txt",
+                "echo 'warning: mind the gap' >&2; sleep 4; echo A > a.txt",
                 "outs": ["a.txt"],
             },
             "b": {"cmd": "cat a.txt > b.txt", "deps": ["a.txt"], "outs": ["b.txt"]},
