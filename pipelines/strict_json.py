@@ -28,6 +28,10 @@ class NotJsonError(FleetError):
     """Bytes are not JSON that we read; the message is a clause about the place."""
 
 
+class NotStrictError(NotJsonError):
+    """JSON as others read it: with a key twice, or a number that is none."""
+
+
 def loads(data: bytes, *, limit_bytes: int, lines_in: frozenset[str] = frozenset()) -> Any:  # noqa: ANN401 - any JSON value
     """
     Read JSON.
@@ -46,8 +50,21 @@ def loads(data: bytes, *, limit_bytes: int, lines_in: frozenset[str] = frozenset
     """
     if len(data) > limit_bytes:
         raise NotJsonError(f"it has {len(data):,} bytes; {limit_bytes:,} are allowed")
+    value = parse(data)
+    _look(value, lines_in)
+    return value
+
+
+def parse(data: bytes) -> Any:  # noqa: ANN401 - any JSON value
+    """
+    Read JSON whose size somebody has looked at, and whose texts and depth somebody will.
+
+    Raises:
+        NotStrictError: It has a key twice, or a number that is none.
+        NotJsonError: It is no UTF-8, no JSON, or nested beyond Python's patience.
+    """
     try:
-        value = json.loads(
+        return json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_once,
             parse_constant=_no_constant,
@@ -60,8 +77,6 @@ def loads(data: bytes, *, limit_bytes: int, lines_in: frozenset[str] = frozenset
         raise NotJsonError(f"it is nested deeper than {MAX_DEPTH} levels") from None
     except json.JSONDecodeError as error:
         raise NotJsonError(f"line {error.lineno:,} is not JSON: {error.msg}") from None
-    _look(value, lines_in)
-    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,25 +85,25 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise NotJsonError(f"the key {quoted(key)} is there twice")
+                raise NotStrictError(f"the key {quoted(key)} is there twice")
             seen.add(key)
     return found
 
 
 def _no_constant(text: str) -> float:
-    raise NotJsonError(f"{text} is not a number")
+    raise NotStrictError(f"{text} is not a number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise NotJsonError(f"{console.clean(text[:_MAX_DIGITS])} is not a finite number")
+        raise NotStrictError(f"{console.clean(text[:_MAX_DIGITS])} is not a finite number")
     return number
 
 
 def _short(text: str) -> int:
     if len(text) > _MAX_DIGITS:
-        raise NotJsonError(f"a number has {len(text):,} digits")
+        raise NotStrictError(f"a number has {len(text):,} digits")
     return int(text)
 
 

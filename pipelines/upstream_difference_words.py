@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import console, wording
+from pipelines import console, strict_json, wording
 from pipelines.errors import FleetError
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ MAX_CLAUSES: Final = 12
 _MAX_DEPTH: Final = 4
 # A configuration has some hundred keys, one with many added tokens some thousand.
 _MAX_LEAVES: Final = 20_000
-_MAX_DIGITS: Final = 100
 _MAX_NESTING: Final = 64
 
 # difflib takes the product of both lengths. The longest template in use has some 400 lines, the
@@ -84,19 +82,11 @@ def load(raw: bytes) -> Any:  # noqa: ANN401 - any JSON value
         NotToldError: It is nested beyond ours, has a key twice or a number that is none.
     """
     try:
-        found = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_once,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_short,
-        )
-    except UnicodeDecodeError as error:
-        raise NotJsonError(f"byte {error.start:,} is not UTF-8") from None
-    except RecursionError:
-        raise NotJsonError("it is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise NotJsonError(f"line {error.lineno:,} is not JSON ({error.msg})") from None
+        found = strict_json.parse(raw)
+    except strict_json.NotStrictError as error:
+        raise NotToldError(error.message) from None
+    except strict_json.NotJsonError as error:
+        raise NotJsonError(error.message) from None
     _require_shallow(found)
     return found
 
@@ -128,34 +118,6 @@ def load_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise NotToldError("it is no JSON object")
     return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise NotToldError(f"the key {quoted(key)} is there twice")
-            seen.add(key)
-    return found
-
-
-def _no_constant(text: str) -> float:
-    raise NotToldError(f"{text} is not a number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise NotToldError("a number is too large")
-    return number
-
-
-def _short(text: str) -> int:
-    if len(text) > _MAX_DIGITS:
-        raise NotToldError(f"a number has {len(text):,} digits")
-    return int(text)
 
 
 def written(value: object) -> str:

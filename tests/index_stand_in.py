@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 JSON = "application/vnd.pypi.simple.v1+json"
-PAGE = "/simple/llama-cpp-python/"
+BELOW = "/simple"
+PAGE = f"{BELOW}/llama-cpp-python/"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from index_stand_in import PAGE, Answer, Index, anchors, page, sdist, serving
+from index_stand_in import BELOW, PAGE, Answer, Index, anchors, page, sdist, serving
 
 from pipelines import declaration, go_versions, package_index, upstream_engines
 from pipelines.engine_releases import Listing, Pin, Release, pins_of
@@ -69,7 +69,7 @@ def machine(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("GGUF_FLEET_CACHE", str(home))
-    monkeypatch.setenv("PIP_INDEX_URL", f"{index.url}/simple")
+    monkeypatch.setenv("PIP_INDEX_URL", f"{index.url}{BELOW}")
     monkeypatch.setenv("GOSUMDB", "off")
     monkeypatch.setenv("GOPROXY", "off")
     monkeypatch.delenv("GITHUB_TOKEN", raising=False)
@@ -202,16 +202,17 @@ def test_no_time_and_no_network_are_unknown_within_the_deadline(
     index: Index, machine: pytest.MonkeyPatch
 ) -> None:
     """A machine that reaches nobody says so; a look that is over asks nobody."""
-    machine.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+    nobody, plain = "http://127.0.0.1:1", "http://index.invalid"
+    machine.setenv("PIP_INDEX_URL", f"{nobody}{BELOW}")
     (refused,) = look(declared())
     (over,) = look(declared(), within_s=0.1)
-    machine.setenv("PIP_INDEX_URL", "http://index.invalid/simple")
-    (plain,) = look(declared())
+    machine.setenv("PIP_INDEX_URL", f"{plain}{BELOW}")
+    (distrusted,) = look(declared())
     machine.setenv("PIP_NO_INDEX", "1")
     (told,) = look(declared())
 
-    assert {one.state for one in (refused, over, plain, told)} == {"unknown"}
-    assert "index.invalid is plain HTTP" in plain.reason
+    assert {one.state for one in (refused, over, distrusted, told)} == {"unknown"}
+    assert "index.invalid is plain HTTP" in distrusted.reason
     assert "cannot be reached (ConnectionError)" in refused.reason
     assert "the time for the look was over" in over.reason
     assert "no-index" in told.reason
@@ -241,7 +242,8 @@ def test_the_account_of_pip_s_own_configuration_is_used_and_never_shown(
     machine.delenv("PIP_INDEX_URL")
     config = tmp_path / "config/pip/pip.conf"
     config.parent.mkdir(parents=True)
-    config.write_text(f"[global]\nindex-url = http://bot:s3cret@{host}/t0ken/simple\n")
+    address = f"http://bot:s3cret@{host}/t0ken{BELOW}"
+    config.write_text(f"[global]\nindex-url = {address}\n")
     index.login = "bot:s3cret"
     index.page(sdist("0.3.36", NEW), sdist("0.3.33", OWN), path=f"/t0ken{PAGE}")
     well = llama()
