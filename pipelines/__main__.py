@@ -136,8 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     for stage in STAGES:
         _add_stage(verbs, stage)
     release_verbs.add(verbs, _add, _layout)
-    ci_verbs.add(verbs, _add, _layout)
-    upstream_verbs.add(verbs, _add, _layout)
+    ci_verbs.add(verbs, _add, _layout, (*ci_verbs.VERBS, *upstream_verbs.VERBS))
     return parser
 
 

@@ -16,7 +16,7 @@ from pipelines.errors import ParamsError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pipelines.layout import Layout
     from pipelines.release_verbs import AddVerb
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _RESULTS = ("success", "failure", "cancelled", "skipped")
 
 
-class _Verb(NamedTuple):
+class Verb(NamedTuple):
     """A verb: its options, what it does in a checkout, and whether that needs params.yaml."""
 
     name: str
@@ -39,23 +39,25 @@ def add(
     verbs: argparse._SubParsersAction[argparse.ArgumentParser],
     add_verb: AddVerb,
     find: Callable[[], Layout],
+    table: Iterable[Verb],
 ) -> None:
     """
-    Add every verb.
+    Add every verb of a table.
 
     Args:
         verbs: Of the command line.
         add_verb: Adds one.
         find: Returns the paths of the checkout that we stand in.
+        table: The verbs.
     """
-    for each in _VERBS:
+    for each in table:
         verb = add_verb(verbs, each.name, each.help, partial(_in_checkout, find, each))
         each.add_options(verb)
 
 
 def _in_checkout(
     find: Callable[[], Layout],
-    verb: _Verb,
+    verb: Verb,
     args: argparse.Namespace,
 ) -> int:
     if not verb.is_declared and Path("dvc.yaml").exists():
@@ -233,8 +235,8 @@ def _health(at: Layout, args: argparse.Namespace) -> int:
     )
 
 
-_VERBS = (
-    _Verb(
+VERBS = (
+    Verb(
         "plan",
         "say what a pull request changes, what has to run where and why, and what that costs",
         _plan_options,
@@ -242,27 +244,27 @@ _VERBS = (
         # A branch that deletes it has a plan too: that says so.
         is_declared=False,
     ),
-    _Verb(
+    Verb(
         "bundle",
         "pack what was measured of models into one file each, for the gate",
         _bundle_options,
         _bundle,
     ),
-    _Verb(
+    Verb(
         "gate",
         "judge what a pull request measured; exit 0 only for PROMOTE",
         _gate_options,
         _gate,
         is_declared=False,
     ),
-    _Verb(
+    Verb(
         "comment",
         "say what a pull request means, on it, or with --dry-run here",
         _comment_options,
         _comment,
     ),
-    _Verb("adopt", "put the records that a gate accepted into git", _adopt_options, _adopt),
-    _Verb(
+    Verb("adopt", "put the records that a gate accepted into git", _adopt_options, _adopt),
+    Verb(
         "runner-health",
         "say whether the machines that measure are there and well",
         _health_options,

@@ -6,49 +6,15 @@ What each does is in a module of its own, which is imported when it is typed.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from pipelines.ci_verbs import words
+from pipelines.ci_verbs import Verb, words
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
     from pipelines.layout import Layout
-    from pipelines.release_verbs import AddVerb
-
-
-class _Verb(NamedTuple):
-    """A verb: its options, and what it does in a checkout."""
-
-    name: str
-    help: str
-    add_options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[Layout, argparse.Namespace], int]
-
-
-def add(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_verb: AddVerb,
-    find: Callable[[], Layout],
-) -> None:
-    """
-    Add every verb.
-
-    Args:
-        verbs: Of the command line.
-        add_verb: Adds one.
-        find: Returns the paths of the checkout that we stand in.
-    """
-    for each in _VERBS:
-        verb = add_verb(verbs, each.name, each.help, partial(_in_checkout, find, each))
-        each.add_options(verb)
-
-
-def _in_checkout(find: Callable[[], Layout], verb: _Verb, args: argparse.Namespace) -> int:
-    return verb.run(find(), args)
 
 
 # --- one pair for each verb: its options, and the call ----------------------------------------
@@ -155,14 +121,14 @@ def _bump(at: Layout, args: argparse.Namespace) -> int:
     )
 
 
-_VERBS = (
-    _Verb(
+VERBS = (
+    Verb(
         "check-upstream",
         "say what is newer upstream than what is declared; the only verb that asks",
         _check_upstream_options,
         _check_upstream,
     ),
-    _Verb(
+    Verb(
         "bump",
         "propose what is newer: one branch, one pull request, one changed pin each",
         _bump_options,

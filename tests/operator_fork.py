@@ -114,6 +114,14 @@ class Fork:
         act.git(self.root, "push", "-q", "origin", branch)
         return self.api.add_pull(branch, title=title)
 
+    def begin(self) -> None:
+        """Have what is declared measured, merged and published for the first time."""
+        number = self.propose("first", lambda text: f"{text}# Ours.\n", "Measure what we have")
+        run = self.measured(number)
+        assert (run.rc, run.errors) == (0, []), run.text
+        self.merge(number)
+        self.merge_ledger()
+
     def pull(self, branch: str = "main") -> str:
         """Take what GitHub has of a branch; return the commit."""
         act.git(self.root, "fetch", "-q", "origin")
