@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, cast
 
-from pipelines import __version__, ci_verbs, console, release_verbs, upstream_verbs
+from pipelines import __version__, ci_verbs, console, fork_verbs, release_verbs, upstream_verbs
 from pipelines.errors import FleetError, MachineError, ParamsError
 
 if TYPE_CHECKING:
@@ -136,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     for stage in STAGES:
         _add_stage(verbs, stage)
     release_verbs.add(verbs, _add, _layout)
-    ci_verbs.add(verbs, _add, _layout, (*ci_verbs.VERBS, *upstream_verbs.VERBS))
+    table = (*ci_verbs.VERBS, *upstream_verbs.VERBS, *fork_verbs.VERBS)
+    ci_verbs.add(verbs, _add, _layout, table)
     return parser
 
 

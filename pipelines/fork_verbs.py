@@ -1,0 +1,170 @@
+"""
+The verbs of a fork's life, as the command line sees them: names, options, help.
+
+What each does is in a module of its own, which is imported when it is typed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipelines.ci_verbs import Verb
+
+if TYPE_CHECKING:
+    import argparse
+
+    from pipelines.layout import Layout
+
+
+# --- one pair for each verb: its options, and the call ----------------------------------------
+
+
+def _init_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "source",
+        nargs="?",
+        metavar="SOURCE",
+        help="of the first model: hf:owner/repo, or path:folder with safetensors; default: asks",
+    )
+    model = verb.add_argument_group("the model")
+    model.add_argument("--name", metavar="MODEL", help="its key; default: from the repository")
+    model.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of the Hub; default: main"
+    )
+    model.add_argument(
+        "--quants", metavar="TYPE,...", help="default: the usual ones that fit on the host"
+    )
+    model.add_argument("--context", type=int, metavar="TOKENS", help="default: what fits, to 16384")
+    model.add_argument("--objective", choices=("speed", "quality", "size"), help="default: speed")
+    host = verb.add_argument_group("the host")
+    host.add_argument("--host", metavar="NAME", help="key in hosts:; default: this machine's name")
+    memory = host.add_mutually_exclusive_group()
+    memory.add_argument(
+        "--vram", type=int, metavar="MIB", help="memory of its cards; default: of those found here"
+    )
+    memory.add_argument(
+        "--memory", type=int, metavar="MIB", help="main memory for a model, on a host without cards"
+    )
+    host.add_argument(
+        "--runner-label",
+        action="append",
+        default=[],
+        metavar="LABEL",
+        help="label of its self-hosted runner, repeatable; default: gpu and the host's name",
+    )
+    rest = verb.add_argument_group("the repository")
+    rest.add_argument(
+        "--registry",
+        metavar="URL",
+        help="where releases go, as `production`: s3://, oci://, hf:, mlflow:, file:; default: "
+        "the local one alone",
+    )
+    rest.add_argument(
+        "--environment", metavar="NAME", help="of GitHub, that guards it; default: production"
+    )
+    rest.add_argument(
+        "--remote", metavar="URL", help="DVC remote for large files; default: the folder there is"
+    )
+    rest.add_argument(
+        "--owner",
+        action="append",
+        default=[],
+        metavar="@LOGIN",
+        help="code owner, repeatable; default: the owner of the git remote `origin`",
+    )
+    rest.add_argument(
+        "--check-every", type=int, metavar="HOURS", help="look at upstream; default: 24"
+    )
+    rest.add_argument(
+        "--keep-example", action="store_true", help="keep the example model and its records"
+    )
+    verb.add_argument("--yes", action="store_true", help="write without a question")
+    verb.add_argument("--dry-run", action="store_true", help="print the diff, and change nothing")
+    verb.add_argument("--json", action="store_true", help="print what was done as JSON")
+    verb.add_argument(
+        "--github", action="store_true", help="in a workflow: as a pull request of this repository"
+    )
+
+
+def _init(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import init  # noqa: PLC0415 - pydantic
+
+    return init.main(at, args)
+
+
+def _doctor_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print the lines as JSON")
+    verb.add_argument(
+        "--security", action="store_true", help="which level of docs/security.md is reached"
+    )
+    verb.add_argument("--strict", action="store_true", help="exit 5 if a line is a warning")
+    verb.add_argument("--offline", action="store_true", help="ask no server")
+
+
+def _doctor(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import doctor  # noqa: PLC0415 - pydantic
+
+    return doctor.main(
+        at,
+        as_json=args.json,
+        security=args.security,
+        strict=args.strict,
+        offline=args.offline,
+    )
+
+
+def _template_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "use",
+        choices=("status", "update", "tree"),
+        help="say what is newer; merge it; or, for who publishes a template, make the commits "
+        "that hold only its own paths",
+    )
+    verb.add_argument("--to", metavar="TAG", help="version; default: the newest")
+    verb.add_argument(
+        "--from",
+        dest="origin",
+        metavar="URL",
+        help="repository of the template; default: the git remote `template`",
+    )
+    verb.add_argument(
+        "--base", metavar="TAG", help="version that this fork began from, where it cannot be found"
+    )
+    verb.add_argument(
+        "--dry-run", action="store_true", help="say what would change; change nothing"
+    )
+    verb.add_argument(
+        "--leave-conflicts", action="store_true", help="leave what conflicts in the work tree"
+    )
+    verb.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+
+def _template(at: Layout, args: argparse.Namespace) -> int:
+    from pipelines import template  # noqa: PLC0415 - pydantic
+
+    return template.main(at, args)
+
+
+VERBS = (
+    Verb(
+        "init",
+        "make a fleet of your own of this template: model, host, registry, owners",
+        _init_options,
+        _init,
+        is_declared=False,
+    ),
+    Verb(
+        "doctor",
+        "say what is wrong with this machine, this repository and its settings, and the fix",
+        _doctor_options,
+        _doctor,
+        is_declared=False,
+    ),
+    Verb(
+        "template",
+        "take the template's next version",
+        _template_options,
+        _template,
+        is_declared=False,
+    ),
+)
