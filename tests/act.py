@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import lowering
 import pytest
+import sample
 from ruamel.yaml import YAML
 
 from checks import installed
-from pipelines import toolchain
+from pipelines import owners, toolchain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,14 +63,23 @@ def commit(root: Path, message: str = "change") -> str:
 
 
 def fork(place: Path, *, leave_out: Sequence[str] = ("bench/", "docs/", "tests/")) -> Path:
-    """Return a git repository with one commit on `main`: the files of this checkout."""
+    """
+    Return a git repository with one commit on `main`: this checkout, the operator's paths sampled.
+
+    Args:
+        place: An empty folder.
+        leave_out: Beginnings of paths. Without `results/` there are no records and no locks, and
+            llama.cpp and Ollama are those that this repository pins.
+    """
     root = place / "fork"
     listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in listed:
         source = ROOT / name
-        if name and source.is_file() and not name.startswith(tuple(leave_out)):
+        left = owners.is_operators(name) or name.startswith(tuple(leave_out))
+        if name and source.is_file() and not left:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, root / name)
+    sample.lay(root, records="results/" not in leave_out)
     git(root, "init", "-q", "-b", "main")
     # So that a job can fetch any commit by its name, as from GitHub.
     git(root, "config", "uploadpack.allowAnySHA1InWant", "true")

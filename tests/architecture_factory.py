@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import sample
 from verify_factory import subject
 
 from pipelines import declaration, gguf_header
@@ -830,11 +831,11 @@ def _write_pooling(directory: Path) -> None:
 
 
 def before(root: Path, source: Path, f16: Path, tools: Toolchain, **verify: Any) -> Subject:
-    """Put a conversion before the layer, with the template's own evaluation corpus."""
-    corpus = declaration.load(ROOT / "params.yaml").corpora["evaluation"]
+    """Put a conversion before the layer, with the sample's evaluation corpus."""
+    corpus = declaration.load(sample.of("params.yaml")).corpora["evaluation"]
     return dataclasses.replace(
         subject(root, source, f16, tools),
-        at=Layout(ROOT),
+        at=Layout(sample.SAMPLE),
         log=root / "log",
         slice_=VerifySlice(
             model="tiny",

@@ -12,13 +12,14 @@ import copy
 import functools
 import hashlib
 import json
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import sample
 import yaml
+from sample import SAMPLE
 
 from pipelines import bundle, declaration, lock_entries, machine
 from pipelines.bundle import git_blob
@@ -46,14 +47,9 @@ _TRACKED = ("params.yaml", "dvc.yaml", "dvc.lock", "corpora", "modelfiles", "res
 
 
 def fleet(root: Path) -> Layout:
-    """Copy what git holds of this fleet: the declaration, the graph, the lock and the records."""
+    """Copy what git holds of the sample: the declaration, the graph, the lock and the records."""
     root.mkdir()
-    for name in _TRACKED:
-        there = ROOT / name
-        if there.is_dir():
-            shutil.copytree(there, root / name)
-        else:
-            shutil.copy(there, root / name)
+    sample.take(root, *_TRACKED, frozen=True)
     return Layout(root)
 
 
@@ -106,7 +102,7 @@ def bundle_of(at: Layout, model: str = MODEL, host: str = HOST, **facts: Any) ->
 @functools.cache
 def _held() -> str:
     """Return the bundle that git holds of tiny-llama."""
-    origin = Layout(ROOT)
+    origin = Layout(SAMPLE)
     declared = declaration.load(origin.params)
     return bundle.from_git(origin, declared, MODEL, host=HOST, head=HEAD).model_dump_json()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sample
 
 # Started only where a test asks for one by name.
 from registry_servers import moto_s3, oci, oci_tls, s3_server, versitygw
@@ -52,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def tools() -> Toolchain:
-    """The pinned llama.cpp, built; `make test` builds it before the tests start."""
+    """The llama.cpp that this repository pins, built before the tests start by `make test`."""
     from pipelines import declaration, toolchain  # noqa: PLC0415 - only tests that need it
 
     spec = toolchain.spec_of(declaration.load(ROOT / "params.yaml"))
@@ -83,12 +83,16 @@ def family(
 
 @pytest.fixture(scope="session")
 def engine(tools: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """The real Ollama, of PATH or built by Go; installed once, as the toolchain is."""
-    from pipelines import params  # noqa: PLC0415 - only tests that need it
+    """The real Ollama, of PATH or of this repository's pin; installed once, as the toolchain is."""
+    from pipelines import declaration, params  # noqa: PLC0415 - only tests that need it
     from pipelines.serving import engine as engines  # noqa: PLC0415
 
     log = tmp_path_factory.mktemp("engine") / "log"
-    return engines.find(params.Serving(engine="ollama"), tools, log=log)
+    here = declaration.load(ROOT / "params.yaml").serving
+    wanted = params.Serving(
+        engine="ollama", ollama=here.ollama, ollama_archive_sha256=here.ollama_archive_sha256
+    )
+    return engines.find(wanted, tools, log=log)
 
 
 @pytest.fixture
@@ -113,29 +117,13 @@ def fleet(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def checkout(tmp_path: Path) -> Path:
     """A copy of the template as a fork has it: a git repository with DVC, and no cache of ours."""
     root = tmp_path / "fork"
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "work", "results")
-    for name in ("pipelines", "examples", "corpora", "modelfiles", ".dvc", "tests/data"):
-        shutil.copytree(ROOT / name, root / name, ignore=_and_dvc_state(ignored))
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, root / name)
+    sample.take(root, *sample.CHECKOUT, "tests/data")
     for argv in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "template"]):
         subprocess.run(["git", *_AUTHOR, *argv], cwd=root, check=True)
     return root
 
 
 _AUTHOR = ("-c", "user.name=Test", "-c", "user.email=test@example.invalid")
-
-
-def _and_dvc_state(ignored: Callable[[str, list[str]], set[str]]) -> Callable[..., set[str]]:
-    """Leave DVC's cache and its temporary files out of a copy as well."""
-
-    def ignore(directory: str, names: list[str]) -> set[str]:
-        dropped = set(ignored(directory, names))
-        if Path(directory).name == ".dvc":
-            dropped |= {"cache", "tmp", "remote", "config.local"} & set(names)
-        return dropped
-
-    return ignore
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ them. Branches, trees and commits are those of a real bare repository (`api.git`
 State, to be read and changed by tests (under `api.lock` while requests run):
 
     pulls, issues, comments, check_runs, artifacts, runs, runners, releases      by number
+    settings      what is under Settings: see tests/github_settings.py
     tokens        what each token is called and may do; `api.token` is that of a job
     requests      every request, in order; `faults` by `strike`
     violations    sentences; `api.check()` asserts that there are none
@@ -50,7 +51,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import node_tools
 from github_git import BareRepository, GitError
-from github_openapi import Contract, Operation, load
+from github_openapi import AnswerError, Contract, Operation, load
+from github_settings import ROUTES, Settings, of_repository
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,20 +145,6 @@ class Artifact:
     size_bytes: int | None = None
 
 
-class AnswerError(Exception):
-    """An answer that is no success."""
-
-    def __init__(self, status: int, message: str, **more: Any) -> None:
-        """Answer with a status and a message."""
-        super().__init__(message)
-        self.status = status
-        self.body = {
-            "message": message,
-            "documentation_url": "https://docs.github.com/rest",
-            **more,
-        }
-
-
 @dataclass
 class Call:
     """A request that is being answered."""
@@ -173,7 +161,7 @@ class Call:
 
 
 Handler = "Callable[[GitHubApi, Call], tuple[int, Any]]"
-_ROUTES: dict[tuple[str, str], Any] = {}
+_ROUTES: dict[tuple[str, str], Any] = dict(ROUTES)
 
 
 def _route(method: str, template: str) -> Callable[[Any], Any]:
@@ -235,6 +223,7 @@ class GitHubApi:
         # Of the repository: those that the page on settings wants, and what is used.
         kinds = "weights tokenizer template config generation licence card engine"
         self.labels = {"bump", *(f"bump: {kind}" for kind in kinds.split())}
+        self.settings = Settings()
         self.pulls: dict[int, dict[str, Any]] = {}
         self.issues: dict[int, dict[str, Any]] = {}
         self.comments: dict[int, dict[str, Any]] = {}
@@ -687,8 +676,14 @@ _PERMISSIONS: Final = (
     (r"/issues", "issues"),
     (r"/pulls", "pull_requests"),
     (r"/check-runs|/commits/\{ref\}/check-runs", "checks"),
-    (r"/actions/runners", "administration"),
-    (r"/actions", "actions"),
+    (r"/actions/(runners|permissions)|/vulnerability-alerts", "administration"),
+    (r"/branches/\{branch\}/protection", "administration"),
+    (r"/actions/(organization-)?secrets", "secrets"),
+    (r"/actions/(organization-)?variables", "variables"),
+    (r"/environments/\{environment_name\}/secrets", "environments"),
+    (r"/labels", "issues|pull_requests"),
+    (r"/codeowners", "contents"),
+    (r"/actions|/environments", "actions"),
     (r"/git/|/contents|/branches|/commits|/releases|/compare|/dispatches", "contents"),
 )
 
@@ -730,6 +725,7 @@ def _get_repository(api: GitHubApi, _call: Call) -> tuple[int, Any]:
         "full_name": api.repository,
         "default_branch": api.default_branch,
         "has_discussions": False,
+        **of_repository(api),
     }
 
 

@@ -44,6 +44,20 @@ _NEWER: Final = {
 }
 
 
+class AnswerError(Exception):
+    """An answer that is no success."""
+
+    def __init__(self, status: int, message: str, **more: Any) -> None:
+        """Answer with a status and a message."""
+        super().__init__(message)
+        self.status = status
+        self.body = {
+            "message": message,
+            "documentation_url": "https://docs.github.com/rest",
+            **more,
+        }
+
+
 @dataclass
 class Operation:
     """

@@ -79,7 +79,7 @@ class Fork:
         """
         self.place, self.api, self.production = place, api, place / "production"
         self.env = dict(env or {})
-        self.root = act.fork(place, leave_out=("results/", "dvc.lock"))
+        self.root = act.fork(place, leave_out=("results/",))
         remote = place / "dvc-remote"
         self.change(
             lambda text: edit(text).replace(

@@ -11,15 +11,20 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import sample
+from sample import SAMPLE
+
 from pipelines import declaration
 from pipelines.layout import Layout
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "tiny-llama"
 OTHER = "other-llama"
-_HOLDS = ("examples", "corpora", "modelfiles", ".dvc")
+_HOLDS = (
+    "examples", "corpora", "modelfiles", ".dvc", "dvc.yaml", "params.yaml", ".dvcignore",
+    ".gitignore", "pipelines/dvc.yaml",
+)  # fmt: skip
 _LARGE_BYTES = 100_000
-_SKIPPED = shutil.ignore_patterns("cache", "tmp", "remote", "config.local", "__pycache__")
 # A second model of the same files, with its own name everywhere.
 _OTHER_MODEL = f"""\
   {OTHER}:
@@ -41,11 +46,7 @@ def make(root: Path) -> Layout:
     Records are those of the embedded model, for the other one with its name in them; the large
     files hold their own names. dvc.lock is what DVC writes of them.
     """
-    for name in _HOLDS:
-        shutil.copytree(ROOT / name, root / name, ignore=_SKIPPED)
-    (root / "pipelines").mkdir()
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "pipelines/dvc.yaml"):
-        shutil.copy(ROOT / name, root / name)
+    sample.take(root, *_HOLDS, frozen=True)
     at = Layout(root)
     _declare_other(at)
     probe(at)
@@ -82,16 +83,16 @@ def probe(at: Layout) -> None:
     declaration.write_slices(declaration.load(at.params), at)
     at.machine.write_text('{"schema_version": 1, "hw_id": "0"}')
     if not at.toolchain.exists():
-        shutil.copy(Layout(ROOT).tools_record(MODEL), at.toolchain)
+        shutil.copy(Layout(SAMPLE).tools_record(MODEL), at.toolchain)
 
 
 def _write_outputs(at: Layout) -> None:
     declared = declaration.load(at.params)
-    real = Layout(ROOT)
+    real = Layout(SAMPLE)
     own = list(real.root.glob(f"results/{MODEL}/**/*.json"))
     for model in declared.models:
         for path in own:
-            target = at.root / str(path.relative_to(ROOT)).replace(MODEL, model)
+            target = at.root / str(path.relative_to(SAMPLE)).replace(MODEL, model)
             target.parent.mkdir(parents=True, exist_ok=True)
             if path == real.tools_record(MODEL):
                 shutil.copy(path, target)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 from unittest import mock
 
+import sample
 from architecture_factory import FAMILIES, NAMES
 from gguf_faults import FAULTS
 from record_factory import convert_record, fetch_record
@@ -150,7 +151,7 @@ class Bench:
         place.mkdir()
         log = place / "log"
         if verify_template.upstream_templates(source):
-            golden = prompts.load(ROOT / "corpora/prompts.yaml")
+            golden = prompts.load(sample.of("corpora/prompts.yaml"))
             with _START_CHAT(source, golden, log) as pending:
                 self._answers["chat", source] = pending.result()
         self._answers["tokens", source] = _ASK_TOKENS(source, place, log)
@@ -172,13 +173,13 @@ class Bench:
         at = Layout(checkout)
         at.f16(model).parent.mkdir(parents=True)
         at.source(model).symlink_to(source)
-        (checkout / "corpora").symlink_to(ROOT / "corpora")
+        (checkout / "corpora").symlink_to(sample.of("corpora"))
         if fault is None:
             os.link(f16, at.f16(model))
         else:
             FAULTS[fault](f16, at.f16(model))
         self._write_records(at, model)
-        corpus = declaration.load(ROOT / "params.yaml").corpora["evaluation"]
+        corpus = declaration.load(sample.of("params.yaml")).corpora["evaluation"]
         wanted = VerifySlice(
             model=model,
             recipe=1,

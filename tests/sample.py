@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 SAMPLE: Final = ROOT / "tests/sample"
+# What a checkout without records is made of.
+CHECKOUT: Final = (
+    "pipelines", "examples", "corpora", "modelfiles", ".dvc", "dvc.yaml", "params.yaml",
+    ".dvcignore", ".gitignore",
+)  # fmt: skip
 # What DVC, a run or Python leaves beside tracked files.
 _LEFT = shutil.ignore_patterns("cache", "tmp", "remote", "config.local", "__pycache__", "*.pyc")
 

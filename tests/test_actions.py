@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import act
 import pytest
+import sample
 from ruamel.yaml import YAML
 from test_compare import QUICK
 
@@ -77,7 +78,7 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) -> ac
         elif (code / name).exists():
             shutil.copy(code / name, fleet / name)
     shutil.rmtree(fleet / "results")
-    params = (fleet / "params.yaml").read_text()
+    params = sample.params_text()
     for key, value in QUICK.items():
         params = re.sub(rf"^( +){key}: .*$", rf"\g<1>{key}: {value}", params, flags=re.MULTILINE)
     dropped = r"^    calibration: calibration\n|^  .*imatrix: true.*\n"

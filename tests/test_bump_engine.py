@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample import SAMPLE
 
 from pipelines import bump_engine, declaration, pin_lines
 from pipelines.layout import Layout
@@ -15,14 +16,14 @@ from pipelines.params import CheckUpstream, Declaration, IgnoredReleases
 from pipelines.upstream_records import EngineUpstream, UpstreamRecord
 
 ROOT = Path(__file__).resolve().parent.parent
-AT = Layout(ROOT)
+AT = Layout(SAMPLE)
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 NEW = "c" * 64
 
 
 @cache
 def fleet() -> Declaration:
-    """What this repository declares: llama-cpp-python 0.3.36 and Ollama 0.33.0."""
+    """What the sample declares: llama-cpp-python 0.3.36 and Ollama 0.33.0."""
     return declaration.load(AT.params)
 
 

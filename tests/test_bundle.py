@@ -22,6 +22,7 @@ from bundle_factory import (
     plan_of,
     with_twin,
 )
+from sample import SAMPLE
 
 from pipelines import atomic, bundle, bundle_checks, declaration, hashing, lock_entries, machine
 from pipelines.bundle import BundleError
@@ -46,7 +47,7 @@ def at(tmp_path: Path) -> Layout:
 @pytest.fixture
 def data() -> dict[str, Any]:
     """The JSON of a good bundle, to spoil."""
-    found: dict[str, Any] = json.loads(bundle_of(Layout(ROOT)).model_dump_json())
+    found: dict[str, Any] = json.loads(bundle_of(Layout(SAMPLE)).model_dump_json())
     return found
 
 

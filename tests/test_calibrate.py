@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import psutil
 import pytest
+import sample
 from fake_tools import with_fake
 from gguf_factory import converted_model
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = "corpora/calibration.txt"
-TEXT = (ROOT / CORPUS).read_bytes()
+TEXT = sample.of(CORPUS).read_bytes()
 pytestmark = pytest.mark.toolchain
 
 

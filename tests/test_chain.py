@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,11 +139,7 @@ def _finished(
     """A fork in which `fleet repro` has run once, and what it printed."""
     assert tools.tool("llama-quantize").exists()
     root = tmp_path_factory.mktemp("chain") / "fork"
-    hidden = shutil.ignore_patterns("work", "cache", "tmp", "results", "__pycache__")
-    for name in ("pipelines", "examples", "corpora", "modelfiles", ".dvc"):
-        shutil.copytree(ROOT / name, root / name, ignore=hidden)
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, root / name)
+    sample.take(root, *sample.CHECKOUT)
     author = ("-c", "user.name=Test", "-c", "user.email=test@example.invalid")
     for argv in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "template"]):
         subprocess.run(["git", *author, *argv], cwd=root, check=True)

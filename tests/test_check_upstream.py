@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import socket
 import struct
 import threading
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
+import sample
 from hub import INSIDER, Fault, Hub
 from record_factory import fetch_record
 
@@ -95,7 +95,7 @@ class Operator:
 
     def write(self) -> None:
         """Write params.yaml."""
-        text = (ROOT / "params.yaml").read_text()
+        text = sample.of("params.yaml").read_text()
         before, rest = text.split("  tiny-llama:\n", 1)
         rest = rest[rest.index("\n# One line for each GGUF") :]
         common = {"context_tokens": 512, "objective": "size"}
@@ -814,9 +814,8 @@ def _reported(operator: Operator) -> str:
 
 @pytest.fixture(name="fork")
 def _fork(tmp_path: Path) -> Path:
-    """The embedded model, declared as it is shipped."""
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    """The embedded model, declared as the sample does."""
+    sample.take(tmp_path, "params.yaml", "examples")
     return tmp_path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import comment_factory as make
 import pytest
 import record_factory
+import sample
 from record_factory import MODEL
 
 from pipelines import __main__, bundle, comment, comment_render, declaration, gate, records
@@ -238,16 +238,15 @@ def test_what_upstream_changed_is_listed() -> None:
 
 
 class Fork:
-    """A repository with the real records of this one: the base lacks a quant that the head has."""
+    """A repository with the real records of the sample: its base lacks a quant."""
 
     def __init__(self, root: Path) -> None:
         """Make two commits."""
         self.root = root
         self.at = Layout(root)
-        root.mkdir()
-        for name in (".gitignore", "params.yaml", "dvc.yaml", "dvc.lock"):
-            shutil.copy(HERE / name, root / name)
-        shutil.copytree(HERE / "results", root / "results")
+        sample.take(
+            root, ".gitignore", "params.yaml", "dvc.yaml", "dvc.lock", "results", frozen=True
+        )
         self.params = self.at.params.read_text(encoding="utf-8")
         assert LINE in self.params
         own = [self.at.quant_record(stage, MODEL, "Q4_K_M") for stage in ("benchmark", "quantize")]

@@ -22,6 +22,7 @@ import psutil
 import pytest
 import record_factory
 import release_factory
+import sample
 
 from pipelines import (
     benchmark,
@@ -98,11 +99,7 @@ def edit(path: Path, pattern: str, by: str) -> None:
 
 def template(root: Path) -> None:
     """Lay out a fork with short measurements of one thread, and two quants."""
-    hidden = shutil.ignore_patterns("work", "cache", "tmp", "results", "__pycache__")
-    for name in ("pipelines", "examples", "corpora", "modelfiles", ".dvc"):
-        shutil.copytree(ROOT / name, root / name, ignore=hidden)
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, root / name)
+    sample.take(root, *sample.CHECKOUT)
     declared = root / "params.yaml"
     for key, value in QUICK.items():
         edit(declared, rf"^( +){key}: .*$", rf"\g<1>{key}: {value}")
@@ -390,7 +387,7 @@ def test_the_champion_of_a_release_comes_from_the_registry_by_its_digest(
 ) -> None:
     """Its stable quant, byte for byte; and only with the llama.cpp that it was made with."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    sample.take(tmp_path, "params.yaml")
     at = Layout(tmp_path)
     declared = declaration.load(at.params)
     made = release_factory.composed(tmp_path / "elsewhere")
@@ -720,7 +717,7 @@ def test_speed_alone_is_never_called_as_good(outcome: str, words: str) -> None:
 def test_an_encoder_is_compared_by_its_prefill(tmp_path: Path, tools: Toolchain) -> None:
     """It decodes nothing and has no divergence: real pairs of prefill decide, and that is told."""
     gguf = encoder_factory.tiny_bert_gguf(tmp_path / "bert.gguf")
-    declared = declaration.load(ROOT / "params.yaml")
+    declared = declaration.load(sample.of("params.yaml"))
     whole = compare.plan_of(declared, MODEL, gguf, backend=tools.backend, cores=2)
     short = replace(
         whole, pairs=4, control_pairs=3, repetitions=3, prompt_tokens=16,

@@ -16,6 +16,7 @@ import engine_factory
 import gguf_factory
 import pytest
 import record_factory
+import sample
 from engine_factory import answers, departure, engine_record, release_test, timed
 from test_compare import ROOT, edit, git, run, template
 
@@ -377,8 +378,7 @@ def _bed(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) -> Path:
     """A small Llama in two quants, made by the real quantizer."""
     root = tmp_path_factory.mktemp("engine") / "fork"
     (root / "work" / MODEL / "gguf").mkdir(parents=True)
-    shutil.copytree(ROOT / "corpora", root / "corpora")
-    shutil.copy(ROOT / "params.yaml", root / "params.yaml")
+    sample.take(root, "corpora", "params.yaml")
     for key, value in {"prompt_tokens": "16", "generate_tokens": "4", "depths": "[0]",
                        "chunks": "8"}.items():  # fmt: skip
         edit(root / "params.yaml", rf"^( +){key}: .*$", rf"\g<1>{key}: {value}")

@@ -7,18 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sample
 from ruamel.yaml import YAML
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     Fleet = Callable[..., subprocess.CompletedProcess[str]]
 
-CORPORA = Path(__file__).resolve().parent.parent / "corpora"
+CORPORA = sample.of("corpora")
 MIN_SHARED_PARAGRAPH_CHARS = 40
 
 

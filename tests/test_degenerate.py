@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import sample
 
 from pipelines import convert, declaration, degenerate, fetch, hashing, params, records
 from pipelines.degenerate import is_degenerate, is_loop, sign_test, unique_share
@@ -97,7 +97,7 @@ def test_no_page_of_documentation_is_a_loop() -> None:
     """Some 1,100 pieces of real prose, lists and code: the rules find nothing in text by people."""
     pieces = []
     for name in ("calibration.txt", "evaluation.txt"):
-        text = (ROOT / "corpora" / name).read_text(encoding="utf-8")
+        text = (sample.of("corpora") / name).read_text(encoding="utf-8")
         pieces += [text[at : at + 600] for at in range(0, len(text) - 600, 211)]
 
     assert len(pieces) > 1000
@@ -283,9 +283,7 @@ def test_a_broken_template_is_seen_in_the_answers_of_a_real_model(
 ) -> None:
     """The model ends its answers; under another one's template it loops, and that is no chance."""
     root = tmp_path / "fork"
-    for name in ("examples", "corpora"):
-        shutil.copytree(ROOT / name, root / name)
-    shutil.copy(ROOT / "params.yaml", root / "params.yaml")
+    sample.take(root, "examples", "corpora", "params.yaml")
     at, log = Layout(root), tmp_path / "log"
     declared = declaration.load(at.params)
     records.write(

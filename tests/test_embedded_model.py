@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sample
 import sentencepiece
 import torch
 from ruamel.yaml import YAML
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-llama"
-CORPORA = ROOT / "corpora"
+CORPORA = sample.of("corpora")
 K_QUANT_BLOCK = 256
 # Threads wait for each other actively: beside any other load, two are many times slower than one.
 torch.set_num_threads(1)

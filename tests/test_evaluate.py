@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sample
 import torch
 import verify_factory
 from record_factory import convert_record, quantize_record
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGLISH = ROOT / "corpora/evals/technical-english.jsonl"
+ENGLISH = sample.of("corpora/evals/technical-english.jsonl")
 MODEL = "tiny-llama"
 TYPES = ("Q4_K_M", "TQ1_0")
 torch.set_num_threads(1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sample
 
 from pipelines import convert, declaration, fetch, golden, hashing, params, prompts, records
 from pipelines import upstream_chat as chat
@@ -54,9 +55,7 @@ RICH = (
 def at(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) -> Layout:
     """A checkout in which the embedded model has been fetched and converted."""
     root = tmp_path_factory.mktemp("golden") / "fork"
-    for name in ("examples", "corpora"):
-        shutil.copytree(ROOT / name, root / name)
-    shutil.copy(ROOT / "params.yaml", root / "params.yaml")
+    sample.take(root, "examples", "corpora", "params.yaml")
     at = Layout(root)
     declared = declaration.load(at.params)
     fetched = fetch.run(params.fetch_slice(declared, MODEL), at)
@@ -69,7 +68,7 @@ def at(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) -> Layout:
 @pytest.fixture(scope="module")
 def asked() -> Prompts:
     """The prompts of the template."""
-    return prompts.load(ROOT / "corpora/prompts.yaml")
+    return prompts.load(sample.of("corpora/prompts.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +445,7 @@ def test_a_gate_that_looked_at_nothing_is_not_passed() -> None:
         transformers="5", tokenizer="T", bos_text="", template_sha256=None, thinking=False,
         conversations=(),
     )  # fmt: skip
-    asked = prompts.load(ROOT / "corpora/prompts.yaml")
+    asked = prompts.load(sample.of("corpora/prompts.yaml"))
 
     judged = golden.check(reference, asked, Scripted())
 

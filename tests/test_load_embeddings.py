@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import encoder_factory
 import pytest
 import record_factory as make
+import sample
 import serving_factory
 from serving_factory import left_in
 
@@ -53,9 +54,7 @@ real = [pytest.mark.toolchain, pytest.mark.timeout(300)]
 def _at(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) -> Layout:
     """A checkout with an encoder, two quants of it, and all that a load test reads."""
     at = encoder_factory.converted_encoder(tmp_path_factory.mktemp("encoder") / "fork")
-    for name in ("corpora", "modelfiles"):
-        shutil.copytree(ROOT / name, at.root / name)
-    shutil.copy(ROOT / "params.yaml", at.params)
+    sample.take(at.root, "corpora", "modelfiles", "params.yaml")
     (at.root / "corpora/nouns.txt").write_text(encoder_factory.text_of(4000))
     for type_ in ("Q8_0", "Q4_K_M"):
         encoder_factory.add_quant(at, type_, tools)
@@ -216,9 +215,7 @@ def test_a_bert_of_upstream_goes_through_the_chain(
     at = Layout(tmp_path / "fork")
     at.f16("tiny").parent.mkdir(parents=True)
     shutil.copy(family("bert")[1], at.f16("tiny"))
-    for name in ("corpora", "modelfiles"):
-        shutil.copytree(ROOT / name, at.root / name)
-    shutil.copy(ROOT / "params.yaml", at.params)
+    sample.take(at.root, "corpora", "modelfiles", "params.yaml")
     (at.root / "corpora/nouns.txt").write_text(encoder_factory.text_of(4000))
     encoder_factory.record_conversion(at)
     encoder_factory.add_quant(at, "Q8_0", tools)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sample
 from scripted_server import Page, Script, serve
 
 from pipelines import load_remote
@@ -44,15 +44,14 @@ load_test:
 def _fork(tmp_path: Path) -> Path:
     """A checkout whose load test is short and patient."""
     root = tmp_path / "fork"
-    for name in ("examples", "corpora", "modelfiles"):
-        shutil.copytree(ROOT / name, root / name)
+    sample.take(root, "examples", "corpora", "modelfiles")
     declare(root, limit_ms=20_000)
     return root
 
 
 def declare(root: Path, *, limit_ms: float) -> None:
     """Write params.yaml with one limit on the first token."""
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    text = sample.params_text()
     head, _, rest = text.partition("\nload_test:\n")
     _, _, tail = rest.partition("\n\n")
     (root / "params.yaml").write_text(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import record_factory as make
+import sample
 from scripted_server import Script, Scripted, serve
 
 from pipelines import degenerate, load_session
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pipelines.load_records import LoadRun
 
 ROOT = Path(__file__).resolve().parent.parent
-CORPUS = (ROOT / "corpora/evaluation.txt").read_text(encoding="utf-8")
+CORPUS = sample.of("corpora/evaluation.txt").read_text(encoding="utf-8")
 
 
 def opened(server: Scripted, log: Path, **changes: Any) -> Session:

@@ -56,11 +56,13 @@ def test_a_host_without_a_card_has_nothing_to_sweep_and_says_so() -> None:
     assert not load_sweep.nothing_to_sweep("metal", [])
 
 
-def test_the_verb_says_that_there_is_nothing_and_ends_well(tools: Toolchain, fleet: Fleet) -> None:
+def test_the_verb_says_that_there_is_nothing_and_ends_well(
+    tools: Toolchain, fleet: Fleet, checkout: Path
+) -> None:
     """No fault of the operator's; stdout stays machine-readable."""
     if tools.backend != "cpu":
         pytest.skip("this machine has something to sweep")
-    done = fleet("load-test", "tiny-llama", "--sweep", "gpu_layers", "--json", cwd=ROOT)
+    done = fleet("load-test", "tiny-llama", "--sweep", "gpu_layers", "--json", cwd=checkout)
 
     assert (done.returncode, json.loads(done.stdout)) == (0, [])
     assert "nothing to sweep" in done.stderr

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import record_factory as make
+import sample
 from serving_factory import left_in
 
 from pipelines import convert, declaration, fetch, load_sweep, load_test, params, quantize, records
@@ -48,9 +49,7 @@ FALLBACK = "llama-server stood in for Ollama"
 def _built(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) -> Layout:
     """A checkout in which the embedded model has been fetched, converted and quantized."""
     root = tmp_path_factory.mktemp("load") / "fork"
-    for name in ("examples", "corpora", "modelfiles"):
-        shutil.copytree(ROOT / name, root / name)
-    shutil.copy(ROOT / "params.yaml", root / "params.yaml")
+    sample.take(root, "examples", "corpora", "modelfiles", "params.yaml")
     at = Layout(root)
     declared = declaration.load(at.params)
     fetched = fetch.run(params.fetch_slice(declared, MODEL), at)

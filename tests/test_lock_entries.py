@@ -7,6 +7,7 @@ from itertools import permutations
 from typing import TYPE_CHECKING
 
 import pytest
+import sample
 import yaml
 from bundle_factory import MODEL, ROOT, TWIN, bundle_of, fleet, with_twin
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from pipelines.layout import Layout
 
-WRITTEN_BY_DVC = (ROOT / "dvc.lock").read_text()
+WRITTEN_BY_DVC = sample.of("dvc.lock").read_text()
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_a_lock_that_was_merged_by_text_is_named_and_left_alone(text: str) -> No
 
 def test_the_stages_of_a_model_are_those_of_the_graph() -> None:
     """What is measured of a model is what dvc.yaml has for it, but publish and track."""
-    declared = declaration.load(ROOT / "params.yaml")
+    declared = declaration.load(sample.of("params.yaml"))
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
     stages = {name.partition("@")[0] for name in lock_entries.names_of(declared, MODEL)}

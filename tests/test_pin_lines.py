@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from bump_factory import MODEL, NEW, OLD, OTHER, PARAMS, ROOT
+import sample
+from bump_factory import MODEL, NEW, OLD, OTHER, PARAMS
 
 from pipelines import declaration, pin_lines
 from pipelines.errors import ParamsError
@@ -113,10 +114,10 @@ def test_what_another_place_has_wrong_names_no_file_of_ours(before: str, after: 
     assert "/" not in error.value.message
 
 
-def test_the_pins_of_this_repository_can_be_changed(tmp_path: Path) -> None:
+def test_the_pins_of_the_sample_can_be_changed(tmp_path: Path) -> None:
     """Its own params.yaml is written in a way in which a bump changes one line for each pin."""
     path = tmp_path / "params.yaml"
-    before = (ROOT / "params.yaml").read_bytes()
+    before = sample.of("params.yaml").read_bytes()
     path.write_bytes(before)
     declared = declaration.load(path)
     edits: dict[Place, Value] = {("models", name, "revision"): NEW for name in declared.models}

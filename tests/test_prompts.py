@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import sample
 
 from pipelines import prompts
 from pipelines.errors import ParamsError
@@ -70,9 +71,9 @@ def refused(folder: Path, text: str) -> tuple[Problem, ...]:
     return caught.value.problems
 
 
-def test_the_shipped_prompts_are_valid_and_named_by_version_and_bytes() -> None:
+def test_the_prompts_of_the_sample_are_valid_and_named_by_version_and_bytes() -> None:
     """What results refer to is the version and the sha256 of the file as it lies there."""
-    path = ROOT / "corpora/prompts.yaml"
+    path = sample.of("corpora/prompts.yaml")
 
     read = prompts.load(path)
 

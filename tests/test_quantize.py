@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import psutil
 import pytest
+import sample
 from fake_tools import with_fake
 from gguf_factory import converted_model, quant
 
@@ -121,7 +122,7 @@ def calibrated_once(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) 
     at = converted_model(tmp_path_factory.mktemp("calibrated") / "fleet")
     text = at.root / "corpora/calibration.txt"
     text.parent.mkdir()
-    text.write_bytes((ROOT / "corpora/calibration.txt").read_bytes()[:20_000])
+    text.write_bytes(sample.of("corpora/calibration.txt").read_bytes()[:20_000])
     corpus = Corpus(path="corpora/calibration.txt", sha256=hashing.digest(text).sha256)
     wanted = CalibrateSlice(model="tiny", recipe=1, corpus=corpus, context_tokens=128, chunks=4)
     with pytest.MonkeyPatch.context() as patch:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sample
 
 from pipelines import convert, declaration, fetch, hashing, params, prompts, records, regressions
 from pipelines.layout import Layout
@@ -238,9 +238,7 @@ def test_a_server_that_is_not_there_fails_every_regression(tmp_path: Path) -> No
 def at(tmp_path_factory: pytest.TempPathFactory, tools: Toolchain) -> Layout:
     """A checkout in which the embedded model has been fetched and converted."""
     root = tmp_path_factory.mktemp("regressions") / "fork"
-    for name in ("examples", "corpora"):
-        shutil.copytree(ROOT / name, root / name)
-    shutil.copy(ROOT / "params.yaml", root / "params.yaml")
+    sample.take(root, "examples", "corpora", "params.yaml")
     at = Layout(root)
     declared = declaration.load(at.params)
     fetched = fetch.run(params.fetch_slice(declared, MODEL), at)
@@ -270,7 +268,7 @@ def asked(at: Layout, tools: Toolchain, folder: Path, text: str) -> Iterator[Reg
             url=loaded.url, api=loaded.api, model=loaded.name, generate_tokens=64, timeout_s=60,
             temperature=0.8, seed=1, context_tokens=512,
         )  # fmt: skip
-        shipped = prompts.load(ROOT / "corpora/prompts.yaml")
+        shipped = prompts.load(sample.of("corpora/prompts.yaml"))
         yield from regressions.run(shipped, target, model=MODEL, log=log)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import nvml_replay
 import pytest
+import sample
 from github_api import GitHubApi, Token
 
 from pipelines import (
@@ -68,13 +69,7 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with three hosts, of which two have runners; the working directory."""
     root = tmp_path / "fleet"
     root.mkdir()
-    for name in ("params.yaml", "modelfiles", "corpora", "examples", "deploy", ".dvc/config"):
-        there = root / name
-        there.parent.mkdir(exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, there)
-        else:
-            shutil.copy(ROOT / name, there)
+    sample.take(root, "params.yaml", "modelfiles", "corpora", "examples", "deploy", ".dvc/config")
     text = (root / "params.yaml").read_text()
     begin, end = text.index("\nhosts:"), text.index("\nregistries:")
     end = text.rindex("\n\n", begin, end)

@@ -84,7 +84,7 @@ def test_the_schema_accepts_valid_declarations(path: Path) -> None:
 
 def test_the_first_line_of_the_declaration_names_the_schema() -> None:
     """An editor with the YAML language server finds the schema by itself."""
-    first = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()[0]
+    first = (ROOT / "tests/sample/params.yaml").read_text(encoding="utf-8").splitlines()[0]
 
     assert first == f"# yaml-language-server: $schema={schema.SCHEMA_FILE}"
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import sample
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from pipelines.errors import ParamsError
 from pipelines.serving.modelfile import Message, Modelfile, from_layers, parse, plain, render
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAT = ROOT / "modelfiles" / "chat.Modelfile.j2"
+CHAT = sample.of("modelfiles/chat.Modelfile.j2")
 # What the grammar itself is made of, with letters between.
 PIECES = [
     '"',

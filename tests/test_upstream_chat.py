@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import sample
 
 from pipelines import prompts, upstream_chat
 from pipelines.errors import MachineError, ToolError, UpstreamError
@@ -48,7 +49,7 @@ ENDLESS = "{%- for i in range(90000) %}{%- for j in range(90000) %}{%- endfor %}
 @pytest.fixture(scope="module")
 def shipped() -> Prompts:
     """The prompts of the template."""
-    return prompts.load(ROOT / "corpora/prompts.yaml")
+    return prompts.load(sample.of("corpora/prompts.yaml"))
 
 
 def source_with(folder: Path, template: str | None) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sample
 from index_stand_in import BELOW, PAGE, Answer, Index, anchors, page, sdist, serving
 
 from pipelines import declaration, go_versions, package_index, upstream_engines
@@ -79,7 +80,7 @@ def machine(
 
 @cache
 def _fleet() -> Declaration:
-    return declaration.load(ROOT / "params.yaml")
+    return declaration.load(sample.of("params.yaml"))
 
 
 def declared(

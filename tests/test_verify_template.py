@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sample
 from gguf_faults import Gguf
 from verify_factory import EMBEDDED, converted, subject
 
@@ -54,8 +55,7 @@ def plant(conversion: Path, tools: Toolchain, tmp_path: Path) -> Callable[..., S
         if change is not None:
             change(model)
         model.write(gguf)
-        (tmp_path / "corpora").mkdir()
-        shutil.copy(ROOT / "corpora/prompts.yaml", tmp_path / "corpora/prompts.yaml")
+        sample.take(tmp_path, "corpora/prompts.yaml")
         return subject(tmp_path, source, gguf, tools)
 
     return planted

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import sample
 from record_factory import choose_slice
 
 from pipelines import what_if
@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def measured(checkout: Path) -> Path:
-    """The template with the committed records of the embedded model."""
-    shutil.copytree(ROOT / "results", checkout / "results", dirs_exist_ok=True)
+    """A checkout with the sample's records of the embedded model."""
+    sample.take(checkout, "results")
     return checkout
 
 

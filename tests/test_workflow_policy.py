@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import sample
 
 from checks import files, installed, linters, policy, rules_jobs, rules_repository, tables
 
@@ -206,8 +206,7 @@ WEAKENINGS = [
 @pytest.fixture
 def template(tmp_path: Path) -> Path:
     """A copy of the workflows and actions as they are."""
-    for name in WATCHED:
-        shutil.copytree(ROOT / name, tmp_path / name)
+    sample.take(tmp_path, *WATCHED)
     return tmp_path
 
 
