@@ -1,3 +1,3 @@
 """gguf-fleet: keep a fleet of quantized GGUF models current, measured and reversible."""
 
-__version__ = "2026.11.0"
+__version__ = "1.0.0"
