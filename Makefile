@@ -40,19 +40,19 @@ check: setup  ## Lint, types, workflows and actions, schema and docs in sync (ab
 	@$(RUN) python -m pipelines check
 	@$(RUN) python -m checks
 
-bench: toolchain  ## Measure what the fleet costs over bare llama.cpp -> results/overhead.json
+bench: toolchain  ## Measure what the fleet costs over bare llama.cpp -> bench/results/overhead.json
 	@$(RUN) python -m bench.overhead $(ARGS)
 
-bench-compare: toolchain  ## Measure how often `fleet compare` is wrong here -> results/compare-proof.json (20 minutes)
+bench-compare: toolchain  ## Measure how often `fleet compare` is wrong here -> bench/results/compare-proof.json (20 minutes)
 	@$(RUN) python -m bench.compare $(ARGS)
 
-bench-upstream: setup  ## Time a look at upstream of 100 models -> results/upstream-look.json (1 minute)
+bench-upstream: setup  ## Time a look at upstream of 100 models -> bench/results/upstream-look.json (1 minute)
 	@$(RUN) python -m bench.upstream $(ARGS)
 
-bench-fetch: setup  ## Download 2,000 times while the Hub or the network fails -> results/fetch-faults.json (10 minutes)
+bench-fetch: setup  ## Download 2,000 times while the Hub or the network fails -> bench/results/fetch-faults.json (10 minutes)
 	@$(RUN) python -m bench.faulty_downloads $(ARGS)
 
-prove: setup  ## Prove what a registry promises: histories, kills, reads -> results/release-proofs.json (2 hours)
+prove: setup  ## Prove what a registry promises: histories, kills, reads -> bench/results/release-proofs.json (2 hours)
 	@$(RUN) GGUF_FLEET_HISTORIES=1000 python -m pytest tests/test_registry_histories.py
 	@$(RUN) python -m bench.release $(ARGS)
 

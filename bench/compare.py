@@ -1,5 +1,5 @@
 """
-How often a comparison is wrong on this machine -> results/compare-proof.json.
+How often a comparison is wrong on this machine -> bench/results/compare-proof.json.
 
 Real comparisons of the embedded model with itself, by the code of `fleet compare`, while a busy
 neighbour switches on and off at random (seeded): two threads that take both cores of a small
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from pipelines.toolchain import Toolchain
 
-RECORD: Final = ROOT / "results/compare-proof.json"
+RECORD: Final = ROOT / "bench/results/compare-proof.json"
 MODEL: Final = "work/tiny-llama/gguf/tiny-llama-Q4_K_M.gguf"
 KINDS: Final = {"same": 50, "slower": 20}
 STOPPED_S: Final = 0.0008

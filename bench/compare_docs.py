@@ -3,7 +3,7 @@ The figures of docs/compare.md, from what makes them.
 
     python -m bench.compare_docs            # write them, simulation included (half a minute)
     python -m bench.compare_docs --check    # say whether the ones of the real machine are those of
-                                            # results/compare-proof.json
+                                            # bench/results/compare-proof.json
 
 Between its marks that page holds nothing that was typed by hand: the simulation is run here, and
 what `make bench-compare` measured is read from its record.

@@ -1,5 +1,7 @@
 """
-The same load on Ollama, on its OpenAI-compatible route and on llama-server -> results/engines.json.
+The same load on Ollama, on its OpenAI-compatible route and on llama-server.
+
+The figures go to bench/results/engines.json.
 
     runs     every route driven by the same plan, turn by turn: a change of the machine meets
              all of them. What is told of a route is the median of its turns
@@ -49,7 +51,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--docs", action="store_true", help="only write the table again")
-    target = ROOT / "results/engines.json"
+    target = ROOT / "bench/results/engines.json"
     if not parser.parse_args().docs:
         require_quiet()
         atomic.write_json(target, measure())

@@ -1,5 +1,7 @@
 """
-What a fetch does when the Hub, the network or upstream goes wrong -> results/fetch-faults.json.
+What a fetch does when the Hub, the network or upstream goes wrong.
+
+The figures go to bench/results/fetch-faults.json.
 
 For each kind of fault, `--downloads` fetches of a small model of two shards through the code of the
 stage, each in a process as the stage has one, from a server that speaks as the Hub does
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--downloads", type=int, default=30, help="of each kind")
     parser.add_argument("--at-a-time", type=int, default=6)
     parser.add_argument("--only", action="append", help="one kind; no record is written")
-    parser.add_argument("--output", type=Path, default=ROOT / "results/fetch-faults.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench/results/fetch-faults.json")
     args = parser.parse_args()
     kinds: dict[str, list[Trial]] = {}
     for trial in TRIALS:

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import sample  # noqa: E402 - beside the tests, which are no package
+
 BLOCK_BYTES = 512
 
 
@@ -63,13 +67,9 @@ def cost_of(argv: list[str], cwd: Path) -> Cost:
 
 
 def checkout(root: Path) -> Path:
-    """Make a fork without a cache."""
-    hidden = shutil.ignore_patterns("work", "cache", "tmp", "__pycache__", "dvc.lock")
-    for name in ("pipelines", "examples", "corpora", "modelfiles", ".dvc"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, root / name, ignore=hidden)
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, root / name)
+    """Make a fork of the fleet of the tests, with the pins of this repository; without a cache."""
+    sample.take(root, *sample.CHECKOUT)
+    (root / "pipelines/dvc.lock").unlink()
     git = shutil.which("git") or "git"
     subprocess.run([git, "init", "-q"], cwd=root, check=True)  # noqa: S603 - constant argv
     return root

@@ -1,5 +1,7 @@
 """
-What the load generator adds to the times that it measures, and costs -> results/load-overhead.json.
+What the load generator adds to the times that it measures, and costs.
+
+The figures go to bench/results/load-overhead.json.
 
 A server without a model streams 32 answers of 300 chunks at 100 chunks/s each, and says of each
 chunk when it was sent. Beside our generator the clients of OpenAI and Ollama read the same, in
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-RECORD: Final = ROOT / "results/load-overhead.json"
+RECORD: Final = ROOT / "bench/results/load-overhead.json"
 STREAMS: Final = 32
 CHUNKS: Final = 300
 CHUNKS_PER_S: Final = 100.0

@@ -1,5 +1,5 @@
 """
-What the fleet costs over the same llama.cpp commands typed by hand -> results/overhead.json.
+What the fleet costs over the same llama.cpp commands typed by hand -> bench/results/overhead.json.
 
 Everything is measured in one run on one machine, side by side:
 
@@ -57,7 +57,7 @@ def main() -> None:
                 figures[name] = measure(Path(scratch) / name)
     console.out(json.dumps(figures, indent=2))
     if only is None:
-        atomic.write_json(ROOT / "results/overhead.json", figures)
+        atomic.write_json(ROOT / "bench/results/overhead.json", figures)
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):

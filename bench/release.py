@@ -1,5 +1,5 @@
 """
-What a publisher and its readers are promised, tried out -> results/release-proofs.json.
+What a publisher and its readers are promised, tried out -> bench/results/release-proofs.json.
 
 On each kind of registry, with its real server:
 
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--reads", type=int, default=100_000, help="of all kinds together")
     parser.add_argument("--large-mib", type=int, default=LARGE_MIB)
-    parser.add_argument("--output", type=Path, default=ROOT / "results/release-proofs.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench/results/release-proofs.json")
     parser.add_argument("--publish-large", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.publish_large:

@@ -1,5 +1,7 @@
 """
-A look at a hundred models of a stand-in for the Hub -> results/upstream-look.json, one line here.
+A look at a hundred models of a stand-in for the Hub.
+
+The figures go to bench/results/upstream-look.json and, as one line, to stdout.
 
     nothing_moved   no model has anything newer, and the look before is known
     tenth_moved     every tenth one has other weights that nobody described yet
@@ -30,6 +32,8 @@ from pipelines.layout import Layout
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import sample  # noqa: E402 - beside the tests, which are no package
+
 if TYPE_CHECKING:
     from hub import Hub
 
@@ -41,7 +45,7 @@ LOOK = [sys.executable, "-m", "pipelines", "check-upstream"]
 def main() -> None:
     """Measure, print, write."""
     found = measure()
-    atomic.write_json(ROOT / "results/upstream-look.json", found)
+    atomic.write_json(ROOT / "bench/results/upstream-look.json", found)
     console.out(json.dumps(found))
 
 
@@ -107,7 +111,7 @@ def _look(at: Layout, hub: Hub, states: set[str], *options: str) -> tuple[float,
 
 def _declare(at: Layout, hub: Hub) -> None:
     """Declare models of the stand-in, like the embedded one; the engines are not asked."""
-    text = (ROOT / "params.yaml").read_text()
+    text = sample.params_text()
     models, quants = (
         re.search(rf"^{name}:\n((?:  .*\n|\n)+)", text, re.MULTILINE)
         for name in ("models", "quants")

@@ -44,7 +44,7 @@ def test_both_kinds_see_the_same_hours() -> None:
 
 
 def test_the_page_holds_the_figures_of_the_record_and_of_the_simulation() -> None:
-    """docs/compare.md cannot drift from results/compare-proof.json, nor from the statistics."""
+    """docs/compare.md cannot drift from the record of the bench, nor from the statistics."""
     page = compare_docs.PAGE.read_text(encoding="utf-8")
     figures = json.loads(compare.RECORD.read_text(encoding="utf-8"))
 
