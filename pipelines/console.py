@@ -107,6 +107,30 @@ def error(text: str, *, where: Problem | None = None) -> None:
     _say(paint("error: ", "red") + text if where is None else str(where))
 
 
+def can_ask() -> bool:
+    """Tell whether a person sits at both ends: sees what is asked, and types the answer."""
+    return is_terminal() and sys.stdin.isatty()
+
+
+def ask(question: str, default: str = "") -> str:
+    """
+    Ask one line of whoever sits at the terminal; see `can_ask`.
+
+    Args:
+        question: Without a mark at its end.
+        default: What an empty line means.
+
+    Raises:
+        KeyboardInterrupt: The input was closed (Ctrl-D).
+    """
+    sys.stderr.write(f"{paint(question, 'bold')}{f' [{default}]' if default else ''}: ")
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    if not line:
+        raise KeyboardInterrupt
+    return line.strip() or default
+
+
 class Progress:
     """
     One line about work that takes more than two seconds.

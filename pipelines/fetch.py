@@ -359,11 +359,7 @@ def _fetch(  # noqa: PLR0913 - see fetch
         architecture = architectures.require_supported(
             config, known_architectures, llama_cpp_commit
         )
-        _require_unquantized(config)
-        if not ignore_code:
-            _require_no_code(part)
-        _require_tokenizer([file.name for file in small])
-        _require_pooling(part)
+        require_buildable(part, listing, ignore_code=ignore_code)
         shards = _shards(listing, part)
         disk.require(
             part, sum(shard.size_bytes - here.get(shard.name, 0) for shard in shards), label
@@ -379,6 +375,44 @@ def _fetch(  # noqa: PLR0913 - see fetch
             checkpoint=checkpoint,
             digests=bringer.digests,
         )
+
+
+def require_buildable(
+    directory: Path, listing: Sequence[RemoteFile], *, ignore_code: bool = False
+) -> None:
+    """
+    Refuse what no build can be made of, by the small files that say so (`CODE_NAMING`).
+
+    Args:
+        directory: Holds them.
+        listing: Of the source.
+        ignore_code: Take the model without the code that it is said to need.
+
+    Raises:
+        UpstreamError: It is quantized already, needs code of its repository, has no tokenizer, or
+            pools its vectors as a file says that is not fetched.
+    """
+    _require_unquantized(read_config(directory))
+    if not ignore_code:
+        _require_no_code(directory)
+    _require_tokenizer([file.name for file in _small_files(listing)])
+    _require_pooling(directory)
+
+
+def weights(listing: Sequence[RemoteFile], directory: Path) -> list[RemoteFile]:
+    """
+    Return the files of a listing that hold the weights.
+
+    Args:
+        listing: Of the source.
+        directory: Holds its index, if it has one.
+
+    Raises:
+        UpstreamError: There are none in safetensors; says what there is instead. Or the index names
+            a file that is not there.
+    """
+    _matching_weights(listing)
+    return _shards(listing, directory)
 
 
 def content_digest(directory: Path) -> str:

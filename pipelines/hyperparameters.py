@@ -319,20 +319,39 @@ def _heads(held: Held, sides: _Sides) -> None:
             held.hold(sides.name(f"{key}_swa"), local, declared, "the head_dim of config.json")
 
 
-def _context(held: Held, sides: _Sides) -> None:
-    declared = sides.declared(
-        "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len",
-        "seq_length", "max_length",
-    )  # fmt: skip
-    found = sides.found("context_length")
-    if declared is None or not isinstance(declared[1], int):
-        return
-    wanted = declared[1]
-    pad = sides.config.get("pad_token_id")
-    classes = sides.config.get("architectures") or [""]
+# Where config.json says how many positions a model was trained with.
+_POSITIONS: Final = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len",
+    "seq_length", "max_length",
+)  # fmt: skip
+
+
+def context_tokens(config: Mapping[str, Any]) -> tuple[str, int] | None:
+    """
+    Return the context that a model was trained with, after the key of config.json that says so.
+
+    Args:
+        config: Of the text model (`text_config`).
+
+    Returns:
+        None where config.json does not say.
+    """
+    name = next((key for key in _POSITIONS if config.get(key) is not None), None)
+    tokens = config.get(name) if name else None
+    if name is None or not isinstance(tokens, int):
+        return None
+    pad = config.get("pad_token_id")
+    classes = config.get("architectures") or [""]
     if "oberta" in str(classes[0]) and isinstance(pad, int):
-        wanted -= pad + 1  # positions start behind the padding token
-    held.hold(sides.name("context_length"), found, wanted, f"{declared[0]} of config.json")
+        tokens -= pad + 1  # positions start behind the padding token
+    return name, tokens
+
+
+def _context(held: Held, sides: _Sides) -> None:
+    wanted = context_tokens(sides.config)
+    if wanted is not None:
+        found = sides.found("context_length")
+        held.hold(sides.name("context_length"), found, wanted[1], f"{wanted[0]} of config.json")
 
 
 def _feed_forward(held: Held, sides: _Sides) -> None:
