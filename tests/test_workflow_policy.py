@@ -194,7 +194,7 @@ WEAKENINGS = [
     Edit("call-matches-action", "report", "./actions/comment", "./actions/report"),
     # --- what stands beside them
     Edit("codeowners-cover", ".github/CODEOWNERS", "/actions/          @OWNER/fleet-security\n",
-         ""),
+         "/actions/  # nobody\n"),
     Edit("codeowners-cover", ".github/CODEOWNERS", "/.github/          @OWNER/fleet-security\n",
          "/.github/\n"),
     Edit("dependabot-cover", ".github/dependabot.yml", "[/, /actions/*]", "[/]"),
@@ -257,6 +257,17 @@ def test_owners_that_are_nobody_are_warned_of_until_a_team_stands_there(template
     path.write_text(path.read_text().replace("@OWNER/", "@real-people/"))
 
     assert not rules_repository.unowned(files.read(template))
+
+
+@pytest.mark.parametrize(
+    ("text", "owned"),
+    [("* @me\n", True), ("", False), ("* @me\n/deploy/\n", False), ("/deploy/\n* @me\n", True)],
+)
+def test_one_owner_of_everything_owns_what_decides(template: Path, text: str, owned: bool) -> None:  # noqa: FBT001 - a column of the table
+    """A fork of one person has one line; the last line that fits decides, as on GitHub."""
+    (template / rules_repository.CODEOWNERS).write_text(text)
+
+    assert (not list(rules_repository.codeowners_cover(files.read(template)))) is owned
 
 
 def test_each_rule_says_why_it_exists() -> None:
