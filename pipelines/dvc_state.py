@@ -76,19 +76,40 @@ def cache_dir(root: Path) -> Path:
     Those of the checkout come before the user's and the machine's, in which a runner says where
     the cache is that its jobs share (dvc/config.py, `LEVELS`).
     """
+    declared = _declared(root, "cache", "dir")
+    # DVC reads a relative path from the directory of the config file.
+    return root / ".dvc/cache" if declared is None else declared[1] / declared[0]
+
+
+def remote(root: Path) -> tuple[str, str] | None:
+    """
+    Return name and address of the default remote of the checkout `root`.
+
+    Returns:
+        A folder as its path, absolute or from the working directory; None if none is configured.
+    """
+    name = _declared(root, "core", "remote")
+    found = name and _declared(root, f"'remote \"{name[0]}\"'", "url")
+    if not name or not found:
+        return None
+    url, folder = found
+    return name[0], url if "://" in url else str(folder / url)
+
+
+def _declared(root: Path, section: str, option: str) -> tuple[str, Path] | None:
+    """Return what DVC's config files say of an option, and the folder of the one that says it."""
     directory = root / ".dvc"
     checkout = (directory / "config.local", directory / "config")
     for path in (*checkout, *_outer_configs()):
         config = configparser.ConfigParser(interpolation=None, strict=False)
         try:
             config.read(path, encoding="utf-8")
-            declared = config.get("cache", "dir", fallback="")
+            declared = config.get(section, option, fallback="").strip("\"'")
         except (configparser.Error, UnicodeDecodeError, OSError):
             continue  # DVC itself will say what is wrong with it.
         if declared:
-            # DVC reads a relative path from the directory of the config file.
-            return path.parent / declared.strip("\"'")
-    return directory / "cache"
+            return declared, path.parent
+    return None
 
 
 def _outer_configs() -> Iterator[Path]:

@@ -59,16 +59,17 @@ def probe(host: str, declared: Declaration, at: Layout, *, now: datetime) -> Hea
         now: In UTC, by this machine.
     """
     looks: tuple[Callable[[], list[Finding]], ...] = (
-        lambda: _card(declared.hosts[host], declared),
-        _settings,
-        lambda: _room(declared, at),
-        lambda: _dvc_cache(at),
-        lambda: _tools(declared),
-        lambda: _engine(declared, at),
-        lambda: _hooks(at),
-        _user,
-        lambda: _runner(at),
-        _clock,
+        lambda: card(declared.hosts[host], declared),
+        settings,
+        lambda: fleet_room(declared, at),
+        lambda: free_room(at),
+        lambda: dvc_cache(at),
+        lambda: tools(declared),
+        lambda: engine(declared, at),
+        lambda: hooks(at),
+        user,
+        lambda: runner(at),
+        lambda: clock(os.environ.get("GITHUB_API_URL", "")),
     )
     findings: list[Finding] = []
     for look in looks:
@@ -102,7 +103,7 @@ def _finding(
 # --- the card ---------------------------------------------------------------------------------
 
 
-def _card(host: DeclaredHost, declared: Declaration) -> list[Finding]:
+def card(host: DeclaredHost, declared: Declaration) -> list[Finding]:
     """Hold driver and card against what the host is declared to be."""
     driver, cards = gpu.driver(), gpu.cards()
     wants = host.vram_mib is not None or declared.toolchain.backend == "cuda"
@@ -150,7 +151,7 @@ def _card(host: DeclaredHost, declared: Declaration) -> list[Finding]:
     return found
 
 
-def _settings() -> list[Finding]:
+def settings() -> list[Finding]:
     """Watch the idle card for a second: who else is on it, and what holds it down."""
     with gpu.Watch(lambda: {os.getpid()}) as watch:
         if not watch.sees_cards:
@@ -202,20 +203,19 @@ def _settings() -> list[Finding]:
 # --- disk and caches --------------------------------------------------------------------------
 
 
-def _room(declared: Declaration, at: Layout) -> list[Finding]:
-    """Hold the free disk of each place against what is still to be written there."""
-    found = []
-    plan = disk.Plan()
+def fleet_room(declared: Declaration, at: Layout) -> list[Finding]:
+    """Hold the free disk against what is declared and not there yet; it may ask the Hub."""
     try:
         plan = disk.check_disk(declared, at)
     except FleetError as error:
-        found.append(_finding("disk-fleet", "sick", error.message, next_step=error.hint))
-    else:
-        found.append(
-            _finding(
-                "disk-fleet", "ok", f"everything declared fits ({str(plan) or 'all is there'})"
-            )
-        )
+        return [_finding("disk-fleet", "sick", error.message, next_step=error.hint)]
+    value = f"everything declared fits ({str(plan) or 'all is there'})"
+    return [_finding("disk-fleet", "ok", value)]
+
+
+def free_room(at: Layout) -> list[Finding]:
+    """Hold the free disk of each place against what DVC and fleet want beside the artifacts."""
+    found = []
     places = {
         "disk-work": at.root / "work",
         "disk-cache": dvc_state.cache_dir(at.root),
@@ -241,7 +241,7 @@ def _room(declared: Declaration, at: Layout) -> list[Finding]:
     return found
 
 
-def _dvc_cache(at: Layout) -> list[Finding]:
+def dvc_cache(at: Layout) -> list[Finding]:
     """See whether an artifact in DVC's cache and one in work/ can be the same bytes."""
     cache = dvc_state.cache_dir(at.root).resolve()
     local = cache.is_relative_to((at.root / ".dvc").resolve())
@@ -299,7 +299,7 @@ def _dvc_cache(at: Layout) -> list[Finding]:
 # --- tools ------------------------------------------------------------------------------------
 
 
-def _tools(declared: Declaration) -> list[Finding]:
+def tools(declared: Declaration) -> list[Finding]:
     """Hash the toolchain that this machine has, if it has one."""
     tools = toolchain.there(toolchain.spec_of(declared))
     if tools is None:
@@ -320,7 +320,7 @@ def _tools(declared: Declaration) -> list[Finding]:
     return [_finding("toolchain", "ok", value)]
 
 
-def _engine(declared: Declaration, at: Layout) -> list[Finding]:
+def engine(declared: Declaration, at: Layout) -> list[Finding]:
     """Find what serves, without installing it."""
     from pipelines.serving import ollama_install  # noqa: PLC0415 - only here
 
@@ -352,7 +352,7 @@ def _engine(declared: Declaration, at: Layout) -> list[Finding]:
 # --- the runner -------------------------------------------------------------------------------
 
 
-def _hooks(at: Layout) -> list[Finding]:
+def hooks(at: Layout) -> list[Finding]:
     """See whether the machine refuses jobs itself, by files that no job could have written."""
     found = []
     for variable, name in HOOKS.items():
@@ -401,7 +401,7 @@ def _is_ours(hook: Path, at: Layout) -> bool:
     )
 
 
-def _user() -> list[Finding]:
+def user() -> list[Finding]:
     """See what the runner's user may do to the machine."""
     import grp  # noqa: PLC0415 - POSIX only
 
@@ -432,7 +432,7 @@ def _user() -> list[Finding]:
     return [_finding("user", "ok", "a user without rights")]
 
 
-def _runner(at: Layout) -> list[Finding]:
+def runner(at: Layout) -> list[Finding]:
     """Ask the runner's own program for its version, if this is a job of one."""
     program = _listener()
     if program is None:
@@ -465,9 +465,14 @@ def _listener() -> Path | None:
     return program if os.access(program, os.X_OK) else None
 
 
-def _clock() -> list[Finding]:
-    """Hold the clock against GitHub's."""
-    api = os.environ.get("GITHUB_API_URL", "")
+def clock(api: str, *, within_s: float = _ANSWER_WITHIN_S) -> list[Finding]:
+    """
+    Hold the clock against GitHub's.
+
+    Args:
+        api: Address of its API; nothing is asked of what is none.
+        within_s: Wall seconds for an answer.
+    """
     if not re.match(r"https?://[^/@\s]+", api):
         return []
     import requests  # noqa: PLC0415 - 0.1 s
@@ -475,7 +480,7 @@ def _clock() -> list[Finding]:
     try:
         with requests.Session() as session:
             began = time.time()
-            answer = session.head(api, timeout=_ANSWER_WITHIN_S, allow_redirects=False)
+            answer = session.head(api, timeout=within_s, allow_redirects=False)
             here = (began + time.time()) / 2
         theirs = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
     except (requests.RequestException, ValueError, TypeError) as error:
