@@ -9,10 +9,11 @@ pinned commit does not know is named in seconds, before the first weight is load
 from __future__ import annotations
 
 import ast
+import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pipelines.errors import ToolError, UpstreamError
+from pipelines.errors import ParamsError, ToolError, UpstreamError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _TABLE: Final = "TEXT_MODEL_MAP"
 # llama.h, enum llama_pooling_type.
 _POOLINGS: Final[dict[object, Pooling]] = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
+# The tensors that --n-cpu-moe moves (common/common.h, LLM_FFN_EXPS_REGEX).
+_EXPERTS: Final = re.compile(r"blk\.(\d{1,4})\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps")
 # Encoders that say nothing of causality, since theirs is fixed in llama.cpp.
 _NEVER_CAUSAL: Final = frozenset({"t5encoder"})
 
@@ -154,6 +157,38 @@ def pooling(header: Header) -> Pooling:
         )
     assert found is not None
     return found
+
+
+def cpu_moe_layers(header: Header, declared: int | str | None) -> int:
+    """
+    Return of how many first layers the experts stay in main memory, of those that there are.
+
+    llama.cpp is given a pattern of names and says nothing where it matches none, so what was
+    declared of another model would be served as if it had not been.
+
+    Args:
+        header: The GGUF.
+        declared: `serving.cpu_moe_layers`.
+
+    Raises:
+        ParamsError: The model has no experts, none in so many layers, or fewer layers.
+    """
+    if declared is None:
+        return 0
+    layers = {int(found[1]) for tensor in header.tensors if (found := _EXPERTS.search(tensor.name))}
+    where = f"serving.cpu_moe_layers: {declared}: {header.path.name}"
+    if not layers:
+        raise ParamsError(
+            f"{where} has no experts that could stay in main memory.",
+            hint="Declare cpu_moe_layers below `serving` of the models that have experts.",
+        )
+    wanted = max(layers) + 1 if declared == "all" else int(declared)
+    if not min(layers) < wanted <= max(layers) + 1:
+        raise ParamsError(
+            f"{where} has experts in the layers {min(layers)} to {max(layers)}, counted from 0.",
+            hint=f"Declare {min(layers) + 1} to {max(layers) + 1}, or all.",
+        )
+    return wanted
 
 
 def _assigned_name(node: ast.stmt) -> str | None:

@@ -112,7 +112,14 @@ def benchmark(
         gguf = at.gguf(wanted.model, wanted.key)
         measuring.prove(gguf, quantized.gguf)
         is_encoder = _is_encoder(gguf)
-        run_as = execution(wanted.benchmark, tools.backend, cores=hardware["cpu"]["cores_count"])
+        run_as = execution(
+            wanted.benchmark,
+            tools.backend,
+            cores=hardware["cpu"]["cores_count"],
+            cpu_moe_layers=architectures.cpu_moe_layers(
+                gguf_header.read(gguf), wanted.cpu_moe_layers
+            ),
+        )
         bench = Bench(
             wanted=wanted,
             at=at,
@@ -139,6 +146,7 @@ def benchmark(
             machine=measuring.machine_id(hardware, tools),
             validity=_judge(bench, speed, estimate, peak),
             threads=bench.execution.threads,
+            cpu_moe_layers=wanted.cpu_moe_layers,
             speed=speed_records(speed.results, dropped=wanted.benchmark.dropped_repetitions),
             quality=quality,
             memory=records.Memory(
@@ -211,7 +219,9 @@ class Bench:
         )
 
 
-def execution(declared: Benchmark, backend: str, *, cores: int) -> Execution:
+def execution(
+    declared: Benchmark, backend: str, *, cores: int, cpu_moe_layers: int = 0
+) -> Execution:
     """Resolve how models are run: threads default to the usable cores, no layers without a GPU."""
     return llamacpp.Execution(
         threads=declared.threads or cores,
@@ -220,6 +230,7 @@ def execution(declared: Benchmark, backend: str, *, cores: int) -> Execution:
         kv_type=declared.kv_type,
         batch_tokens=declared.batch_tokens,
         ubatch_tokens=min(declared.ubatch_tokens, declared.batch_tokens),
+        cpu_moe_layers=cpu_moe_layers,
     )
 
 

@@ -562,8 +562,15 @@ def facts_of(
 def plan_of(declared: Declaration, model: str, gguf: Path, *, backend: str, cores: int) -> Plan:
     """Resolve what is run: the tests of `benchmark`, in pairs as `compare` declares them."""
     tested, wanted = declared.benchmark, declared.compare
-    run_as = benchmark.execution(tested, backend, cores=cores)
-    is_encoder = architectures.is_encoder(gguf_header.read(gguf))
+    header = gguf_header.read(gguf)
+    experts = params.served_as(declared, model).cpu_moe_layers
+    run_as = benchmark.execution(
+        tested,
+        backend,
+        cores=cores,
+        cpu_moe_layers=architectures.cpu_moe_layers(header, experts),
+    )
+    is_encoder = architectures.is_encoder(header)
     context_tokens = declared.models[model].context_tokens
     plan = compare_run.Plan(
         pairs=wanted.pairs,

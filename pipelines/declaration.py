@@ -194,7 +194,7 @@ def _mark(document: Document, flaw: Flaw) -> Mark:
 
 def _of_value(detail: ErrorDetails) -> ErrorDetails:
     """Leave out of the place which alternative of `a number or a word` pydantic speaks of."""
-    if detail["loc"][-2:-1] == ("gpu_layers",):
+    if detail["loc"][-2:-1] in {("gpu_layers",), ("cpu_moe_layers",)}:
         return detail | {"loc": detail["loc"][:-1]}
     return detail
 
@@ -490,10 +490,21 @@ def _serving_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML valu
                 yield Flaw(("models", key, "context_tokens"), text)
         yield from _goodput_flaws(data, ("models", key, "slo"))
         own = fleet | _mapping(model, "serving")
+        yield from _expert_flaws(key, model, own)
         if own.get("kv_type", "f16") != "f16" and own.get("flash_attention") is False:
             place: Loc = ("models", key, "serving") if "serving" in model else ("serving",)
             text = f"`kv_type: {own['kv_type']}` needs `flash_attention: true`"
             yield Flaw(place, text, on_key=True)
+
+
+def _expert_flaws(key: str, model: dict[str, Any], own: dict[str, Any]) -> Iterator[Flaw]:
+    """Experts in main memory, which Ollama can be told of no single model."""
+    engine = own.get("engine", params.Serving.model_fields["engine"].default)
+    if own.get("cpu_moe_layers") is None or engine not in {"auto", "ollama"}:
+        return
+    is_own = _mapping(model, "serving").get("cpu_moe_layers") is not None
+    place: Loc = ("models", key, "serving") if is_own else ("serving",)
+    yield Flaw((*place, "cpu_moe_layers"), params.NO_EXPERTS_APART, on_key=True)
 
 
 def _registry_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipelines import (
+    architectures,
     atomic,
     benchmark,
     console,
@@ -124,7 +125,12 @@ def _memory(
 ) -> tuple[int, MemoryEstimate]:
     """Return the size of the file to come, and what llama.cpp plans for it."""
     log = at.log("quantize", f"{measured.key}-explain")
-    execution = benchmark.execution(measured.benchmark, tools.backend, cores=machine.usable_cores())
+    execution = benchmark.execution(
+        measured.benchmark,
+        tools.backend,
+        cores=machine.usable_cores(),
+        cpu_moe_layers=architectures.cpu_moe_layers(source, measured.cpu_moe_layers),
+    )
     scratch = at.scratch(measured.model)
     scratch.mkdir(parents=True, exist_ok=True)
     planned = scratch / f"{measured.key}.planned.gguf"

@@ -156,7 +156,8 @@ def _bench_options(
     release = tuple(map(int, tools.manifest["llama_cpp_python"].split(".")))
     return [
         *execution.argv(),
-        *("-lm", load_mode, "-sm", "layer", "-mg", "0", "-ncmoe", "0", "-nkvo", "0"),
+        *("-lm", load_mode, "-sm", "layer", "-mg", "0", "-nkvo", "0"),
+        *(() if execution.cpu_moe_layers else ("-ncmoe", "0")),
         *("--poll", "50", "--cpu-strict", "0", "-nopo", "0", "--no-host", "0"),
         *("-embd", "1" if embeddings else "0"),
         *(("--repack", "1") if release >= _REPACK_SINCE else ()),
@@ -252,6 +253,7 @@ def _same_run(
         "n_depth": test.depth_tokens,
         "n_threads": run.threads,
         "n_gpu_layers": run.gpu_layers,
+        "n_cpu_moe": run.cpu_moe_layers,
         "flash_attn": int(run.flash_attention),
         "type_k": run.kv_type,
         "type_v": run.kv_type,

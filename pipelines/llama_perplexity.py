@@ -11,7 +11,7 @@ import math
 import re
 import struct
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from pipelines.llamacpp import LOG_OPTIONS, refuse, refuse_errors
@@ -84,9 +84,10 @@ def base_argv(  # noqa: PLR0913 - each is one option of the tool
     Write the logits of the reference model over a text to `base`.
 
     `place_by_memory` lets llama.cpp choose how many layers go to the GPU: an f16 model that does
-    not fit there whole can still be the reference of quants that do.
+    not fit there whole can still be the reference of quants that do. It places experts, too, and
+    only where nobody else has.
     """
-    options = execution.argv()
+    options = (replace(execution, cpu_moe_layers=0) if place_by_memory else execution).argv()
     if place_by_memory:
         options[options.index("-ngl") + 1] = "auto"
     return [

@@ -42,6 +42,7 @@ class Execution:
         kv_type: Type of both halves of the key-value cache.
         batch_tokens: Logical batch.
         ubatch_tokens: Physical batch.
+        cpu_moe_layers: First layers whose experts stay in main memory.
     """
 
     threads: int
@@ -50,6 +51,7 @@ class Execution:
     kv_type: str
     batch_tokens: int
     ubatch_tokens: int
+    cpu_moe_layers: int = 0
 
     def argv(self) -> list[str]:
         """Spell the options that llama-bench shares with the other tools."""
@@ -58,6 +60,7 @@ class Execution:
             *("-fa", "on" if self.flash_attention else "off"),
             *("-ctk", self.kv_type, "-ctv", self.kv_type),
             *("-b", str(self.batch_tokens), "-ub", str(self.ubatch_tokens)),
+            *(("-ncmoe", str(self.cpu_moe_layers)) if self.cpu_moe_layers else ()),
         ]
 
 

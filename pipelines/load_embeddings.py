@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pipelines import embedding_quality, llama_embeddings, wording
+from pipelines import embedding_quality, gguf_header, llama_embeddings, wording
 from pipelines.load_records import EmbeddingCheck
 from pipelines.load_verdict import MIN_COSINE
 from pipelines.serving import server
@@ -48,6 +48,7 @@ def by_toolchain(
         ParamsError: The corpus is too short.
     """
     gguf = file.path.resolve()
+    settings = server.of_experts(settings, gguf_header.read(gguf))
     run_as = server.execution(settings, tools.backend, is_encoder=True)
     with llama_embeddings.opened(
         tools,

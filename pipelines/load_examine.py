@@ -102,6 +102,7 @@ class Examiner:
             kv_type=serving.kv_type,
             flash_attention=serving.flash_attention,
             load_timeout_s=float(self.wanted.load_test.timeout_seconds),
+            cpu_moe_layers=serving.cpu_moe_layers,
         )
 
     def file(self, type_: str) -> GgufFile:

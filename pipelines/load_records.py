@@ -70,6 +70,16 @@ class Served(Part):
     # From the first request to its first byte; includes 250 ms in which Ollama polls. The file has
     # just been hashed, so it comes from the page cache and not from the disk.
     cold_load_ms: Finite
+    # As declared: first layers whose experts stay in main memory; None, and not written, if none.
+    cpu_moe_layers: int | str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not: records written before there was the field stay as they are."""
+        fields: dict[str, Any] = handler(self)
+        if self.cpu_moe_layers is None:
+            del fields["cpu_moe_layers"]
+        return fields
 
 
 class Spread(Part):

@@ -287,14 +287,28 @@ class TensorRule(Closed):
 
 
 GpuLayers = Annotated[int, Field(ge=0, le=9999)] | Literal["auto", "all"]
+CpuMoeLayers = Annotated[int, Field(ge=1, le=9999)] | Literal["all"]
 Slots = Annotated[int, Field(ge=1, le=256)]
+# Ollama hands its environment on to its llama-server, so LLAMA_ARG_N_CPU_MOE would reach it: for
+# all models that it serves, by no line of a Modelfile, and its scheduler goes on counting the whole
+# file as memory of the card, by which it also picks the batch.
+NO_EXPERTS_APART = (
+    "needs `engine: llama-server` beside it: Ollama has no such option for one model. There, "
+    "`gpu_layers: auto` lets its llama-server place experts by the memory that is free"
+)
 
 
 class ModelServing(Closed):
     """How one model is served, where that differs from the top-level `serving`."""
 
+    engine: Literal["llama-server"] | None = Field(
+        None, description="This model alone is served by the toolchain's llama-server."
+    )
     parallel: Slots | None = Field(None, description="Requests served at the same time.")
     gpu_layers: GpuLayers | None = Field(None, description="Layers on the GPU.")
+    cpu_moe_layers: CpuMoeLayers | None = Field(
+        None, description="First layers whose experts stay in main memory."
+    )
     kv_type: ServedKvType | None = Field(None, description="Type of the key-value cache.")
     flash_attention: bool | None = Field(None, description="Flash attention.")
 
@@ -509,7 +523,7 @@ class Serving(Closed):
     engine: Engine = Field(
         "auto",
         description="`auto`: Ollama where it is installed or can be, else the llama-server of the "
-        "toolchain, and then no release is promoted.",
+        "toolchain, and then no release is promoted. A model's own can be `llama-server` only.",
     )
     ollama: Annotated[str, StringConstraints(pattern=VERSION), _PRINTABLE] = Field(
         "0.33.0", description="Version of Ollama that is installed where PATH has none."
@@ -527,8 +541,23 @@ class Serving(Closed):
     gpu_layers: GpuLayers = Field(
         "all", description="Layers on the GPU; `auto` lets the engine decide. No effect on a CPU."
     )
+    cpu_moe_layers: CpuMoeLayers | None = Field(
+        None,
+        description="First layers whose experts stay in main memory while all else of them is on "
+        "the GPU (--n-cpu-moe): so a mixture of experts that is larger than a card runs on it. "
+        "Measured and served alike; needs `engine: llama-server`. An error for a model without "
+        "experts.",
+    )
     kv_type: ServedKvType = Field("f16", description="Type of the key-value cache.")
     flash_attention: bool = Field(default=True, description="Flash attention.")
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not: a new field lets no model be tested again."""
+        fields: dict[str, Any] = handler(self)
+        if self.cpu_moe_layers is None:
+            del fields["cpu_moe_layers"]
+        return fields
 
 
 class LoadTest(Closed):
@@ -929,6 +958,15 @@ class BenchmarkSlice(Closed):
     context_tokens: int
     corpus: Corpus
     benchmark: Benchmark
+    cpu_moe_layers: CpuMoeLayers | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not: a new field lets no quant be measured again."""
+        fields: dict[str, Any] = handler(self)
+        if self.cpu_moe_layers is None:
+            del fields["cpu_moe_layers"]
+        return fields
 
 
 class EvaluateSlice(Closed):
@@ -1100,6 +1138,7 @@ def benchmark_slice(declared: Declaration, key: str) -> BenchmarkSlice:
         context_tokens=model.context_tokens,
         corpus=declared.corpora[model.evaluation],
         benchmark=declared.benchmark,
+        cpu_moe_layers=served_as(declared, quant.model).cpu_moe_layers,
     )
 
 
@@ -1126,6 +1165,12 @@ def choose_slice(declared: Declaration, model: str) -> ChooseSlice:
         choose=declared.choose,
         hosts=judged_hosts(declared),
     )
+
+
+def served_as(declared: Declaration, model: str) -> Serving:
+    """Resolve how a model is served; its own value beats the top-level one."""
+    own = declared.models[model].serving.model_dump(exclude_none=True)
+    return declared.serving.model_copy(update=own)
 
 
 # 95 %, two-sided; `pipelines.stats` judges by the same.
@@ -1160,7 +1205,6 @@ def load_test_slice(declared: Declaration, model: str) -> LoadTestSlice:
         )
         for name, host in declared.hosts.items()
     }
-    own = spec.serving.model_dump(exclude_none=True)
     return LoadTestSlice(
         model=model,
         quants=quants_of(declared, model),
@@ -1169,7 +1213,7 @@ def load_test_slice(declared: Declaration, model: str) -> LoadTestSlice:
         modelfile=spec.modelfile,
         corpus=declared.corpora[spec.evaluation],
         threads=declared.benchmark.threads,
-        serving=declared.serving.model_copy(update=own),
+        serving=served_as(declared, model),
         load_test=declared.load_test,
         hosts=judged_hosts(declared),
         slos=slos,

@@ -342,11 +342,21 @@ class BenchmarkRecord(Record):
     machine: MachineId
     validity: Validity
     threads: int
+    # As declared: first layers whose experts stayed in main memory; None, and not written, if none.
+    cpu_moe_layers: int | Literal["all"] | None = None
     speed: tuple[Speed, ...]
     quality: AnyQuality
     memory: Memory
     measured_at: str
     wall_s: Finite
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not: records written before there was the field stay as they are."""
+        fields: dict[str, Any] = handler(self)
+        if self.cpu_moe_layers is None:
+            del fields["cpu_moe_layers"]
+        return fields
 
 
 class Candidate(Part):

@@ -352,9 +352,14 @@ def _served_facts(served: Served, test: WinnerTest) -> Iterator[tuple[str, str]]
         else ""
     )
     peak = f"; {wording.mib(served.peak_memory_mib)} at most" if served.peak_memory_mib else ""
+    experts = (
+        f"experts of {served.cpu_moe_layers} layers in main memory, "
+        if served.cpu_moe_layers
+        else ""
+    )
     yield (
         "memory",
-        f"gpu_layers {served.gpu_layers}, cache {served.kv_type}{size}{on_gpu}{peak}",
+        f"gpu_layers {served.gpu_layers}, {experts}cache {served.kv_type}{size}{on_gpu}{peak}",
     )
 
 

@@ -59,6 +59,7 @@ Between the keys:
   `context_tokens` in each of its `chunks`.
 - `benchmark.repetitions` must leave {min_samples} samples after `dropped_repetitions`.
 - A host has `vram_mib` or `memory_mib`.
+- `serving.cpu_moe_layers` needs `engine: llama-server`, of the fleet or of that model alone.
 - The registry `local` is `file:`; `mlflow:` keeps no files and names with `blobs` the registry that
   does. `endpoint` is for `s3:` and `hf:`, `region` for `s3:`. Plain HTTP to another machine needs
   `insecure: true`.
@@ -170,6 +171,8 @@ def allowed(part: Fragment) -> str:
         return " or ".join(allowed(option) for option in part["anyOf"])
     if "enum" in part:
         return "one of " + ", ".join(part["enum"])
+    if "const" in part:
+        return str(part["const"])
     if "pattern" in part:
         return PATTERN_WORDS[part["pattern"]]
     if "properties" in part:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pipelines.load_records import Served
+    from pipelines.params import Serving
     from pipelines.records import Candidate, HostChoice, Validity
     from pipelines.verdict_evidence import Evidence
     from pipelines.verdict_words import Rule, Verdict
@@ -128,6 +129,7 @@ class Chain:
             yield from self._unequal(
                 (b, "model", measured.model, declared.model),
                 (b, "evaluation corpus", corpus, declared.corpus_sha256),
+                (b, "layers with experts in main memory", *experts(measured, declared.serving)),
                 (b, "type", measured.type, type_),
                 (b, "sha256", measured.gguf_sha256, built.gguf.sha256),
                 (b, "size", measured.size_bytes, built.gguf.size_bytes),
@@ -167,6 +169,7 @@ class Chain:
             (what, "number of slots", served.parallel, wanted.parallel),
             (what, "type of the key-value cache", served.kv_type, wanted.kv_type),
             (what, "number of layers on the GPU", served.gpu_layers, layers),
+            (what, "layers with experts in main memory", *experts(served, wanted)),
         )
 
     # --- the choice ---
@@ -380,6 +383,12 @@ def is_trusted(found: Validity) -> bool:
     """Tell whether a measurement calls itself valid, and nothing in it says otherwise."""
     is_void = any(each.outcome == "void" for each in found.conditions)
     return found.verdict == "VALID" and not found.reasons and not is_void
+
+
+def experts(record: BenchmarkRecord | Served, serving: Serving) -> tuple[str, str]:
+    """Spell how many layers had their experts in main memory, and how many were to."""
+    found, wanted = (str(one.cpu_moe_layers or "none") for one in (record, serving))
+    return found, wanted
 
 
 def served_of(tested: LoadTestRecord, type_: str) -> Served | None:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final
 from pipelines import console, proc
 from pipelines.errors import MachineError, ParamsError, ToolError
 from pipelines.load_records import EngineId
+from pipelines.params import NO_EXPERTS_APART
 from pipelines.serving import ollama_install
 
 if TYPE_CHECKING:
@@ -80,12 +81,18 @@ def find(serving: Serving, tools: Toolchain, *, log: Path) -> Engine:
     Raises:
         MachineError: Ollama was declared and there is none to be had; or the one on PATH is too
             old, says no version, or has no llama-server.
-        ParamsError: The declared version of Ollama is too old, or none that exists.
+        ParamsError: The declared version of Ollama is too old, or none that exists; or experts are
+            to stay in main memory, which it can be told of no single model.
         DigestError: What was downloaded is not what was declared.
         ToolError: An Ollama or a llama-server is there and does not run.
     """
     if serving.engine == "llama-server":
         return _toolchain_server(tools, log, declared=True, why="as declared")
+    if serving.cpu_moe_layers is not None:
+        raise ParamsError(
+            f"serving.cpu_moe_layers: {NO_EXPERTS_APART}.",
+            hint="Set `engine: llama-server` below `serving` of the model in params.yaml.",
+        )
     if _triple(serving.ollama) < OLDEST:
         raise ParamsError(
             f"serving.ollama: Ollama {serving.ollama} is too old: supported is {SUPPORTED}.",

@@ -73,6 +73,7 @@ def argv(  # noqa: PLR0913 - each is one independent fact about a server
         *("-c", str(settings.context_tokens * settings.parallel), "-np", str(settings.parallel)),
         *("-t", str(settings.threads), "-tb", str(settings.threads)),
         *("-ngl", layers, "--fit", "on" if layers == "auto" else "off"),
+        *(("--n-cpu-moe", str(run_as.cpu_moe_layers)) if run_as.cpu_moe_layers else ()),
         *("-fa", "on" if settings.flash_attention else "off"),
         *("-ctk", settings.kv_type, "-ctv", settings.kv_type),
         *("-b", str(run_as.batch_tokens), "-ub", str(run_as.ubatch_tokens)),
@@ -101,8 +102,10 @@ class LlamaServerHost(Host):
     @contextmanager
     def load(self, file: GgufFile) -> Iterator[Loaded]:
         """See `Host.load`."""
-        settings, tools = self.settings, self.engine.tools
-        is_encoder = architectures.is_encoder(server.read_header(file, settings))
+        tools = self.engine.tools
+        header = server.read_header(file, self.settings)
+        settings = server.of_experts(self.settings, header)
+        is_encoder = architectures.is_encoder(header)
         server.require_memory(file, settings, tools, log=self._log)
         proven = server.prove(file)
         name = str(ollama_store.name_of(self._model, file.type))
@@ -163,6 +166,7 @@ class LlamaServerHost(Host):
                     size_vram_bytes=None,
                     peak_memory_mib=None,
                     cold_load_ms=round(cold_load_ms, 3),
+                    cpu_moe_layers=self.settings.cpu_moe_layers,
                 ),
                 name=name,
                 gguf=gguf,

@@ -21,10 +21,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pipelines import (
+    architectures,
     console,
     gguf_header,
     gpu,
@@ -113,6 +114,7 @@ class Settings:
         kv_type: Type of both halves of the key-value cache.
         flash_attention: Flash attention, on or off.
         load_timeout_s: Seconds after which a load has failed, beside those that a slow disk takes.
+        cpu_moe_layers: First layers whose experts stay in main memory: a number, `all`, or None.
     """
 
     context_tokens: int
@@ -122,6 +124,7 @@ class Settings:
     kv_type: str
     flash_attention: bool
     load_timeout_s: float
+    cpu_moe_layers: int | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,12 +377,30 @@ def read_header(file: GgufFile, settings: Settings) -> gguf_header.Header:
     return header
 
 
+def of_experts(settings: Settings, header: gguf_header.Header) -> Settings:
+    """
+    Replace `all` layers whose experts stay in main memory by the number that a file has.
+
+    Raises:
+        ParamsError: It has no experts, or not in so many layers.
+    """
+    found = architectures.cpu_moe_layers(header, settings.cpu_moe_layers)
+    return replace(settings, cpu_moe_layers=found or None)
+
+
 def execution(settings: Settings, backend: str, *, is_encoder: bool = False) -> Execution:
     """
     Return how llama.cpp is to run the model; no layers on a GPU that the build does not have.
 
     An encoder reads a text in one piece, so its batches are as long as its context.
+
+    Args:
+        settings: Resolved by `of_experts`.
+        backend: What the toolchain was built for.
+        is_encoder: Whether it makes embeddings.
     """
+    experts = settings.cpu_moe_layers or 0
+    assert isinstance(experts, int), "resolved by `of_experts`"
     layers = settings.gpu_layers if isinstance(settings.gpu_layers, int) else _ALL_LAYERS
     return Execution(
         threads=settings.threads,
@@ -388,6 +409,7 @@ def execution(settings: Settings, backend: str, *, is_encoder: bool = False) -> 
         kv_type=settings.kv_type,
         batch_tokens=settings.context_tokens if is_encoder else BATCH_TOKENS,
         ubatch_tokens=settings.context_tokens if is_encoder else UBATCH_TOKENS,
+        cpu_moe_layers=experts,
     )
 
 
