@@ -228,6 +228,12 @@ def _sweep(home: Path, *, keep: str) -> None:
                     atomic.remove(venv)
 
 
+def is_stale() -> bool:
+    """Tell whether `.venv` was set up, and for another lock than that of this checkout."""
+    done = _read_stamp(VENV)
+    return bool(done) and done.get("lock") != _lock_digest()
+
+
 def _lock_digest() -> str:
     """Digest of everything that decides what has to be installed."""
     parts = (LOCK.read_bytes(), (ROOT / "pyproject.toml").read_bytes(), TORCH.encode())

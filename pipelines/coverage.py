@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from pipelines.params import Declaration
 
-_GRAPH: Final = "dvc.yaml"
+GRAPH: Final = "dvc.yaml"
 _MACHINE: Final = Layout().machine.as_posix()
 _TOOLCHAIN: Final = Layout().toolchain.as_posix()
 _KEYED_BY: Final = {"${models}": "models", "${quants}": "quants"}
@@ -350,7 +350,7 @@ class Coverage:
         self._declared = declared
         self._root = at.root
         self._files = files or at.root
-        self._steps = steps_of(declared, self._files / _GRAPH)
+        self._steps = steps_of(declared, self._files / GRAPH)
         self._slices = {
             f"{stage}@{key}": json.loads(slice_.model_dump_json())
             for (stage, key), slice_ in declaration.slices(declared).items()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
@@ -25,6 +26,8 @@ from pipelines.errors import FleetError, GateError, MachineError, ParamsError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
+
+    from pipelines.health_records import Finding
 
 Area: TypeAlias = Literal["machine", "repository", "github", "security"]
 State: TypeAlias = Literal["ok", "warn", "fail"]
@@ -39,6 +42,10 @@ _CODES: Final[Mapping[Area, int]] = {
     "github": ParamsError.exit_code,
     "security": ParamsError.exit_code,
 }
+# Of what a runner's probe found: what it could not ask is neither well nor sick.
+_STATES: Final[Mapping[str, State]] = {
+    "ok": "ok", "unknown": "warn", "warn": "warn", "sick": "fail",
+}  # fmt: skip
 _LONGEST: Final = 500
 _NAME_WIDTH: Final = 16
 _COLOURS: Final[Mapping[State, str]] = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -90,6 +97,16 @@ def fail(area: Area, name: str, text: str, fix: str, *, code: int | None = None)
 def of_error(area: Area, name: str, error: FleetError) -> Line:
     """Say as a failure what a run would end with."""
     return fail(area, name, error.message, error.hint, code=error.exit_code)
+
+
+def of_finding(finding: Finding) -> Line:
+    """Say what a runner's probe found as a line of the machine."""
+    state = _STATES[finding.status]
+    text = finding.value + (f" (wanted: {finding.limit})" if finding.limit else "")
+    if state == "ok":
+        return ok("machine", finding.rule, text)
+    made: Callable[..., Line] = warn if state == "warn" else fail
+    return made("machine", finding.rule, text, finding.next_step)
 
 
 def looked(area: Area, name: str, look: Callable[[], Iterable[Line]]) -> list[Line]:
@@ -159,9 +176,9 @@ def page(lines: Sequence[Line]) -> str:
         mine = [line for line in lines if line.area == area]
         if not mine:
             continue
-        shown += [console.paint(area, "bold")]
+        shown += [_paint(area, "bold")]
         for line in mine:
-            sign = console.paint(f"{line.state:4}", _COLOURS[line.state])
+            sign = _paint(f"{line.state:4}", _COLOURS[line.state])
             shown.append(f"  {sign}  {console.clean(line.name):{_NAME_WIDTH}} {line.text}")
             shown += [
                 f"{'':8}{'fix:' if number == 0 else '':{_NAME_WIDTH}} {console.clean(each)}"
@@ -219,6 +236,11 @@ def github_repository(root: Path) -> str | None:
     found = _REMOTE.fullmatch(said.decode(errors="replace").strip())
     server = os.environ.get("GITHUB_SERVER_URL", "https://github.com").split("//")[-1]
     return found["slug"] if found and found["host"].lower() == server.lower() else None
+
+
+def _paint(text: str, colour: str) -> str:
+    """Colour what goes to a terminal; `console.paint` looks at stderr, and this is stdout."""
+    return console.paint(text, colour) if sys.stdout.isatty() else text
 
 
 def _one_line(text: str) -> str:
