@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from pipelines import atomic, console, hashing, marked_yaml, params, tensor_rules
+from pipelines import atomic, console, hashing, marked_yaml, migrations, params, tensor_rules
 from pipelines.errors import FleetError, ParamsError, Problem
 from pipelines.layout import Layout
 from pipelines.marked_yaml import Finding
@@ -238,6 +238,9 @@ def _type_flaw(document: Document, detail: ErrorDetails) -> Flaw:
 
 def _unknown_key(loc: Loc, parent: dict[str, Any]) -> Flaw:
     known = list(parent["properties"])
+    if (new := migrations.renamed(loc)) is not None:
+        text = f"is called {quoted(new.name)} since {new.since}: fleet template migrate"
+        return Flaw(loc, text, on_key=True)
     close = did_you_mean(str(loc[-1]), known) or "."
     return Flaw(loc, f"is no key here{close} Allowed: {', '.join(known)}", on_key=True)
 

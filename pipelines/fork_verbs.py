@@ -116,9 +116,9 @@ def _doctor(at: Layout, args: argparse.Namespace) -> int:
 def _template_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "use",
-        choices=("status", "update", "tree"),
-        help="say what is newer; merge it; or, for who publishes a template, make the commits "
-        "that hold only its own paths",
+        choices=("status", "update", "migrate", "tree"),
+        help="say what is newer; merge it; rewrite renamed keys of params.yaml; or make the "
+        "commits that hold only the template's paths, for a merge by git alone",
     )
     verb.add_argument("--to", metavar="TAG", help="version; default: the newest")
     verb.add_argument(

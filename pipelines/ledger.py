@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipelines import atomic, console, disk, locks, wording
+from pipelines import atomic, console, disk, locks, migrations, wording
 from pipelines.errors import StoreError
 from pipelines.records import Part
 from pipelines.release_records import Move, ReleaseWaiver, Sequence, Sha256, short
@@ -296,6 +296,9 @@ class Ledger:
         try:
             line = _LINE.validate_json(data)
         except ValidationError as error:
+            if (told := migrations.refusal(data)) is not None:
+                advice = migrations.advice(data, _HINT)
+                raise LedgerError(f"{where}: this line {told}.", hint=advice) from error
             first = error.errors(include_url=False)[0]
             at = console.clean(".".join(map(str, first["loc"])))[:100]
             place = f"{at}: " if at else ""

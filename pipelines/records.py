@@ -21,7 +21,7 @@ from pydantic import (
     model_serializer,
 )
 
-from pipelines import atomic, console
+from pipelines import atomic, console, migrations
 from pipelines.errors import FleetError
 
 if TYPE_CHECKING:
@@ -478,17 +478,23 @@ def read(path: Path, kind: type[R]) -> R:
         RecordError: It is missing, not JSON, or not of this type and version.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise RecordError(f"{path} does not exist.", hint="fleet repro") from None
+    try:
+        return kind.model_validate_json(data)
     except ValidationError as error:
+        remake = "Remove it and run `fleet repro`."
+        if (told := migrations.refusal(data)) is not None:
+            advice = migrations.advice(data, remake)
+            raise RecordError(f"{path} {told}.", hint=advice) from error
         first = error.errors(include_url=False)[0]
         # A place is spelt by the keys of the file, which a stranger may have written.
         where = console.clean(" ".join(".".join(_keys(first["loc"])).split()))
         place = f"{where[:100]}: " if where else ""
         raise RecordError(
             f"{path} is not a {kind.__name__} of this version: {place}{first['msg']}.",
-            hint="Remove it and run `fleet repro`.",
+            hint=remake,
         ) from error
 
 

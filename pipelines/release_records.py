@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, StringConstraints, ValidationError
 
-from pipelines import console
+from pipelines import console, migrations
 from pipelines.errors import StoreError
 from pipelines.load_records import LoadGate  # noqa: TC001 - pydantic reads it
 from pipelines.records import AnyQuality, Finite, Part, Record
@@ -240,12 +240,18 @@ def parse_release(data: bytes, expected_id: str, where: str) -> Release:
     try:
         release = Release.model_validate_json(data)
     except ValidationError as error:
+        otherwise = "It was published by another version of this template; use that one to read it."
+        if (told := migrations.refusal(data)) is not None:
+            raise StoreError(
+                f"release {short(expected_id)} of {where} {told}.",
+                hint=migrations.advice(data, otherwise),
+            ) from error
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise StoreError(
             f"release {short(expected_id)} of {where} is of another schema: "
             f"{console.clean(place)[:100]}: {first['msg']}.",
-            hint="It was published by another version of this template; use that one to read it.",
+            hint=otherwise,
         ) from error
     names = [file.name for file in release.files]
     if len(set(names)) < len(names):
@@ -326,11 +332,16 @@ def parse_alias(data: bytes, where: str) -> Alias:
     try:
         alias = Alias.model_validate_json(data)
     except ValidationError as error:
+        stranger = (
+            "Something else than this template wrote there. `fleet audit` compares it with the "
+            "ledger in git."
+        )
+        if (told := migrations.refusal(data)) is not None:
+            advice = migrations.advice(data, stranger)
+            raise StoreError(f"{where} {told}.", hint=advice) from error
         first = error.errors(include_url=False)[0]
         raise StoreError(
-            f"{where} is no alias of a release: {first['msg']}.",
-            hint="Something else than this template wrote there. `fleet audit` compares it with "
-            "the ledger in git.",
+            f"{where} is no alias of a release: {first['msg']}.", hint=stranger
         ) from error
     numbers = [move.sequence for move in alias.moves]
     if numbers != sorted(set(numbers)):
