@@ -161,7 +161,7 @@ def _at(file: Yaml, loc: tuple[str, ...]) -> Any:  # noqa: ANN401 - any YAML val
 @functools.cache
 def _verbs() -> frozenset[str]:
     """Verbs of the command line, from its own parser."""
-    from pipelines.__main__ import _parser  # noqa: PLC0415 - what `fleet --help` prints
+    from pipelines.__main__ import parser  # noqa: PLC0415 - what `fleet --help` prints
 
-    actions = _parser()._subparsers._group_actions  # type: ignore[union-attr]  # noqa: SLF001
+    actions = parser()._subparsers._group_actions  # type: ignore[union-attr]  # noqa: SLF001
     return frozenset(actions[0].choices)  # type: ignore[arg-type]

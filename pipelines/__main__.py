@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pipelines import proc  # noqa: PLC0415 - only below `fleet repro`
 
         proc.die_with_parent()
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
@@ -123,22 +123,23 @@ def _explain(error: FleetError) -> None:
 # --- the command line -------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, as `fleet --help` shows it."""
+    whole = argparse.ArgumentParser(
         prog="fleet",
         description="Keep a fleet of quantized GGUF models current, measured and reversible.",
         epilog="Exit codes: 0 done, 2 declaration, 3 upstream, 4 tool, 5 gate, 6 digest, "
         "7 machine, 8 store, 75 try later, 130 interrupted.",
     )
-    parser.add_argument("--version", action="version", version=f"gguf-fleet {__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    whole.add_argument("--version", action="version", version=f"gguf-fleet {__version__}")
+    verbs = whole.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_operations(verbs)
     for stage in STAGES:
         _add_stage(verbs, stage)
     release_verbs.add(verbs, _add, _layout)
     table = (*ci_verbs.VERBS, *upstream_verbs.VERBS, *fork_verbs.VERBS)
     ci_verbs.add(verbs, _add, _layout, table)
-    return parser
+    return whole
 
 
 def _add(

@@ -1,10 +1,10 @@
 """
-params.schema.json, docs/params.md, release.schema.json, docs/verdict.md, actions/README.md.
+params.schema.json, release.schema.json, docs/{params,verdict,cli,errors}.md, actions/README.md.
 
-An editor reads the first (the first line of params.yaml names it) and completes keys; people read
-the second; whoever reads releases without this template has the third; the fourth is the truth
-table of the verdict; the last is the page of the composite actions. All are generated, and `make
-check` fails when they are stale. The sentences about what is allowed are the ones that
+An editor reads the first (the first line of params.yaml names it) and completes keys; whoever reads
+releases without this template has the second. People read the pages: every key, the truth table of
+the verdict, every verb, every error, every composite action. All are generated, and `make check`
+fails when they are stale. The sentences about what is allowed are the ones that
 `pipelines.declaration` puts into its errors.
 """
 
@@ -292,13 +292,20 @@ def _untitled(part: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def _files(root: Path) -> dict[str, str]:
-    from pipelines import action_pages, verdict_table  # noqa: PLC0415 - not for params.yaml
+    from pipelines import (  # noqa: PLC0415 - not for params.yaml
+        action_pages,
+        cli_pages,
+        error_pages,
+        verdict_table,
+    )
 
     files = {
         SCHEMA_FILE: generate(),
         DOCS_FILE: generate_docs(),
         RELEASE_FILE: generate_release(),
         VERDICT_FILE: verdict_table.page(),
+        cli_pages.PAGE_FILE: cli_pages.page(),
+        error_pages.PAGE_FILE: error_pages.page(),
     }
     if (root / "actions").is_dir():
         files[action_pages.PAGE_FILE] = action_pages.page(root)

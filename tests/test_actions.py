@@ -189,7 +189,7 @@ if sys.argv[1] == "bootstrap":
     bootstrap.set_up_shared = lambda profile: sys.exit(print("understood"))
     sys.argv = sys.argv[1:]
     bootstrap.main()
-args = __main__._parser().parse_args(sys.argv[1:])
+args = __main__.parser().parse_args(sys.argv[1:])
 print("understood", args.verb)
 """
     line = step["run"].replace('exec "$GITHUB_ACTION_PATH/../fleet"', '"$PYTHON" -c "$FAKE"')
