@@ -387,13 +387,13 @@ def is_call(item: ToolCall, calls: Sequence[tuple[str, str]]) -> bool:
         arguments = json.loads(calls[0][1], parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return False
-    return _equal(arguments, item.expected.arguments)
+    return equal_json(arguments, item.expected.arguments)
 
 
-def _equal(one: Any, other: Any) -> bool:  # noqa: ANN401 - any JSON values
+def equal_json(one: Any, other: Any) -> bool:  # noqa: ANN401 - any JSON values
     """Compare as JSON does: 1 and 1.0 are one number, true is none."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(equal_json(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_equal, one, other))
+        return len(one) == len(other) and all(map(equal_json, one, other))
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)

@@ -40,7 +40,9 @@ MAX_CONTENT_CHARACTERS = 100_000
 
 Role = Literal["system", "user", "assistant"]
 Need = Literal["tools", "thinking", "prefill"]
-ExpectKey = Literal["contains", "not_contains", "regex", "json_schema", "refusal", "max_tokens"]
+ExpectKey = Literal[
+    "contains", "not_contains", "regex", "json_schema", "tool_call", "refusal", "max_tokens"
+]
 
 _FUNCTION_NAME = r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$"
 _WORDS = PATTERN_WORDS | {_FUNCTION_NAME: "a name of letters, digits, `_` and `-`, 64 at most"}
@@ -100,6 +102,20 @@ class Conversation(Closed):
         return [tool.model_dump() for tool in self.tools] if self.tools else None
 
 
+class ExpectedCall(Closed):
+    """The one call that an answer has to make, as the server's parser of tool calls reads it."""
+
+    name: Annotated[str, StringConstraints(pattern=_FUNCTION_NAME)] = Field(
+        description="Function, one of `tools`."
+    )
+    arguments: dict[str, Any] | None = Field(
+        None, description="Its arguments, all of them; 1 and 1.0 are one number."
+    )
+    arguments_schema: dict[str, Any] | bool | None = Field(
+        None, description="JSON Schema (2020-12) that its arguments keep."
+    )
+
+
 class Expect(Closed):
     """What an answer must be like; everything that is stated has to hold."""
 
@@ -111,6 +127,7 @@ class Expect(Closed):
     json_schema: dict[str, Any] | bool | None = Field(
         None, description="JSON Schema (2020-12) that it keeps when read as JSON."
     )
+    tool_call: ExpectedCall | None = Field(None, description="The one call that it makes.")
     refusal: bool | None = Field(None, description="Whether it declines to help.")
     max_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
         None, description="Tokens within which it has ended by itself."
@@ -125,6 +142,9 @@ class Regression(Closed):
         None, description="Models that are asked; every one if absent."
     )
     messages: _Messages = Field(description="The turns; the last one is the user's.")
+    tools: Annotated[tuple[Tool, ...], Field(min_length=1, max_length=50)] | None = Field(
+        None, description="Functions that the model may call."
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None, description="Of sampling; as the model is served if absent."
     )
@@ -344,6 +364,7 @@ def _contradictions(data: Any) -> Iterator[_Flaw]:  # noqa: ANN401 - any YAML va
         expect = entry.get("expect")
         if isinstance(expect, dict):
             yield from _expect_flaws((*loc, "expect"), expect)
+            yield from _call_flaws((*loc, "expect", "tool_call"), entry, expect.get("tool_call"))
 
 
 def _entries(data: Any, name: str) -> Iterator[tuple[Loc, dict[str, Any]]]:  # noqa: ANN401 - any YAML value
@@ -412,6 +433,28 @@ def _expect_flaws(loc: Loc, expect: Mapping[str, Any]) -> Iterator[_Flaw]:
     schema = expect.get("json_schema")
     if isinstance(schema, dict | bool) and (why := schema_flaw(schema)):
         yield _Flaw((*loc, "json_schema"), f"is no JSON Schema: {why}")
+
+
+def _call_flaws(loc: Loc, entry: Mapping[str, Any], call: object) -> Iterator[_Flaw]:
+    """Look for a call that no answer could make."""
+    if not isinstance(call, dict):
+        return
+    tools = entry.get("tools")
+    functions = [
+        each.get("function") if isinstance(each, dict) else None
+        for each in (tools if isinstance(tools, list) else ())
+    ]
+    names = [str(each.get("name")) for each in functions if isinstance(each, dict)]
+    name = call.get("name")
+    if not names:
+        yield _Flaw(loc, "needs `tools` beside `expect`: nothing can be called", on_key=True)
+    elif isinstance(name, str) and name not in names:
+        close = did_you_mean(name, names) or "."
+        text = f"{quoted(name)} is none of the tools{close} Declared: {', '.join(names)}"
+        yield _Flaw((*loc, "name"), text)
+    schema = call.get("arguments_schema")
+    if isinstance(schema, dict | bool) and (why := schema_flaw(schema)):
+        yield _Flaw((*loc, "arguments_schema"), f"is no JSON Schema: {why}")
 
 
 def _regex_flaw(pattern: str) -> str:

@@ -23,7 +23,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from pipelines import atomic, console, proc, stats
+from pipelines import atomic, console, evals, proc, stats
 from pipelines.errors import ToolError
 from pipelines.load import generator, plan
 from pipelines.load_records import RegressionResult
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pipelines.load.dialects import Answer
     from pipelines.load.plan import Target
     from pipelines.load_records import Outcome
-    from pipelines.prompts import Expect, Prompts, Regression
+    from pipelines.prompts import Expect, ExpectedCall, Prompts, Regression
 
 CHECK_WITHIN_S: Final = 2.0
 _MAX_RUN_S: Final = 3600.0
@@ -115,7 +115,10 @@ def _ask(
     planned = plan.closed(
         f"regressions, repeat {repeat + 1}",
         concurrency=1,
-        prompts=[plan.Prompt(messages=tuple(_messages(each))) for each in regressions],
+        prompts=[
+            plan.Prompt(messages=tuple(_messages(each)), tools=tuple(_tools(each)))
+            for each in regressions
+        ],
         warm_up_requests=0,
         max_run_s=_MAX_RUN_S,
         seed=target.seed + repeat,
@@ -133,6 +136,10 @@ def _ask(
 
 def _messages(regression: Regression) -> Iterator[dict[str, str]]:
     return ({"role": each.role, "content": each.content} for each in regression.messages)
+
+
+def _tools(regression: Regression) -> Iterator[dict[str, Any]]:
+    return (each.model_dump() for each in regression.tools or ())
 
 
 # --- what an answer must be like --------------------------------------------------------------
@@ -164,7 +171,7 @@ def judge(
         for each in regressions
         for at, answer in enumerate(answers[each.id])
         if answer is not None and not reasons[each.id][at]
-        for check in _checks(each.expect, answer.text)
+        for check in _checks(each.expect, answer)
     ]
     for (id_, at, _), reason in zip(slow, apart([one[2] for one in slow], log), strict=True):
         reasons[id_][at] = reasons[id_][at] or reason
@@ -186,10 +193,29 @@ def _misses(expect: Expect, answer: Answer) -> Iterator[str]:
         yield f"does not contain {quoted(expect.contains)}"
     if expect.not_contains is not None and expect.not_contains in text:
         yield f"contains {quoted(expect.not_contains)}"
+    if expect.tool_call is not None and (other := _other_call(expect.tool_call, answer)):
+        yield other
     if expect.refusal is not None and is_refusal(text) != expect.refusal:
         yield "does not refuse" if expect.refusal else "refuses"
     if expect.max_tokens is not None and (late := _too_long(answer, expect.max_tokens)):
         yield late
+
+
+def _other_call(expected: ExpectedCall, answer: Answer) -> str:
+    """Say what is wrong with the calls of an answer, but for a schema; else ""."""
+    if len(answer.calls) != 1:
+        many = f"makes {counted(len(answer.calls), 'tool call')} in the place of one"
+        return many if answer.calls else "makes no tool call"
+    ((name, text),) = answer.calls
+    if name != expected.name:
+        return f"calls {quoted(console.clean(name))} in the place of {quoted(expected.name)}"
+    try:
+        arguments = json.loads(text, parse_constant=_no_json)
+    except (ValueError, RecursionError):
+        return f"calls {quoted(name)} with no JSON: {_quoted_words(console.clean(text))}"
+    if expected.arguments is not None and not evals.equal_json(arguments, expected.arguments):
+        return f"calls {quoted(name)} with {_quoted_words(console.clean(json.dumps(arguments)))}"
+    return ""
 
 
 def _too_long(answer: Answer, limit: int) -> str:
@@ -206,11 +232,14 @@ def is_refusal(text: str) -> bool:
     return _REFUSAL.search(plain[:_REFUSAL_CHARACTERS]) is not None
 
 
-def _checks(expect: Expect, text: str) -> Iterator[dict[str, Any]]:
+def _checks(expect: Expect, answer: Answer) -> Iterator[dict[str, Any]]:
     for kind in _NEEDS_PROCESS:
         value = getattr(expect, kind)
         if value is not None:
-            yield {"kind": kind, "value": value, "text": text}
+            yield {"kind": kind, "value": value, "text": answer.text}
+    if expect.tool_call is not None and expect.tool_call.arguments_schema is not None:
+        ((_, text),) = answer.calls
+        yield {"kind": "arguments", "value": expect.tool_call.arguments_schema, "text": text}
 
 
 def _result(
@@ -336,13 +365,15 @@ def _reason(kind: str, value: Any, text: str) -> str:  # noqa: ANN401 - a patter
         return "" if re.search(value, text) else f"does not match {quoted(value)}"
     from jsonschema import Draft202012Validator  # type: ignore[import-untyped]  # noqa: PLC0415 - only in this process
 
-    fenced = _FENCE.match(text.strip())
+    is_answer = kind == "json_schema"
+    fenced = _FENCE.match(text.strip()) if is_answer else None
+    what = "" if is_answer else "its arguments: "
     try:
         data = json.loads(fenced[1] if fenced else text, parse_constant=_no_json)
     except ValueError as error:
-        return f"is no JSON: {console.clean(str(error))}"
+        return f"{what}is no JSON: {console.clean(str(error))}"
     first = next(iter(Draft202012Validator(value).iter_errors(data)), None)
-    return f"breaks the schema: {console.clean(first.message)[:200]}" if first else ""
+    return f"{what}breaks the schema: {console.clean(first.message)[:200]}" if first else ""
 
 
 def _no_json(word: str) -> NoReturn:

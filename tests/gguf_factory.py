@@ -18,7 +18,7 @@ from pipelines.layout import Layout
 from pipelines.params import QuantizeSlice, TensorRule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 _SPECIAL = ("<unk>", "<s>", "</s>")
@@ -150,10 +150,10 @@ def _write_metadata(  # noqa: PLR0913, PLR0917 - as above
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _write_vocabulary(writer: Any, vocab: int) -> None:
-    """Special tokens, all bytes, then the shortest words that a few letters make."""
+def _write_vocabulary(writer: Any, vocab: int, last: Sequence[str] = ()) -> None:
+    """Special tokens, all bytes, then the shortest words that a few letters make, then `last`."""
     assert vocab >= SMALLEST_VOCAB
-    pieces = ["▁", *islice(_words(), vocab - SMALLEST_VOCAB)]
+    pieces = ["▁", *islice(_words(), vocab - SMALLEST_VOCAB - len(last)), *last]
     tokens = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(_BYTES)), *pieces]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     kinds += [gguf.TokenType.BYTE] * _BYTES + [gguf.TokenType.NORMAL] * len(pieces)
@@ -201,3 +201,37 @@ def _shapes(  # noqa: PLR0913, PLR0917 - as above
     yield "output_norm.weight", (n_embd,)
     if not tied:
         yield "output.weight", (vocab, n_embd)
+
+
+def parrot_gguf(path: Path, pieces: tuple[str, ...], *, chat_template: str) -> Path:
+    """
+    Write a Llama that says `pieces` after each prompt that ends with a line feed, and then ends.
+
+    Each piece is a token, and the next one depends on the last one alone: the embeddings are the
+    unit vectors, blocks add nothing to them, and the output of a token is the one that follows.
+    """
+    vocab = 512
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama")
+    _write_metadata(writer, vocab, vocab, 1, 4, 2, 512, "F16")
+    spoken = [piece.replace(" ", "▁") for piece in pieces]
+    _write_vocabulary(writer, vocab, spoken)
+    writer.add_chat_template(chat_template)
+    first = vocab - len(pieces)
+    line_feed, end = len(_SPECIAL) + ord("\n"), _SPECIAL.index("</s>")
+    follows = np.full(vocab, end)
+    follows[[line_feed, *range(first, vocab - 1)]] = range(first, vocab)
+    for name, shape in _shapes(vocab, vocab, 1, vocab, 4, 2, tied=False):
+        weights = np.zeros(shape, dtype=np.float32 if len(shape) == 1 else np.float16)
+        if len(shape) == 1:
+            weights[:] = 1
+        elif name == "token_embd.weight":
+            np.fill_diagonal(weights, 1)
+        elif name == "output.weight":
+            weights[follows, range(vocab)] = 8
+        writer.add_tensor(name, weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

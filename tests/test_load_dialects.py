@@ -459,3 +459,58 @@ def test_an_embedding_is_asked_for_uncut() -> None:
     assert dialects.body(asked, prompt("hi"))["truncate"] is False
     assert dialects.path("ollama", "embed") == "/api/embed"
     assert dialects.path("openai", "embed") == "/v1/embeddings"
+
+
+@pytest.mark.parametrize(
+    ("api", "lines", "calls"),
+    [
+        (
+            "openai",
+            [
+                {"index": 0, "id": "a", "function": {"name": "one", "arguments": ""}},
+                {"index": 0, "function": {"arguments": '{"x"'}},
+                {"index": 1, "id": "b", "function": {"name": "two", "arguments": "{}"}},
+                {"index": 0, "function": {"arguments": ": 1}"}},
+            ],
+            (("one", '{"x": 1}'), ("two", "{}")),
+        ),
+        (
+            "ollama",
+            [
+                {"function": {"name": "one", "arguments": {"x": 1}}},
+                {"function": {"name": "one", "arguments": {"x": 2}}},
+            ],
+            (("one", '{"x": 1}'), ("one", '{"x": 2}')),
+        ),
+        ("openai", [{"index": 0, "function": "one"}], None),
+        ("openai", [{"index": "0", "function": {"name": "one"}}], None),
+        ("ollama", ["one"], None),
+    ],
+)
+def test_calls_of_tools_are_put_together_from_their_pieces(
+    api: Api, lines: list[Any], calls: tuple[tuple[str, str], ...] | None
+) -> None:
+    """By the number of the call, or one after the other; what is no call is no answer."""
+    body = b""
+    for call in lines:
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        line = (
+            {"message": message, "done": False}
+            if api == "ollama"
+            else {"choices": [{"delta": message}]}
+        )
+        body += (b"" if api == "ollama" else b"data: ") + json.dumps(line).encode() + b"\n"
+    body += (
+        b'{"message": {"content": ""}, "done": true, "done_reason": "stop", "eval_count": 3}\n'
+        if api == "ollama"
+        else b'data: {"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}\ndata: [DONE]\n'
+    )
+    exchange = dialects.Exchange(
+        index=0, scheduled_ns=0, status=200, stamps=array("q", [1]), sizes=array("q", [len(body)]),
+        body=body,
+    )  # fmt: skip
+
+    answer = dialects.read(exchange, target(api=api), prompt("Hi"))
+
+    assert answer.error == (None if calls is not None else "malformed")
+    assert calls is None or answer.calls == calls

@@ -215,3 +215,37 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     """The message holds the path that was looked for."""
     with pytest.raises(ParamsError, match=r"nowhere\.yaml.*No such file"):
         prompts.load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        ("{name: read_flie}", 'none of the tools; did you mean "read_file"? Declared: read_file'),
+        ("{name: read file}", "letters, digits"),
+        ("{arguments: {}}", "tool_call.name: is missing"),
+        ("{name: read_file, arguments: [1]}", "is not a mapping"),
+        ("{name: read_file, arguments_schema: {type: objekt}}", "is no JSON Schema"),
+        ("{name: read_file, schema: {}}", "is no key here"),
+    ],
+)
+def test_a_call_that_no_answer_could_make_is_refused_on_its_line(
+    tmp_path: Path, call: str, text: str
+) -> None:
+    """A function that is not declared, no name, arguments that are no object."""
+    tools = "[{type: function, function: {name: read_file, description: Reads., parameters: {}}}]"
+    ask = f"  - {{id: call, messages: [{{role: user, content: Read it}}], tools: {tools},\n"
+    file = f"{VALID}{ask}     expect: {{tool_call: {call}}}}}\n"
+
+    (problem,) = refused(tmp_path, file)
+
+    assert text in problem.text
+    assert problem.line == VALID.count("\n") + 2
+
+
+def test_a_call_without_tools_is_refused(tmp_path: Path) -> None:
+    """Nothing could be called."""
+    ask = "  - {id: call, messages: [{role: user, content: Hi}], expect: {tool_call: {name: a}}}\n"
+
+    (problem,) = refused(tmp_path, VALID + ask)
+
+    assert "needs `tools` beside `expect`" in problem.text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import gguf_factory
 import pytest
 import sample
 
@@ -160,6 +162,49 @@ def test_the_share_of_good_answers_decides_as_far_as_it_can(
     assert ("more repeats would decide" in result.sentence) == (outcome == "INCONCLUSIVE")
 
 
+PARIS = '{"city": "Paris", "days": 1}'
+
+
+@pytest.mark.parametrize(
+    ("calls", "reason"),
+    [
+        ((("weather", '{"days": 1.0, "city": "Paris"}'),), ""),
+        ((), "makes no tool call"),
+        ((("weather", PARIS),) * 2, "makes 2 tool calls in the place of one"),
+        ((("wether", PARIS),), 'calls "wether" in the place of "weather"'),
+        ((("weather", '{"city": "Paris"'),), 'calls "weather" with no JSON'),
+        ((("weather", '{"city": "Paris", "days": true}'),), '"days": true'),
+        ((("weather", "[" * 100_000),), 'calls "weather" with no JSON'),
+    ],
+)
+def test_the_one_call_that_is_expected_is_told_from_every_other(
+    tmp_path: Path, calls: tuple[tuple[str, str], ...], reason: str
+) -> None:
+    """By its function and all its arguments, as JSON has them; text beside it is no matter."""
+    expected = {"name": "weather", "arguments": {"city": "Paris", "days": 1}}
+    said = dataclasses.replace(answer("Let me see."), calls=calls)
+
+    result = judged(tmp_path, regression(tool_call=expected), said, said)
+
+    assert (result.outcome == "PASS") == (not reason)
+    assert all(reason in miss for miss in result.misses)
+
+
+def test_arguments_may_be_held_to_a_schema_where_no_one_spelling_is_right(tmp_path: Path) -> None:
+    """What the schema lets pass is right, however it is said; the rest is named."""
+    schema = {"properties": {"city": {"enum": ["Paris", "paris"]}}, "required": ["city"]}
+    one = regression(tool_call={"name": "weather", "arguments_schema": schema})
+    right, wrong = (
+        dataclasses.replace(answer(""), calls=(("weather", text),))
+        for text in ('{"city": "paris"}', '{"city": "Rome"}')
+    )
+
+    result = judged(tmp_path, one, right, wrong)
+
+    assert result.pass_count == 1
+    assert result.misses[0].startswith("its arguments: breaks the schema: 'Rome' is not one of")
+
+
 def test_a_request_that_fails_is_not_as_expected(tmp_path: Path) -> None:
     """To a user an error is no answer; neither is a question that was never sent."""
     failed = answer("", error="http_5xx", detail="no\x1b[31m slot")
@@ -298,3 +343,79 @@ def test_a_broken_template_fails_the_shipped_regressions(
 
     assert {result.outcome for result in results} == {"FAIL"}, results
     assert all(result.misses for result in results)
+
+
+# A template as many have: tools in front, a call between two words that llama.cpp looks for.
+CALLING = (
+    "{%- if tools %}<|im_start|>system\nCall in <tool_call></tool_call>:"
+    "{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{%- for call in message.tool_calls or [] %}\n<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a place.",
+        "parameters": {
+            "type": "object",
+            "required": ["city"],
+            "properties": {"city": {"type": "string"}},
+        },
+    },
+}
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("kind", ["ollama", "llama-server"])
+def test_a_call_that_a_served_model_makes_is_read_from_every_dialect(
+    tmp_path: Path, tools: Toolchain, kind: Literal["ollama", "llama-server"]
+) -> None:
+    """By the servers' own parsers, from a model that says one call; without tools it is text."""
+    said = '\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    path = gguf_factory.parrot_gguf(
+        tmp_path / "parrot.gguf", ("<tool_call>", said), chat_template=CALLING
+    )
+    base = {"messages": [{"role": "user", "content": "Hi"}], "tools": [WEATHER]}
+    call = {"name": "weather", "arguments": {"city": "Paris"}}
+    declared = Prompts(
+        name="p", version=1, sha256="", conversations=(),
+        regressions=tuple(
+            Regression.model_validate_json(json.dumps({"id": id_, **base, **changes}))
+            for id_, changes in {
+                "right": {"expect": {"tool_call": call}},
+                "rome": {"expect": {"tool_call": call | {"arguments": {"city": "Rome"}}}},
+                "toolless": {"tools": None, "expect": {"contains": "tool_call"}},
+            }.items()
+        ),
+    )  # fmt: skip
+    file = server.GgufFile(
+        type="F16", path=path, sha256=hashing.digest(path).sha256,
+        modelfile=modelfile.parse("# version: 1\nFROM x\n"),
+    )  # fmt: skip
+    settings = server.Settings(
+        context_tokens=512, parallel=1, threads=1, gpu_layers="all", kv_type="f16",
+        flash_attention=True, load_timeout_s=120.0,
+    )  # fmt: skip
+    log = tmp_path / "serve.log"
+    found = engine.find(params.Serving(engine=kind), tools, log=log)
+    with (
+        server.open_host(found, settings, model=MODEL, at=Layout(tmp_path), log=log) as host,
+        host.load(file) as native,
+    ):
+        # Ollama's second one loads the model again.
+        for loaded in (lambda: native, native.as_openai):
+            one = loaded()
+            target = Target(
+                url=one.url, api=one.api, model=one.name, generate_tokens=64, timeout_s=60,
+                temperature=0.0, seed=1, context_tokens=512,
+            )  # fmt: skip
+
+            right, rome, toolless = regressions.run(declared, target, model=MODEL, log=log)
+
+            assert right.outcome == "PASS", right
+            assert rome.misses == ('calls "weather" with “{"city": "Paris"}”',)
+            assert toolless.outcome == "PASS", toolless

@@ -93,6 +93,7 @@ class Answer:
         resent: See `Exchange`.
         stamps_ns: Times of all chunks with content; written to disk only if the plan says so.
         texts: Content of each of these chunks, thinking included; the same.
+        calls: Name and arguments, as JSON text, of each call of a tool, in order.
     """
 
     index: int
@@ -115,6 +116,7 @@ class Answer:
     resent: bool = False
     stamps_ns: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
+    calls: tuple[tuple[str, str], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -144,8 +146,10 @@ def body(target: Target, prompt: Prompt) -> dict[str, Any]:
     if target.task == "embed":
         return _embedding_body(target, prompt.messages[-1]["content"])
     messages = list(prompt.messages)
+    # Both spell them alike, and let the model decide whether it calls one.
+    tools = {"tools": list(prompt.tools)} if prompt.tools else {}
     if target.api == "ollama":
-        return {
+        return tools | {
             "model": target.model,
             "messages": messages,
             "stream": True,
@@ -158,7 +162,7 @@ def body(target: Target, prompt: Prompt) -> dict[str, Any]:
                 "num_predict": target.generate_tokens,
             },
         }
-    return {
+    return tools | {
         "model": target.model,
         "messages": messages,
         "stream": True,
@@ -199,6 +203,7 @@ class _Reading:
     stamps: list[int] = field(default_factory=list)
     chunks: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    calls: dict[int, list[str]] = field(default_factory=dict)
     done: bool = False
     done_stamp: int | None = None
     embedded_stamp: int | None = None
@@ -215,6 +220,12 @@ class _Reading:
             self.chunks.append(shown + hidden)
         if shown:
             self.said.append(shown)
+
+    def call(self, place: int, name: str, arguments: str) -> None:
+        """Note a call, or the next piece of one; `place` tells the calls of an answer apart."""
+        known = self.calls.setdefault(place, ["", ""])
+        known[0] += name
+        known[1] += arguments
 
 
 def read(exchange: Exchange, target: Target, prompt: Prompt) -> Answer:
@@ -248,6 +259,7 @@ def read(exchange: Exchange, target: Target, prompt: Prompt) -> Answer:
         resent=exchange.resent,
         stamps_ns=tuple(reading.stamps),
         texts=tuple(reading.chunks),
+        calls=tuple((name, arguments) for name, arguments in reading.calls.values()),
     )
 
 
@@ -351,6 +363,10 @@ def _ollama(line: bytes, stamp: int, reading: _Reading) -> None:
     if not isinstance(message, dict):
         raise _Failed("malformed", f"a line without a message: {_shown(line)}")
     calls = message.get("tool_calls")
+    for function, _ in _calls(calls, line):
+        # Each comes whole, its arguments as an object.
+        arguments = function.get("arguments")
+        reading.call(len(reading.calls), _text(function.get("name"), line), json.dumps(arguments))
     hidden = _text(message.get("thinking"), line) + (json.dumps(calls) if calls else "")
     reading.content(stamp, _text(message.get("content"), line), hidden)
     if value.get("done") is not True:
@@ -417,6 +433,10 @@ def _openai_choice(choice: object, stamp: int, line: bytes, reading: _Reading) -
         raise _Failed("malformed", f"no delta: {_shown(line)}")
     # `reasoning_content` is llama-server's and vLLM's word, `reasoning` Ollama's and newer vLLM's.
     calls = delta.get("tool_calls")
+    for function, index in _calls(calls, line):
+        # The name comes first, then the text of the arguments in pieces.
+        name, arguments = (_text(function.get(key), line) for key in ("name", "arguments"))
+        reading.call(index, name, arguments)
     hidden = _text(delta.get("reasoning_content") or delta.get("reasoning"), line)
     hidden += json.dumps(calls) if calls else ""
     reading.content(stamp, _text(delta.get("content"), line), hidden)
@@ -470,6 +490,17 @@ def _is_vector(value: object) -> bool:
 
 
 # --- lines ------------------------------------------------------------------------------------
+
+
+def _calls(calls: object, line: bytes) -> list[tuple[dict[str, Any], int]]:
+    """Return the functions that are called and the number of each call."""
+    found: list[tuple[dict[str, Any], int]] = []
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise _Failed("malformed", f"no call of a tool: {_shown(line)}")
+        found.append((function, _count(call.get("index"), line) or 0))
+    return found
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

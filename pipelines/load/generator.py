@@ -129,6 +129,7 @@ def _result(out: Path, plan: Plan) -> Raw:
                     continue
                 for name in ("stamps_ns", "texts"):
                     value[name] = tuple(value[name])
+                value["calls"] = tuple((name, text) for name, text in value["calls"])
                 answers.append(Answer(**value))
         facts = last["run"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -79,10 +79,12 @@ class Prompt:
         messages: Each with `role` and `content`.
         tokens: Tokens that the server must read at least, if that is known: an answer to fewer was
             given to a cut conversation.
+        tools: Functions that the model may call, as OpenAI's chat API spells them.
     """
 
     messages: tuple[dict[str, str], ...]
     tokens: int | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +314,8 @@ def load(path: Path) -> tuple[Plan, Target]:
     value: dict[str, Any] = json.loads(path.read_text())
     plan = value["plan"]
     plan["prompts"] = tuple(
-        Prompt(messages=tuple(each["messages"]), tokens=each["tokens"]) for each in plan["prompts"]
+        Prompt(messages=tuple(each["messages"]), tokens=each["tokens"], tools=tuple(each["tools"]))
+        for each in plan["prompts"]
     )
     plan["arrivals_s"] = tuple(plan["arrivals_s"])
     return Plan(**plan), Target(**value["target"])
