@@ -57,11 +57,11 @@ def look(gh: GitHub, hosts: Mapping[str, tuple[str, ...]], *, now: datetime) -> 
     except GitHubError as error:
         findings.append(_unasked("runners", error))
     waiting = _waiting(gh, findings)
-    seen = tuple(
-        _host(gh, host, labels, every, waiting=waiting, now=now) for host, labels in hosts.items()
+    hosts_seen = tuple(
+        seen(gh, host, labels, every, waiting=waiting, now=now) for host, labels in hosts.items()
     )
-    findings += _schedules(gh, now)
-    return RunnersRecord(checked_at=stamp(now), hosts=seen, findings=tuple(findings))
+    findings += schedules(gh, now)
+    return RunnersRecord(checked_at=stamp(now), hosts=hosts_seen, findings=tuple(findings))
 
 
 def stamp(when: datetime) -> str:
@@ -78,7 +78,7 @@ def _unasked(rule: str, error: GitHubError) -> Finding:
     )
 
 
-def _host(  # noqa: PLR0913 - what is known of it, from four questions
+def seen(  # noqa: PLR0913 - what is known of it, from four questions
     gh: GitHub,
     host: str,
     labels: tuple[str, ...],
@@ -87,6 +87,20 @@ def _host(  # noqa: PLR0913 - what is known of it, from four questions
     waiting: list[dict[str, Any]] | None,
     now: datetime,
 ) -> HostSeen:
+    """
+    Say what GitHub knows of one host.
+
+    Args:
+        gh: The repository; asked about versions of runners.
+        host: Key in `hosts:`.
+        labels: Of its runner.
+        every: All runners of the repository; None if nobody may ask.
+        waiting: Jobs that wait for a runner; None if nobody may ask.
+        now: In UTC.
+
+    Raises:
+        RetryLaterError: GitHub cannot be asked now.
+    """
     wanted = frozenset(label.lower() for label in labels)
     mine = [each for each in every or () if wanted <= each.labels]
     jobs = [each for each in waiting or () if _labels(each) and _labels(each) <= wanted]
@@ -229,8 +243,13 @@ def _late(jobs: Iterable[dict[str, Any]], oldest: str | None, now: datetime) -> 
 # --- the repository ---------------------------------------------------------------------------
 
 
-def _schedules(gh: GitHub, now: datetime) -> list[Finding]:
-    """Say that GitHub stopped the schedules, or soon does: nothing else would ever say so."""
+def schedules(gh: GitHub, now: datetime) -> list[Finding]:
+    """
+    Say that GitHub stopped the schedules, or soon does: nothing else would ever say so.
+
+    Raises:
+        RetryLaterError: GitHub cannot be asked now.
+    """
     found: list[Finding] = []
     try:
         for each in gh.paged("actions/workflows", "workflows"):

@@ -214,6 +214,16 @@ class GitHub:
                 return None
             raise
 
+    def exists(self, path: str) -> bool:
+        """Say whether there is something, where the answer has no body. Otherwise as `get`."""
+        try:
+            self._asked(self._request("GET", path))
+        except GitHubError as error:
+            if error.status == 404:  # noqa: PLR2004 - not found
+                return False
+            raise
+        return True
+
     def paged(
         self, path: str, key: str | None = None, **query: str | int | None
     ) -> Iterator[dict[str, Any]]:

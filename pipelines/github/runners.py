@@ -29,6 +29,7 @@ class Runner:
         busy: Whether it has one.
         labels: In lower case, as GitHub compares them.
         version: Of its program; None where GitHub does not say.
+        ephemeral: Whether its registration ends with its next job.
     """
 
     id: int
@@ -38,6 +39,7 @@ class Runner:
     busy: bool
     labels: frozenset[str]
     version: str | None = None
+    ephemeral: bool = False
 
 
 def runners(gh: GitHub) -> tuple[Runner, ...]:
@@ -78,4 +80,5 @@ def _runner(each: dict[str, Any]) -> Runner:
         busy=each.get("busy") is True,
         labels=frozenset(str(label).lower() for label in labels if label),
         version=version if isinstance(version, str) and version else None,
+        ephemeral=each.get("ephemeral") is True,
     )
