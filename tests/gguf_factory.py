@@ -18,7 +18,7 @@ from pipelines.layout import Layout
 from pipelines.params import QuantizeSlice, TensorRule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 _SPECIAL = ("<unk>", "<s>", "</s>")
@@ -41,6 +41,7 @@ def tiny_llama_gguf(  # noqa: PLR0913 - each argument is one dimension of the mo
     dtype: Literal["F32", "F16", "BF16"] = "F16",
     tied: bool = False,
     chat_template: str | None = None,
+    n_expert: int = 0,
 ) -> Path:
     """
     Write a Llama with a SentencePiece vocabulary and return its path.
@@ -58,15 +59,20 @@ def tiny_llama_gguf(  # noqa: PLR0913 - each argument is one dimension of the mo
         dtype: Type of the matrices; norms are always F32.
         tied: Leave out `output.weight`, so that the embeddings serve as output.
         chat_template: Jinja; None leaves it out.
+        n_expert: Experts of each block, of which two answer, as Mixtral has them; 0 for none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama")
     _write_metadata(writer, n_embd, n_ff, n_layer, n_head, n_head_kv, n_ctx, dtype)
+    if n_expert:
+        writer.add_expert_count(n_expert)
+        writer.add_expert_used_count(2)
     _write_vocabulary(writer, vocab)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     random = np.random.default_rng(seed)
-    for name, shape in _shapes(n_embd, n_ff, n_layer, vocab, n_head, n_head_kv, tied=tied):
+    shapes = _shapes(n_embd, n_ff, n_layer, vocab, n_head, n_head_kv, tied=tied)
+    for name, shape in _with_experts(shapes, n_embd, n_expert):
         if len(shape) == 1:
             writer.add_tensor(name, np.ones(shape, dtype=np.float32))
             continue
@@ -172,6 +178,19 @@ def _write_vocabulary(writer: Any, vocab: int, last: Sequence[str] = ()) -> None
 def _words() -> Iterator[str]:
     for length in count(1):
         yield from ("".join(letters) for letters in product(_LETTERS, repeat=length))
+
+
+def _with_experts(
+    shapes: Iterable[tuple[str, tuple[int, ...]]], n_embd: int, n_expert: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Put `n_expert` of each feed-forward matrix in its place, with a router in front."""
+    for name, shape in shapes:
+        if not n_expert or ".ffn_" not in name or "norm" in name:
+            yield name, shape
+            continue
+        if ".ffn_gate." in name:
+            yield name.replace("ffn_gate", "ffn_gate_inp"), (n_expert, n_embd)
+        yield name.replace(".weight", "_exps.weight"), (n_expert, *shape)
 
 
 def _shapes(  # noqa: PLR0913, PLR0917 - as above

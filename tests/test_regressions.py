@@ -379,17 +379,21 @@ def test_a_call_that_a_served_model_makes_is_read_from_every_dialect(
     path = gguf_factory.parrot_gguf(
         tmp_path / "parrot.gguf", ("<tool_call>", said), chat_template=CALLING
     )
-    base = {"messages": [{"role": "user", "content": "Hi"}], "tools": [WEATHER]}
-    call = {"name": "weather", "arguments": {"city": "Paris"}}
+    base: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [WEATHER],
+    }
+    call: dict[str, Any] = {"name": "weather", "arguments": {"city": "Paris"}}
+    asked_for: dict[str, dict[str, Any]] = {
+        "right": {"expect": {"tool_call": call}},
+        "rome": {"expect": {"tool_call": call | {"arguments": {"city": "Rome"}}}},
+        "toolless": {"tools": None, "expect": {"contains": "tool_call"}},
+    }
     declared = Prompts(
         name="p", version=1, sha256="", conversations=(),
         regressions=tuple(
             Regression.model_validate_json(json.dumps({"id": id_, **base, **changes}))
-            for id_, changes in {
-                "right": {"expect": {"tool_call": call}},
-                "rome": {"expect": {"tool_call": call | {"arguments": {"city": "Rome"}}}},
-                "toolless": {"tools": None, "expect": {"contains": "tool_call"}},
-            }.items()
+            for id_, changes in asked_for.items()
         ),
     )  # fmt: skip
     file = server.GgufFile(
@@ -407,8 +411,8 @@ def test_a_call_that_a_served_model_makes_is_read_from_every_dialect(
         host.load(file) as native,
     ):
         # Ollama's second one loads the model again.
-        for loaded in (lambda: native, native.as_openai):
-            one = loaded()
+        for is_native in (True, False):
+            one = native if is_native else native.as_openai()
             target = Target(
                 url=one.url, api=one.api, model=one.name, generate_tokens=64, timeout_s=60,
                 temperature=0.0, seed=1, context_tokens=512,
