@@ -74,7 +74,9 @@ def _github(at: Layout, declared: Declaration | None, offline: bool) -> list[Lin
     repository = doctor_lines.github_repository(at.root)
     if repository is None:
         text = "the git remote `origin` is no repository of GitHub's: nothing was asked"
-        return [warn("github", "github", text, "gh repo create --private --source . --push")]
+        return [
+            warn("github", "github", text, "git remote add origin git@github.com:OWNER/NAME.git")
+        ]
     if not doctor_lines.token():
         text = f"settings of {repository} were not asked for: no token in the environment"
         return [warn("github", "github", text, 'export GH_TOKEN="$(gh auth token)"')]

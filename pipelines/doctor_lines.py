@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Area: TypeAlias = Literal["machine", "repository", "github", "security"]
 State: TypeAlias = Literal["ok", "warn", "fail"]
 
+Look: TypeAlias = "Callable[[], Iterable[Line]]"
+
 AREAS: Final[tuple[Area, ...]] = ("machine", "repository", "github", "security")
 # Seconds that a server or a program that somebody else wrote may take to answer.
 ANSWER_WITHIN_S: Final = 3.0
@@ -46,6 +48,7 @@ _CODES: Final[Mapping[Area, int]] = {
 _STATES: Final[Mapping[str, State]] = {
     "ok": "ok", "unknown": "warn", "warn": "warn", "sick": "fail",
 }  # fmt: skip
+_AGAIN: Final = "Correct that, then: fleet doctor"
 _LONGEST: Final = 500
 _NAME_WIDTH: Final = 16
 _COLOURS: Final[Mapping[State, str]] = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -114,12 +117,12 @@ def looked(area: Area, name: str, look: Callable[[], Iterable[Line]]) -> list[Li
     try:
         return list(look())
     except FleetError as error:
-        return [warn(area, name, f"cannot be seen: {error.message}", error.hint)]
+        return [warn(area, name, f"cannot be seen: {error.message}", error.hint or _AGAIN)]
     except Exception as error:  # noqa: BLE001 - a look at a broken machine may break in any way
         cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         text = f"cannot be seen: {type(error).__name__}: {where}{cause}"
-        return [warn(area, name, text, "")]
+        return [warn(area, name, text, _AGAIN)]
 
 
 def together(

@@ -23,8 +23,9 @@ from pipelines.doctor_lines import Line, fail, of_finding, ok, warn
 from pipelines.errors import FleetError, MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+    from pipelines.doctor_lines import Look
     from pipelines.layout import Layout
     from pipelines.params import Declaration, DeclaredHost
 
@@ -65,17 +66,16 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def lines(at: Layout, declared: Declaration | None, *, offline: bool) -> list[Line]:
+def looks(at: Layout, declared: Declaration | None) -> dict[str, Look]:
     """
-    Look at everything.
+    Return every look at this machine alone, by name, in the order in which they are shown.
 
     Args:
         at: The checkout; its root may be no fleet at all.
         declared: Its declaration, if it has a good one.
-        offline: Ask no server.
     """
     missing = missing_packages()
-    looks: dict[str, Callable[[], Iterable[Line]]] = {
+    plain: dict[str, Look] = {
         "python": lambda: _python(missing),
         "memory": lambda: _memory(declared),
         "governor": _governor,
@@ -83,24 +83,38 @@ def lines(at: Layout, declared: Declaration | None, *, offline: bool) -> list[Li
         "reflink": lambda: doctor_disk.reflink(at),
         "locks": lambda: doctor_disk.locks(at),
     }
-    if not missing:
-        looks |= {
-            "loopback": _loopback,
-            "card": lambda: _card(declared),
-            "cuda": lambda: _cuda(declared, at),
-            "disk": lambda: doctor_disk.free(at),
-            "dvc-link": lambda: doctor_disk.links(at),
-            "engine": lambda: _engine(declared, at),
-            "runner": lambda: _runner(at),
-        }
-    found = [
-        line for name, look in looks.items() for line in doctor_lines.looked("machine", name, look)
-    ]
-    waiting: dict[str, Callable[[], Iterable[Line]]] = {"tools": lambda: _tools(declared)}
-    if not missing and declared is not None:
+    if missing:
+        return plain
+    return plain | {
+        "loopback": _loopback,
+        "card": lambda: _card(declared),
+        "cuda": lambda: _cuda(declared, at),
+        "disk": lambda: doctor_disk.free(at),
+        "dvc-link": lambda: doctor_disk.links(at),
+        "engine": lambda: _engine(declared, at),
+        "runner": lambda: _runner(at),
+    }
+
+
+def looks_that_wait(at: Layout, declared: Declaration | None, *, offline: bool) -> dict[str, Look]:
+    """Return the looks that wait for programs and servers of others; see `looks`."""
+    is_bare = bool(missing_packages())
+    waiting: dict[str, Look] = {"tools": lambda: _tools(declared, is_bare=is_bare)}
+    if not is_bare and declared is not None:
         waiting["disk-fleet"] = lambda: doctor_disk.fleet_room(declared, at, offline=offline)
-    if not missing and not offline and (api := _api(at)):
+    if not is_bare and not offline and (api := _api(at)):
         waiting["clock"] = lambda: _clock(api)
+    return waiting
+
+
+def lines(at: Layout, declared: Declaration | None, *, offline: bool) -> list[Line]:
+    """Look at everything; see `looks`."""
+    found = [
+        line
+        for name, look in looks(at, declared).items()
+        for line in doctor_lines.looked("machine", name, look)
+    ]
+    waiting = looks_that_wait(at, declared, offline=offline)
     return found + doctor_lines.together("machine", waiting)
 
 
@@ -134,7 +148,10 @@ def _python(missing: tuple[str, ...]) -> Iterator[Line]:
         )
     elif bootstrap.is_stale():
         yield warn(
-            "machine", "packages", ".venv was set up from another requirements.lock", "make setup"
+            "machine",
+            "packages",
+            ".venv is not of this requirements.lock and pyproject.toml",
+            "make setup",
         )
     else:
         yield ok("machine", "packages", f"all {len(_PACKAGES)} that stages import, and {_CONVERT}")
@@ -261,6 +278,8 @@ def _cuda(declared: Declaration | None, at: Layout) -> Iterator[Line]:
     """See whether llama.cpp can be compiled for the card: the system's toolkit, or one of ours."""
     if declared is None or declared.toolchain.backend not in {"auto", "cuda"}:
         return
+    if toolchain.there(toolchain.spec_of(declared)) is not None:
+        return  # compiled already
     from pipelines import toolchain_build as build  # noqa: PLC0415 - only with a declaration
 
     cards = build.nvidia_cards()
@@ -344,7 +363,7 @@ def _clock(api: str) -> Iterator[Line]:
 # --- programs ---------------------------------------------------------------------------------
 
 
-def _tools(declared: Declaration | None) -> Iterator[Line]:
+def _tools(declared: Declaration | None, *, is_bare: bool) -> Iterator[Line]:
     """Say which versions there are; what is missing matters only if something needs it."""
     found = {name: _version(name, words) for name, words in _PROGRAMS.items()}
     git = found.pop("git")
@@ -368,7 +387,7 @@ def _tools(declared: Declaration | None) -> Iterator[Line]:
     has = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     without = [name for name, version in found.items() if version is None]
     text = has + (f"; no {', '.join(without)}" if without else "")
-    needed = _needed_to_build(declared)
+    needed = None if is_bare else _needed_to_build(declared)
     if needed is None:
         yield ok("machine", "tools", text or "none")
     else:

@@ -16,8 +16,9 @@ from pipelines.doctor_lines import Line, fail, ok, warn
 from pipelines.errors import DigestError, FleetError, ParamsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
+    from pipelines.doctor_lines import Look
     from pipelines.layout import Layout
     from pipelines.params import Declaration
 
@@ -83,9 +84,9 @@ def _declaration(found: Declaration) -> Iterator[Line]:
         yield ok("repository", "declaration", counts)
 
 
-def lines(at: Layout, found: Declaration | None, *, bare: bool, offline: bool) -> list[Line]:
+def looks(at: Layout, found: Declaration | None, *, bare: bool, offline: bool) -> dict[str, Look]:
     """
-    Look at everything but the declaration.
+    Return every look but that at the declaration, by name, in the order in which they are shown.
 
     Args:
         at: The checkout; its root may be no fleet at all.
@@ -93,23 +94,28 @@ def lines(at: Layout, found: Declaration | None, *, bare: bool, offline: bool) -
         bare: Packages are missing: look at what needs none.
         offline: Ask no server.
     """
-    looks: dict[str, Callable[[], Iterable[Line]]] = {
+    plain: dict[str, Look] = {
         "template": lambda: _template(at),
         "git": lambda: _git(at),
         "killed": lambda: _killed(at),
     }
-    if not bare:
-        looks |= {
-            "lock": lambda: _lock(at, found, offline=offline),
-            "host-records": lambda: _host_records(at),
-            "ledger": lambda: _ledger(at),
-            "generated": lambda: _generated(at),
-            "workflows": lambda: _workflows(at),
-            "toolchain": lambda: _toolchain(found),
-        }
+    if bare:
+        return plain
+    return plain | {
+        "lock": lambda: _lock(at, found, offline=offline),
+        "host-records": lambda: _host_records(at),
+        "ledger": lambda: _ledger(at),
+        "generated": lambda: _generated(at),
+        "workflows": lambda: _workflows(at),
+        "toolchain": lambda: _toolchain(found),
+    }
+
+
+def lines(at: Layout, found: Declaration | None, *, bare: bool, offline: bool) -> list[Line]:
+    """Look at everything but the declaration; see `looks`."""
     return [
         line
-        for name, look in looks.items()
+        for name, look in looks(at, found, bare=bare, offline=offline).items()
         for line in doctor_lines.looked("repository", name, look)
     ]
 
