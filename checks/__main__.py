@@ -1,6 +1,8 @@
 """
 Hold workflows, actions and what stands beside them against rules, schemas and linters.
 
+And the links of the pages against what is there.
+
     python -m checks            say what is wrong, as file:line: [rule] cause; exit 1 if anything is
     python -m checks --rules    list the rules, each with its reason, as docs/workflow-checks.md
 
@@ -15,8 +17,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from checks import files, installed, linters, policy, rules_repository
-from pipelines import console
+from checks import files, installed, linters, pages, policy, rules_repository
+from pipelines import console, wording
 from pipelines.errors import FleetError
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def main() -> int:
             console.out(f"| `{rule.name}` | {rule.why} |")
         return 0
     repository = files.read(installed.ROOT)
-    found = policy.judge(repository)
+    found = policy.judge(repository) + pages.judge(installed.ROOT)
     # What is no YAML would only be told again, by each in its own words.
     programs = () if repository.broken else linters.ALL
     with ThreadPoolExecutor() as pool:
@@ -48,11 +50,14 @@ def main() -> int:
         console.error(finding.problem.text, where=finding.problem)
     if unowned := rules_repository.unowned(repository):
         console.warn(unowned)
+    if unread := pages.unread(installed.ROOT):
+        console.info(f"no page of the template leads to {wording.first_few(unread)}")
     if found:
         return 1
     console.out(
         f"{len(repository.workflows)} workflows and {len(repository.actions)} actions: "
-        f"{len(policy.rules())} rules and {len(linters.ALL)} programs find nothing"
+        f"{len(policy.rules())} rules and {len(linters.ALL)} programs find nothing; "
+        f"the links of {len(pages.reachable(installed.ROOT))} pages lead somewhere"
     )
     return 0
 
