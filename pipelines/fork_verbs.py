@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from pipelines.layout import Layout
 
 
+def _count(text: str) -> int | None:
+    """Read a number of the command line; a blank, where a workflow has nothing to say, is none."""
+    if not text.strip():
+        return None
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
 # --- one pair for each verb: its options, and the call ----------------------------------------
 
 
@@ -34,16 +44,35 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--quants", metavar="TYPE,...", help="default: the usual ones that fit on the host"
     )
-    model.add_argument("--context", type=int, metavar="TOKENS", help="default: what fits, to 16384")
-    model.add_argument("--objective", choices=("speed", "quality", "size"), help="default: speed")
+    model.add_argument(
+        "--context", type=_count, metavar="TOKENS", help="default: what fits, to 16384"
+    )
+    model.add_argument(
+        "--objective",
+        # Blank where a workflow has nothing to say.
+        choices=("speed", "quality", "size", ""),
+        metavar="speed|quality|size",
+        help="default: speed",
+    )
+    model.add_argument(
+        "--ignore-code",
+        action="store_true",
+        help="take it although it names Python code of its own, which is never fetched",
+    )
     host = verb.add_argument_group("the host")
     host.add_argument("--host", metavar="NAME", help="key in hosts:; default: this machine's name")
     memory = host.add_mutually_exclusive_group()
     memory.add_argument(
-        "--vram", type=int, metavar="MIB", help="memory of its cards; default: of those found here"
+        "--vram",
+        type=_count,
+        metavar="MIB",
+        help="memory of its cards; default: of those found here",
     )
     memory.add_argument(
-        "--memory", type=int, metavar="MIB", help="main memory for a model, on a host without cards"
+        "--memory",
+        type=_count,
+        metavar="MIB",
+        help="main memory for a model, on a host without cards",
     )
     host.add_argument(
         "--runner-label",
@@ -73,7 +102,7 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
         help="code owner, repeatable; default: the owner of the git remote `origin`",
     )
     rest.add_argument(
-        "--check-every", type=int, metavar="HOURS", help="look at upstream; default: 24"
+        "--check-every", type=_count, metavar="HOURS", help="look at upstream; default: 24"
     )
     rest.add_argument(
         "--keep-example", action="store_true", help="keep the example model and its records"

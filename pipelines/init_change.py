@@ -1,0 +1,234 @@
+"""
+From answers to the files that `fleet init` would write: params.yaml, owners, remote, the example.
+
+What is asked of a model is in `init_model`, of a host in `init_host`; the text in `init_text`.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pipelines import (
+    declaration,
+    init_host,
+    init_model,
+    init_plan,
+    init_repository,
+    init_settings,
+    init_state,
+    init_text,
+    params,
+)
+from pipelines.errors import ParamsError
+from pipelines.init_proposal import PARAMS, Proposal
+from pipelines.init_source import COMPLETION_MODELFILE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pipelines.init_answers import Answers
+    from pipelines.init_host import NewHost
+    from pipelines.init_model import Wanted
+    from pipelines.init_text import Entry
+    from pipelines.layout import Layout
+    from pipelines.params import Declaration
+
+PRODUCTION: Final = "production"
+
+
+def proposed(at: Layout, answers: Answers) -> Proposal:
+    """
+    Work out what would change; nothing is written.
+
+    Args:
+        at: The checkout.
+        answers: What was said.
+
+    Raises:
+        ParamsError: An answer is wrong or contradicts what is declared, or params.yaml is wrong.
+        UpstreamError: The chain cannot build the model.
+        RetryLaterError: The Hub cannot be reached.
+    """
+    declared = declaration.load(at.params)
+    begins = is_fresh(declared) and answers.source is not None and not answers.keep_example
+    host, room = init_host.choose(declared, answers, begins=begins)
+    wanted = init_model.choose(at, declared, answers, room, begins=begins)
+    before = at.params.read_bytes()
+    text = before.decode()
+    if begins and wanted is not None:
+        text = init_text.begun(text, _sections(at, declared, wanted, host))
+        entries = list(_registry(declared, answers))
+    else:
+        entries = [
+            *(wanted.entries if wanted else ()),
+            *((host.entry(),) if host else ()),
+            *_registry(declared, answers),
+        ]
+    if entries:
+        text = init_text.grown(text, entries)
+    data = _with_period(text.encode(), answers)
+    files: dict[str, bytes | None] = {PARAMS: data} if data != before else {}
+    if (
+        wanted is not None
+        and wanted.needs_modelfile
+        and not (at.root / COMPLETION_MODELFILE).exists()
+    ):
+        files[COMPLETION_MODELFILE] = init_model.COMPLETION.encode()
+    owned, note = init_repository.codeowners(at, owners(at, answers))
+    files |= owned | init_repository.dvc_config(at, answers.remote)
+    if begins:
+        files |= init_repository.example_records(at, tuple(declared.models))
+    _require_valid(at, data, files)
+    notes = [*(wanted.notes if wanted else ()), *([note] if note else []), *_network_notes(answers)]
+    return Proposal(
+        answers=answers,
+        files=files,
+        read={path: _bytes(at.root / path) for path in {PARAMS, *files}},
+        model=wanted.name if wanted else None,
+        source=wanted.subject.source if wanted else None,
+        revision=wanted.subject.revision if wanted else None,
+        quants=tuple(each.type for each in wanted.plan.quants) if wanted else (),
+        context_tokens=wanted.plan.context_tokens if wanted else None,
+        host=room.host,
+        notes=tuple(notes),
+        table=init_plan.table(wanted.plan) if wanted else "",
+        next_steps=_next_steps(wanted.name if wanted else None),
+    )
+
+
+def _next_steps(model: str | None) -> tuple[str, ...]:
+    title = f"Begin with {model}" if model else "Set up the fleet"
+    return (
+        "fleet check",
+        "fleet doctor",
+        f'git add -A && git commit -m "{title}"',
+        "fleet repro",
+    )
+
+
+def is_fresh(declared: Declaration) -> bool:
+    """Tell whether nothing but the example is declared."""
+    return init_state.is_fresh({name: {"source": m.source} for name, m in declared.models.items()})
+
+
+def owners(at: Layout, answers: Answers) -> tuple[str, ...]:
+    """Return who was named, else the owner of the repository, where CODEOWNERS names nobody yet."""
+    if answers.owners or not init_repository.needs_owner(at):
+        return answers.owners
+    return init_repository.owners_of(at)
+
+
+# --- params.yaml ------------------------------------------------------------------------------
+
+
+def _sections(
+    at: Layout, declared: Declaration, wanted: Wanted, host: NewHost | None
+) -> dict[str, str | None]:
+    """Return the sections of a fleet that begins with this model."""
+    corpus = declared.corpora.get("evaluation") or next(iter(declared.corpora.values()))
+    path = at.root / corpus.path
+    settings = init_settings.make(
+        wanted.subject, wanted.plan, corpus_bytes=path.stat().st_size if path.is_file() else 0
+    )
+    found: dict[str, str | None] = {
+        "models": init_text.section("models", [wanted.model_entry]),
+        "quants": init_text.section("quants", init_text.quants(wanted.name, wanted.plan.quants)),
+        "benchmark": init_text.benchmark(settings),
+        "load_test": init_text.load_test(settings),
+    }
+    if host is not None:
+        found["hosts"] = init_text.section("hosts", [host.entry()])
+    if set(declared.evals) == {init_model.EVAL} and "evals" not in wanted.more:
+        found["evals"] = None
+    trained = wanted.subject.trained_tokens or wanted.plan.context_tokens
+    if wanted.plan.uses_matrix and trained < declared.calibrate.context_tokens:
+        found["calibrate"] = init_text.calibrate(settings.window_tokens)
+    return found
+
+
+def _registry(declared: Declaration, answers: Answers) -> tuple[Entry, ...]:
+    """Return the registry `production`, if one is named that is not declared."""
+    if answers.registry is None:
+        if answers.environment is not None:
+            raise ParamsError(
+                "`--environment` guards a registry, and none is named.", hint="--registry URL"
+            )
+        return ()
+    known = declared.registries.get(PRODUCTION)
+    if known is not None:
+        if known.url != answers.registry:
+            raise ParamsError(
+                f"registries.{PRODUCTION} is declared already, with url: {known.url}.",
+                hint="Edit that line of params.yaml, or add another registry there.",
+            )
+        return ()
+    if not re.fullmatch(params.REGISTRY, answers.registry):
+        # Never repeated: it may hold a password.
+        raise ParamsError(
+            f"--registry is not {params.PATTERN_WORDS[params.REGISTRY]}.",
+            hint="Credentials come from the environment (docs/registry.md).",
+        )
+    more = {"environment": answers.environment or PRODUCTION}
+    if answers.registry.startswith("mlflow:"):
+        more["blobs"] = params.LOCAL_REGISTRY
+    return (init_text.registry(PRODUCTION, answers.registry, **more),)
+
+
+def _with_period(data: bytes, answers: Answers) -> bytes:
+    """Declare how often upstream is looked at."""
+    hours = answers.check_every_hours
+    if hours is None:
+        return data
+    from pipelines import pin_lines  # noqa: PLC0415 - only for this option
+
+    if not re.search(rb"(?m)^check_upstream:", data):
+        block = init_text.check_upstream(hours)
+        return init_text.begun(data.decode(), {"check_upstream": block}).encode()
+    return pin_lines.changed(data, {("check_upstream", "period_hours"): hours})
+
+
+def _require_valid(at: Layout, data: bytes, files: Mapping[str, bytes | None]) -> None:
+    """
+    Read what would become params.yaml as every stage will.
+
+    Raises:
+        ParamsError: It is no declaration, or names a file that is not right.
+    """
+    with tempfile.TemporaryDirectory(prefix="fleet-init-") as folder:
+        path = Path(folder).resolve() / PARAMS
+        path.write_bytes(data)
+        try:
+            declared = declaration.load(path)
+        except ParamsError as error:
+            what = [problem.text for problem in error.problems]
+            raise ParamsError(
+                "with these answers params.yaml would be wrong:\n  " + "\n  ".join(what),
+                hint="Give another answer; nothing was written.",
+            ) from None
+    problems = [
+        problem
+        for problem in declaration.check_files(declared, at.root)
+        if not any(path in problem.text for path, made in files.items() if made is not None)
+    ]
+    if problems:
+        raise ParamsError(
+            "params.yaml names files that are not right:\n  "
+            + "\n  ".join(problem.text for problem in problems),
+            hint="Correct them first: fleet check",
+        )
+
+
+def _network_notes(answers: Answers) -> list[str]:
+    """Say what else a remote that is named needs."""
+    if answers.remote is None:
+        return []
+    return [
+        "What is in DVC's old remote stays there: `dvc push` brings what is here to the new one."
+    ]
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

@@ -1,0 +1,196 @@
+"""The model of `fleet init`: a new one, or more quants of one that is declared."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from pipelines import (
+    declaration,
+    init_plan,
+    init_settings,
+    init_source,
+    init_text,
+    params,
+    wording,
+)
+from pipelines.errors import ParamsError
+from pipelines.init_source import COMPLETION_MODELFILE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pipelines.init_answers import Answers
+    from pipelines.init_plan import Plan, Room
+    from pipelines.init_source import Subject
+    from pipelines.init_text import Entry
+    from pipelines.layout import Layout
+    from pipelines.params import Declaration
+
+# The set of tasks that the template brings: questions of English that a real model answers.
+EVAL: Final = "technical-english"
+_CALIBRATION: Final = "calibration"
+COMPLETION: Final = """\
+# version: 1
+#
+# For a model without a chat template, which goes on with what it is given. Ollama would put ChatML
+# around it, which it has never seen; this adds nothing.
+{% raw %}TEMPLATE \"\"\"{{ range .Messages }}{{ .Content }}{{ end }}\"\"\"{% endraw %}
+PARAMETER temperature 0.8
+PARAMETER top_k 40
+PARAMETER top_p 0.9
+PARAMETER repeat_penalty 1.0
+{% if license %}LICENSE {{ license }}{% endif %}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A model that is to be declared, or one that gets more quants."""
+
+    name: str
+    subject: Subject
+    plan: Plan
+    is_new: bool
+    objective: str
+    more: Mapping[str, str]
+
+    @property
+    def needs_modelfile(self) -> bool:
+        """Whether it has no chat template that its prompts could be put into."""
+        return self.is_new and not self.subject.has_template and not self.subject.is_encoder
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """As params.yaml has it."""
+        quants = init_text.quants(self.name, self.plan.quants)
+        return (self.model_entry, *quants) if self.is_new else quants
+
+    @property
+    def model_entry(self) -> Entry:
+        """The model's own."""
+        return init_text.model(
+            self.name, self.subject, self.plan, objective=self.objective, **self.more
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the operator should know of it."""
+        return (*self.subject.notes, *self.plan.notes)
+
+
+def choose(
+    at: Layout, declared: Declaration, answers: Answers, room: Room, *, begins: bool
+) -> Wanted | None:
+    """Look at the model and plan its quants; None if nothing of it has to be declared."""
+    if answers.source is None:
+        return None
+    source = _spelled(at, answers.source)
+    known = None if begins else _known(declared, source, answers.name)
+    if known is not None:
+        return _more_quants(at, declared, known, answers, room)
+    name = answers.name or _name_of(source)
+    _require_name(name, declared, begins=begins)
+    subject = init_source.look(
+        source, answers.revision, at, declared, ignore_code=answers.ignore_code
+    )
+    plan = _plan(subject, answers, room, declared)
+    if not begins:
+        init_settings.require_fit(declared, subject, plan)
+    more: dict[str, str] = {}
+    if answers.ignore_code:
+        more["ignore_code"] = "true"
+    if begins and EVAL in declared.evals and _can_answer(subject, plan):
+        more["evals"] = f"[{EVAL}]"
+    if not subject.has_template and not subject.is_encoder:
+        more["modelfile"] = COMPLETION_MODELFILE
+    return Wanted(
+        name=name,
+        subject=subject,
+        plan=plan,
+        is_new=True,
+        objective=answers.objective or "speed",
+        more=more,
+    )
+
+
+def _plan(subject: Subject, answers: Answers, room: Room, declared: Declaration) -> Plan:
+    return init_plan.make(
+        subject,
+        answers,
+        room,
+        slots=declared.serving.parallel,
+        has_calibration=_CALIBRATION in declared.corpora,
+    )
+
+
+def _can_answer(subject: Subject, plan: Plan) -> bool:
+    """Tell whether the template's set says something of a model: it must be above chance."""
+    is_small = subject.shape.parameters_count < init_settings.SMALL_PARAMETERS_COUNT
+    return not (is_small or subject.is_encoder) and plan.context_tokens >= 512  # noqa: PLR2004 - what its items take
+
+
+def _spelled(at: Layout, source: str) -> str:
+    kind, _, place = source.partition(":")
+    return f"path:{init_source.below(at.root, place)}" if kind == "path" and place else source
+
+
+def _known(declared: Declaration, source: str, name: str | None) -> str | None:
+    """Return the key under which this source is declared already."""
+    same = [
+        key
+        for key, model in declared.models.items()
+        if model.source.casefold() == source.casefold() and name in {None, key}
+    ]
+    return same[0] if same else None
+
+
+def _more_quants(
+    at: Layout, declared: Declaration, name: str, answers: Answers, room: Room
+) -> Wanted | None:
+    """Add the quants that were named and are not declared; all else of the model stays."""
+    spec = declared.models[name]
+    for option, said, is_ in (
+        ("context_tokens", answers.context_tokens, spec.context_tokens),
+        ("objective", answers.objective, spec.objective),
+    ):
+        if said is not None and said != is_:
+            raise ParamsError(
+                f"models.{name} is declared already, with {option}: {is_}.",
+                hint="Edit that line of params.yaml.",
+            )
+    there = set(params.quants_of(declared, name).values())
+    missing = tuple(each for each in answers.quants if each.upper() not in there)
+    if not missing:
+        return None
+    revision = spec.revision if spec.source.startswith("hf:") else None
+    subject = init_source.look(spec.source, revision, at, declared, ignore_code=spec.ignore_code)
+    wanted = replace(answers, quants=missing, context_tokens=spec.context_tokens)
+    plan = _plan(subject, wanted, room, declared)
+    if plan.uses_matrix and spec.calibration is None:
+        raise ParamsError(
+            f"models.{name} declares no `calibration`, which {wording.listed(list(missing))} "
+            "would use.",
+            hint=f"Write `calibration: {_CALIBRATION}` into its entry, and run this again.",
+        )
+    return Wanted(
+        name=name, subject=subject, plan=plan, is_new=False, objective=spec.objective, more={}
+    )
+
+
+def _name_of(source: str) -> str:
+    """Make a key of a repository's or a folder's name: `qwen2-5-7b-instruct`."""
+    last = source.rpartition("/")[2].rpartition(":")[2].lower()
+    return re.sub(r"[^a-z0-9_-]+", "-", last).strip("-_")[:63]
+
+
+def _require_name(name: str, declared: Declaration, *, begins: bool) -> None:
+    """Refuse a key that is none, or that is another model's."""
+    taken = name in declaration.TAKEN_NAMES or (not begins and name in declared.models)
+    # YAML reads 2024 and 1e5 as numbers.
+    is_key = re.fullmatch(params.MODEL_KEY, name) and re.search("[a-z]", name)
+    if is_key and not taken and not re.fullmatch(r"\d+e\d+|true|false|null", name):
+        return
+    why = "is taken" if taken else f"is not {params.PATTERN_WORDS[params.MODEL_KEY]}"
+    raise ParamsError(f"the name {wording.quoted(name)} {why}.", hint="--name my-model")
