@@ -270,7 +270,7 @@ def budget_of(
 ) -> Budget:
     """Say what the runs cost on all measured hosts; the download is told by the look itself."""
     without = tuple(run for run in runs if run.stage != "fetch")
-    hosts = measured_hosts(declared) or (primary_host(declared),)
+    hosts = measured_hosts(declared, model) or (primary_host(declared, model),)
     return plan_budget.together(
         plan_budget.of_runs(declared, at, model, without, host=host) for host in hosts
     )

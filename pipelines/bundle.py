@@ -115,18 +115,37 @@ def name_of(record: BundleRecord) -> str:
     return f"bundle-{record.host}-{record.model}.json"
 
 
-def primary_host(declared: Declaration) -> str:
+def primary_host(declared: Declaration, model: str | None = None) -> str:
     """
     Return the host whose records are those of results/MODEL: the first one that is measured.
 
-    Where none is, somebody measures by hand, for whichever host stands first.
+    Of a model it is the first of its own hosts; where none of them is measured, the fleet's first
+    one measures for them. Where none at all is, somebody measures by hand, for whichever host
+    stands first.
+
+    Args:
+        declared: The declaration.
+        model: A declared one; None for that of models that name no hosts.
     """
-    return next(iter([*measured_hosts(declared), *declared.hosts]))
+    own = () if model is None else tuple(params.routed_hosts(declared, model))
+    of_model = [name for name in own if declared.hosts[name].runs_on]
+    return next(iter([*of_model, *measured_hosts(declared), *own, *declared.hosts]))
 
 
-def measured_hosts(declared: Declaration) -> tuple[str, ...]:
-    """Return the hosts for which a runner measures, in the order of the declaration."""
-    return tuple(name for name, spec in declared.hosts.items() if spec.runs_on)
+def measured_hosts(declared: Declaration, model: str | None = None) -> tuple[str, ...]:
+    """
+    Return the hosts for which a runner measures, in the order of the declaration.
+
+    Args:
+        declared: The declaration.
+        model: Only those that measure this one: its own hosts, or, where none of them has a
+            runner, the one that measures for them. None for all hosts.
+    """
+    names = tuple(name for name, spec in declared.hosts.items() if spec.runs_on)
+    if model is None or not names:
+        return names
+    own = params.routed_hosts(declared, model)
+    return tuple(name for name in names if name in own) or names[:1]
 
 
 def require_declared(declared: Declaration, models: Sequence[str], host: str) -> None:
@@ -228,7 +247,10 @@ def measured(  # noqa: PLR0913 - each is one fact that only the caller knows
         for name, cause in took.failed.items()
         if name in lock_entries.names_of(declared, model)
     }
-    others = [*_changed_ggufs(at, record.ggufs, model), *host_records.not_of(at, declared, host)]
+    others = [
+        *_changed_ggufs(at, record.ggufs, model),
+        *host_records.not_of(at, declared, model, host),
+    ]
     # A stage that was not reached ended with nothing.
     codes = {took.codes[name] for name in failed if name in took.codes}
     return record.model_copy(
@@ -252,7 +274,7 @@ def from_git(
         host: Its key; one that is measured but is not the first lies in results/MODEL/on/HOST.
         head: Commit that the inputs are those of.
     """
-    is_primary = host == primary_host(declared)
+    is_primary = host == primary_host(declared, model)
     return _composed(
         at, declared, model, host=host, head=head, below=None if is_primary else f"on/{host}"
     )
@@ -286,7 +308,7 @@ def _composed(  # noqa: PLR0913 - the same
         "head": head,
         "model": model,
         "host": host,
-        "primary": host == primary_host(declared),
+        "primary": host == primary_host(declared, model),
         "machine_id": _machine_id(files),
         "toolchain_id": _toolchain_id(entries),
         "lock": entries,

@@ -105,7 +105,7 @@ def _times(path: Path, declared: Declaration, bundle: BundleRecord) -> bytes | N
 
 def _others(at: Layout, declared: Declaration, model: str) -> Iterator[str]:
     """Yield what lies here of hosts that nobody measures any more."""
-    known = measured_hosts(declared)[1:]
+    known = measured_hosts(declared, model)[1:]
     for each in sorted(at.on_hosts(model).glob("*")):
         if each.name not in known and not each.is_symlink():
             yield from _files_below(at, each)

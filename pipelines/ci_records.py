@@ -78,6 +78,19 @@ class Budget(Part):
     unknown: tuple[Sentence, ...] = ()
 
 
+class LeftOut(Part):
+    """
+    A host that measures nothing of a model, because it cannot hold it.
+
+    Attributes:
+        host: Key in `hosts:`.
+        why: As a clause.
+    """
+
+    host: HostName
+    why: Sentence
+
+
 class ModelPlan(Part):
     """
     What a pull request means for one model.
@@ -90,6 +103,7 @@ class ModelPlan(Part):
         runs: Stages that the records in git do not cover.
         budget: Of these.
         covered: Whether there is nothing to measure: the records in git are those of the head.
+        left_out: Hosts on which no job is started.
     """
 
     model: ModelName
@@ -99,6 +113,7 @@ class ModelPlan(Part):
     runs: tuple[PlannedRun, ...] = ()
     budget: Budget = Budget()
     covered: bool
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class Leg(Part):

@@ -28,6 +28,7 @@ from pipelines import (
     console,
     declaration,
     plan_differences,
+    routing,
     runner,
     verdict_evidence,
     wording,
@@ -558,12 +559,11 @@ def _uncovered(tree: Layout, root: Path) -> frozenset[str]:
         coverage = Coverage(declared, tree, files=root)
     except FleetError:
         return frozenset()
-    primary = bundle.primary_host(declared)
     return frozenset(
         model
-        for host in bundle.measured_hosts(declared) or (primary,)
         for model in declared.models
-        for run in coverage.runs(model, host=None if host == primary else host)
+        for host, below in routing.measuring(declared, tree, model)
+        for run in coverage.runs(model, host=below)
         if gate_.NOT_TRUSTED not in run.why and not run.why.startswith("after ")
     )
 
@@ -575,9 +575,11 @@ def _on(tree: Layout, into: Path) -> dict[str, Layout]:
     except ParamsError:
         return {}
     found = {}
-    for host in bundle.measured_hosts(declared)[1:]:
+    for host in bundle.measured_hosts(declared):
         texts: dict[str, str] = {}
         for model in declared.models:
+            if host not in bundle.measured_hosts(declared, model)[1:]:
+                continue
             texts |= bundle.from_git(tree, declared, model, host=host, head="0" * 40).files
         if texts:
             found[host] = lay_over(Layout(into / host), texts)

@@ -296,26 +296,28 @@ def _model_flaws(data: Any) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
             text = f"has no quant; declare one under `quants`, such as {quoted(f'{key}-Q4_K_M')}"
             yield Flaw(here, text, on_key=True)
         yield from _corpus_flaws(data, here, model)
-        yield from _eval_flaws(data, here, model)
+        for what in ("eval", "host"):
+            names = model.get(f"{what}s")
+            names = names if isinstance(names, list) else []
+            yield from _names_flaws((*here, f"{what}s"), what, names, _mapping(data, f"{what}s"))
     for key, entry in _entries(data, "evals"):
         if entry.get("kind") == "multiple-choice" and entry.get("chance") is not None:
             text = "is for the other kinds; of a multiple choice the items say it. Remove it"
             yield Flaw(("evals", key, "chance"), text, on_key=True)
 
 
-def _eval_flaws(data: Any, here: Loc, model: dict[str, Any]) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value
-    """References of a model to sets of tasks."""
-    names = model.get("evals")
-    names = names if isinstance(names, list) else []
-    declared = _mapping(data, "evals")
+def _names_flaws(
+    here: Loc, what: str, names: list[object], declared: dict[str, Any]
+) -> Iterator[Flaw]:
+    """Names in a list that are not declared, or there twice."""
     for i, name in enumerate(names):
         if not isinstance(name, str):
             continue
         if name not in declared:
-            text = f"eval {quoted(name)} is not declared{_instead(name, declared)}"
-            yield Flaw((*here, "evals", i), text)
+            text = f"{what} {quoted(name)} is not declared{_instead(name, declared)}"
+            yield Flaw((*here, i), text)
         elif name in names[:i]:
-            yield Flaw((*here, "evals", i), f"eval {quoted(name)} is there twice; once is enough")
+            yield Flaw((*here, i), f"{what} {quoted(name)} is there twice; once is enough")
 
 
 def _corpus_flaws(data: Any, here: Loc, model: dict[str, Any]) -> Iterator[Flaw]:  # noqa: ANN401 - any YAML value

@@ -31,6 +31,7 @@ from pipelines import (
     declaration,
     params,
     records,
+    routing,
     runner,
     trees,
     verdict,
@@ -307,8 +308,12 @@ def _removed(plan: PlanRecord) -> tuple[str, ...]:
     return tuple(one.model for one in plan.models if one.change == "removed")
 
 
-def _hosts(declared: Declaration) -> tuple[str, ...]:
-    return bundles_.measured_hosts(declared) or (bundles_.primary_host(declared),)
+def _hosts(declared: Declaration, plan: PlanRecord, model: str) -> tuple[str, ...]:
+    """Return the hosts that measure a model, less those that the plan left out as too small."""
+    measured = bundles_.measured_hosts(declared, model)
+    left_out = {one.host for each in plan.models if each.model == model for one in each.left_out}
+    hosts = measured or (bundles_.primary_host(declared, model),)
+    return tuple(host for host in hosts if host not in left_out)
 
 
 def _expected(declared: Declaration, plan: PlanRecord) -> dict[tuple[str, str], bool]:
@@ -319,7 +324,7 @@ def _expected(declared: Declaration, plan: PlanRecord) -> dict[tuple[str, str], 
         (model, host): (model, host) in legs
         for model in declared.models
         if model in affected
-        for host in _hosts(declared)
+        for host in _hosts(declared, plan, model)
     } | dict.fromkeys(legs, True)
 
 
@@ -474,7 +479,7 @@ def _place(
         yield "nobody asked for this bundle"
     if bundle.head != plan.head:
         yield f"its bundle is of {bundle.head[:12]}, the plan of {plan.head[:12]}"
-    if bundle.primary != (bundle.host == bundles_.primary_host(declared)):
+    if bundle.primary != (bundle.host == bundles_.primary_host(declared, bundle.model)):
         yield f"it is {'not ' if bundle.primary else ''}the first measured host"
 
 
@@ -492,10 +497,11 @@ def _shown(
 ) -> Iterator[GateModel]:
     """Yield the verdict on each model for each host, a measured host's by its own measurement."""
     lines = {one.model: one.line for one in plan.models}
-    primary = bundles_.primary_host(declared)
     for model in declared.models:
+        hosts = tuple(params.routed_hosts(declared, model))
+        primary = bundles_.primary_host(declared, model)
         own = {host: found for (name, host), found in judged.items() if name == model}
-        yield from of_hosts(model, tuple(declared.hosts), primary, own, line=lines.get(model))
+        yield from of_hosts(model, hosts, primary, own, line=lines.get(model))
 
 
 def of_hosts(
@@ -656,12 +662,11 @@ def uncovered(
         trees.lay_over(tree, texts)
         coverage = Coverage(declared, tree, files=at.root)
         failures = []
-        first, *more = _hosts(declared)
-        for host in (None, *more):
-            runs = coverage.runs(model, host=host)
+        for host, below in routing.measuring(declared, tree, model):
+            runs = coverage.runs(model, host=below)
             own = [one for one in runs if not one.why.startswith("after ")] or list(runs)
             for one in own:
-                text = f"{model} on {host or first}: {one.stage} of {one.key} is not covered: "
+                text = f"{model} on {host}: {one.stage} of {one.key} is not covered: "
                 failures.append(
                     Failure(
                         wording.sentence(text + tidy(one.why, _SENTENCE - 200)),

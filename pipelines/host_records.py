@@ -63,7 +63,7 @@ def require(at: Layout, declared: Declaration, host: str | None) -> None:
     """
     wanted = host or bundle.primary_host(declared)
     found = held(at)
-    if found is not None and found != wanted:
+    if found is not None and not (found == host if host else _is_first(declared, found)):
         raise ParamsError(
             f"results/ and dvc.lock of this checkout hold what host {found} measured, not "
             f"{wanted}.",
@@ -94,7 +94,11 @@ def lay(at: Layout, declared: Declaration, host: str) -> int:
     if held(at) == host:
         return 0
     require(at, declared, host)
-    models = [model for model in declared.models if _has_place(at, declared, model, host)]
+    models = [
+        model
+        for model in declared.models
+        if host in bundle.measured_hosts(declared, model) and _has_place(at, declared, model, host)
+    ]
     if not models:
         return 0
     if not _is_as_in_git(at):
@@ -111,9 +115,9 @@ def lay(at: Layout, declared: Declaration, host: str) -> int:
     return sum(content is not None for content in changes.values())
 
 
-def not_of(at: Layout, declared: Declaration, host: str) -> Iterator[str]:
+def not_of(at: Layout, declared: Declaration, model: str, host: str) -> Iterator[str]:
     """Yield why the records in results/MODEL are not those of a host, as a clause."""
-    if host == bundle.primary_host(declared):
+    if host == bundle.primary_host(declared, model):
         found = held(at)
         if found not in {None, host}:
             yield f"the records here are those of {found}"
@@ -125,9 +129,15 @@ def not_of(at: Layout, declared: Declaration, host: str) -> Iterator[str]:
 # --- what changes -----------------------------------------------------------------------------
 
 
+def _is_first(declared: Declaration, host: str) -> bool:
+    """Tell whether what a host measured is what results/ holds of every model that it measures."""
+    mine = [model for model in declared.models if host in bundle.measured_hosts(declared, model)]
+    return bool(mine) and all(bundle.primary_host(declared, model) == host for model in mine)
+
+
 def _has_place(at: Layout, declared: Declaration, model: str, host: str) -> bool:
     """Tell whether the records of results/MODEL may be those of another host."""
-    is_first = host == bundle.primary_host(declared)
+    is_first = host == bundle.primary_host(declared, model)
     return not is_first or (at.on_hosts(model) / host / bundle_files.LOCK).is_file()
 
 

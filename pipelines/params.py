@@ -392,6 +392,11 @@ class Model(Closed):
     evals: tuple[EvalKey, ...] = Field(
         (), description="Sets of `evals` on which its quants are compared with f16.", max_length=32
     )
+    hosts: Annotated[tuple[HostKey, ...], Field(min_length=1, max_length=64)] | None = Field(
+        None,
+        description="Names of `hosts` that serve it; without them every host does. It is measured, "
+        "chosen and judged for these alone.",
+    )
     stable: Stable = Field(
         "latest",
         description="Release that is served: `latest`, or the id of an earlier one, which rolls "
@@ -1147,9 +1152,15 @@ def quants_of(declared: Declaration, model: str) -> dict[str, QuantType]:
     return {key: quant.type for key, quant in declared.quants.items() if quant.model == model}
 
 
-def judged_hosts(declared: Declaration) -> dict[str, Host]:
-    """Return the hosts as `choose` and the load test see them."""
-    return {name: host.judged() for name, host in declared.hosts.items()}
+def routed_hosts(declared: Declaration, model: str) -> dict[str, DeclaredHost]:
+    """Return the hosts that serve a model, in the order of `hosts`; without a route every one."""
+    wanted = declared.models[model].hosts
+    return {name: host for name, host in declared.hosts.items() if wanted is None or name in wanted}
+
+
+def judged_hosts(declared: Declaration, model: str) -> dict[str, Host]:
+    """Return the hosts of a model as `choose` and the load test see them."""
+    return {name: host.judged() for name, host in routed_hosts(declared, model).items()}
 
 
 def choose_slice(declared: Declaration, model: str) -> ChooseSlice:
@@ -1163,7 +1174,7 @@ def choose_slice(declared: Declaration, model: str) -> ChooseSlice:
         gates=Gates(**(declared.gates.model_dump() | own)),
         context_tokens=spec.context_tokens,
         choose=declared.choose,
-        hosts=judged_hosts(declared),
+        hosts=judged_hosts(declared, model),
     )
 
 
@@ -1203,7 +1214,7 @@ def load_test_slice(declared: Declaration, model: str) -> LoadTestSlice:
                 | spec.slo.model_dump(exclude_none=True)
             )
         )
-        for name, host in declared.hosts.items()
+        for name, host in routed_hosts(declared, model).items()
     }
     return LoadTestSlice(
         model=model,
@@ -1215,7 +1226,7 @@ def load_test_slice(declared: Declaration, model: str) -> LoadTestSlice:
         threads=declared.benchmark.threads,
         serving=served_as(declared, model),
         load_test=declared.load_test,
-        hosts=judged_hosts(declared),
+        hosts=judged_hosts(declared, model),
         slos=slos,
     )
 

@@ -32,6 +32,7 @@ from pipelines import (
     plan_budget,
     plan_differences,
     records,
+    routing,
     runner,
     trees,
     wording,
@@ -40,6 +41,7 @@ from pipelines.bundle import git_blob, measured_hosts, primary_host
 from pipelines.ci_records import (
     MAX_LEGS,
     OVER_BUDGET_LABEL,
+    LeftOut,
     Leg,
     ModelPlan,
     PlannedRun,
@@ -64,6 +66,8 @@ _WHY_CHARACTERS: Final = 900
 _A_DAY_MINUTES: Final = 1440
 _CHANGES_SHOWN: Final = 6
 _ROWS_SHOWN: Final = 100
+# They compare what was measured, in seconds or with one file.
+_AFTER_MEASURING: Final = frozenset({"choose", "load-test"})
 _NEW = "everything counts as new"
 _RECORDS_ALONE: Final = "its records are not those of the base"
 
@@ -147,10 +151,12 @@ def make(at: Layout, *, base: str | None = None, labels: Iterable[str] = ()) -> 
     before = _base(at, head, base or None)
     with tempfile.TemporaryDirectory(prefix="fleet-plan-") as folder:
         then = _then(declared, at, before, Path(folder) / "base")
-        runs = _runs(declared, coverage, before, then)
+        runs = _runs(declared, at, coverage, before, then)
         renewed = _renewed(declared, coverage, before, then)
     if flaw := _nobody_measures(at, declared, runs):
         return PlanRecord(base=before.commit, problems=(flaw,), allowed=False, **common)
+    if flaws := tuple(_too_small(at, declared, runs))[:_MOST_PROBLEMS]:
+        return PlanRecord(base=before.commit, problems=flaws, allowed=False, **common)
     legs = legs_of(declared, runs)
     if len(legs) > MAX_LEGS:
         flaw = _at(at, ("hosts",), f"{len(legs):,} hosts measure, GitHub starts {MAX_LEGS} jobs")
@@ -288,6 +294,18 @@ def _nobody_measures(at: Layout, declared: Declaration, runs: Runs) -> PlanProbl
     )
 
 
+def _too_small(at: Layout, declared: Declaration, runs: Runs) -> Iterator[PlanProblem]:
+    """Yield models that would be measured on a first host that can serve none of their quants."""
+    for (host, model), found in runs.items():
+        is_first = host == primary_host(declared, model)
+        if not is_first or all(run.stage in _AFTER_MEASURING for run in found):
+            continue
+        if why := routing.too_small(declared, at, model, host):
+            todo = "Declare a smaller quant, or which hosts serve it: `hosts: [NAME]`"
+            text = f"{why}. {todo}"
+            yield _at(at, ("models", model), text)
+
+
 # --- what has to run, and where ---------------------------------------------------------------
 
 
@@ -306,19 +324,26 @@ def _then(declared: Declaration, at: Layout, base: _Base, folder: Path) -> Cover
         return None
 
 
-def _runs(declared: Declaration, coverage: Coverage, base: _Base, then: Coverage | None) -> Runs:
-    """Ask for every measured host and model; where none is measured, for the first declared one."""
-    primary = primary_host(declared)
+def _runs(
+    declared: Declaration, at: Layout, coverage: Coverage, base: _Base, then: Coverage | None
+) -> Runs:
+    """Ask for every host and model that it measures; see `pipelines.routing`."""
     moved = _moved(declared, coverage, base, then)
+    measuring = {model: dict(routing.measuring(declared, at, model)) for model in declared.models}
     found: Runs = {}
-    for host in measured_hosts(declared) or (primary,):
-        for model in declared.models:
-            runs = coverage.runs(model, host=None if host == primary else host)
-            if not runs and host == primary and model in moved:
-                runs = tuple(
+    for host in declared.hosts:
+        for model, hosts in measuring.items():
+            if host not in hosts:
+                continue
+            runs = coverage.runs(model, host=hosts[host])
+            if hosts[host] is None and model in moved:
+                known = {(run.stage, run.key) for run in runs}
+                again = tuple(
                     PlannedRun(stage=stage, key=key, why=moved[model])
                     for stage, key in _on_machine(declared, model)
+                    if (stage, key) not in known
                 )
+                runs = (*again, *runs)
             found[host, model] = runs
     return found
 
@@ -342,15 +367,14 @@ def _moved(
     """
     if base.declared is None or then is None or not measured_hosts(base.declared):
         return {}
-    old, new = primary_host(base.declared), primary_host(declared)
-    if old == new:
-        return {}
-    why = f"hosts: {new} is now the first measured host, these are of {old}"
-    return {
-        model: why
-        for model in declared.models
-        if coverage.machine_md5s(model) & then.machine_md5s(model)
-    }
+    found = {}
+    for model in declared.models:
+        if model not in base.declared.models:
+            continue
+        old, new = primary_host(base.declared, model), primary_host(declared, model)
+        if old != new and coverage.machine_md5s(model) & then.machine_md5s(model):
+            found[model] = f"hosts: {new} is now the first measured host, these are of {old}"
+    return found
 
 
 def _renewed(
@@ -365,12 +389,14 @@ def _renewed(
     """
     if base.commit is None:
         return frozenset()  # everything is new
-    hosts = (None, *measured_hosts(declared)[1:])
     return frozenset(
         model
         for model in declared.models
         if then is None
-        or any(coverage.held(model, host=h) != then.held(model, host=h) for h in hosts)
+        or any(
+            coverage.held(model, host=h) != then.held(model, host=h)
+            for h in (None, *measured_hosts(declared, model)[1:])
+        )
     )
 
 
@@ -382,10 +408,10 @@ def legs_of(declared: Declaration, runs: Runs) -> tuple[Leg, ...]:
         declared: The declaration.
         runs: What has to run, by host and model.
     """
-    wanted: dict[str, list[str]] = defaultdict(list)
+    wanted: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for (host, model), found in runs.items():
         if found:
-            wanted[host].append(model)
+            wanted[host, host == primary_host(declared, model)].append(model)
     size = 1
     while wanted and sum(-(-len(models) // size) for models in wanted.values()) > MAX_LEGS:
         size += 1
@@ -397,10 +423,10 @@ def legs_of(declared: Declaration, runs: Runs) -> tuple[Leg, ...]:
             host=host,
             models=tuple(models[first : first + size]),
             runs_on=declared.hosts[host].runs_on or (),
-            primary=host == primary_host(declared),
+            primary=is_primary,
             timeout_minutes=min(timeout * len(models[first : first + size]), _A_DAY_MINUTES),
         )
-        for host, models in wanted.items()
+        for (host, is_primary), models in wanted.items()
         for first in range(0, len(models), size)
     )
 
@@ -410,7 +436,6 @@ def _models(
 ) -> tuple[tuple[ModelPlan, ...], Budget]:
     """Compose what is said of each model, and the budget of all of them."""
     different = plan_differences.of_fleet(base.declared, declared)
-    primary = primary_host(declared)
     document = marked_yaml.read(at.params)
     hosts = list(dict.fromkeys(host for host, _ in runs))
     budgets: list[Budget] = []
@@ -436,15 +461,25 @@ def _models(
                 what=what,
                 line=document.key_at(("models", model)).line if is_declared else None,
                 runs=tuple(
-                    run if host == primary else _elsewhere(run, host)
+                    run
+                    if not is_declared or host == primary_host(declared, model)
+                    else _elsewhere(run, host)
                     for host, each in own.items()
                     for run in each
                 ),
                 budget=plan_budget.together(costs),
                 covered=not any(own.values()),
+                left_out=_left_out(declared, at, model) if is_declared else (),
             )
         )
     return tuple(found), plan_budget.together(budgets)
+
+
+def _left_out(declared: Declaration, at: Layout, model: str) -> tuple[LeftOut, ...]:
+    found = routing.left_out(declared, at, model).items()
+    return tuple(
+        LeftOut(host=host, why=wording.shortened(why, _WHY_CHARACTERS)) for host, why in found
+    )
 
 
 def _elsewhere(run: PlannedRun, host: str) -> PlannedRun:
@@ -507,6 +542,7 @@ def markdown(plan: PlanRecord) -> str:
         if more := plan.models[_ROWS_SHOWN:]:
             lines += ["", f"And {wording.counted(len(more), 'more model')}."]
         lines.append("")
+    lines += [f"- {text(each)}" for each in left_out(plan)]
     lines += [f"- unknown: {text(each)}" for each in plan.budget.unknown]
     for one in plan.models[:_ROWS_SHOWN]:
         if one.runs:
@@ -609,6 +645,16 @@ def _reasons(one: ModelPlan) -> list[str]:
     ]
 
 
+def left_out(plan: PlanRecord) -> Iterator[str]:
+    """Yield a sentence for each host that measures nothing of a model."""
+    for one in plan.models:
+        for each in one.left_out:
+            yield (
+                f"{one.model} is not measured on {each.host}: {each.why}. "
+                f"`models.{one.model}.hosts` names the hosts that serve it."
+            )
+
+
 def _where(plan: PlanRecord, model: str) -> str:
     legs = [leg for leg in plan.legs if model in leg.models]
     return "; ".join(f"{leg.host} ({', '.join(leg.runs_on)})" for leg in legs) or wording.ABSENT
@@ -644,4 +690,5 @@ def _lines(plan: PlanRecord, where: str) -> Iterator[str]:
             yield f"  {'':{width}}    and {len(own) - _CHANGES_SHOWN} more"
         if one.runs:
             yield f"  {'':{width}}  on {_where(plan, one.model)}: {_costs_of(one.budget)}"
+    yield from (f"  {line}" for line in left_out(plan))
     yield from (f"  unknown: {line}" for line in plan.budget.unknown)

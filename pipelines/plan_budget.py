@@ -55,7 +55,7 @@ def of_runs(
         host: Where.
     """
     folder = at.root / "results" / model
-    if host != primary_host(declared):
+    if host != primary_host(declared, model):
         folder = folder / "on" / host
     one = _Model(declared=declared, at=at, folder=folder, model=model, runs=tuple(runs), unknown=[])
     return Budget(

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import bundle, gate, trees, verdict, verdict_evidence, wording
+from pipelines import bundle, gate, routing, trees, verdict, verdict_evidence, wording
 from pipelines.layout import Layout
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ def refusals(
         A sentence for each host that is not PROMOTE; of a host that has no records here nothing is
         known, and the gate of a pull request saw to that.
     """
-    first = bundle.primary_host(declared)
+    first = bundle.primary_host(declared, slice_.model)
     return tuple(
         reason
-        for host in bundle.measured_hosts(declared)
-        if host != first and (at.root / "results" / slice_.model / "on" / host).is_dir()
+        for host in bundle.measured_hosts(declared, slice_.model)
+        if host != first
+        and not routing.too_small(declared, at, slice_.model, host)
+        and (at.root / "results" / slice_.model / "on" / host).is_dir()
         for reason in _of_host(declared, slice_, at, host, today)
     )
 

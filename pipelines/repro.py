@@ -96,8 +96,8 @@ def main(  # noqa: PLR0913 - one for each option
     declared = declaration.check(at)
     for line in declaration.over_waivers(declared, datetime.now(UTC).strftime("%Y-%m-%d")):
         console.warn(line)
-    plan = plan_of(declared, targets, until=until)
-    _require_may_measure(declared, host, until)
+    plan = plan_of(declared, targets or _of_host(declared, host), until=until)
+    _require_may_measure(declared, plan.models, host, until)
 
     def prepare() -> None:
         _go_on_from(at, declared, host)
@@ -136,22 +136,42 @@ _OF_QUANTS = frozenset({"quantize", "benchmark"})
 _ABOVE_QUANTS = frozenset({"fetch", "convert", "calibrate"})
 
 
-def _require_may_measure(declared: Declaration, host: str | None, until: str | None) -> None:
+def _of_host(declared: Declaration, host: str | None) -> list[str]:
+    """Return the models that a host measures, where that is not all of them."""
+    from pipelines import bundle  # noqa: PLC0415 - pydantic
+
+    if host is None:
+        return []
+    found = [one for one in declared.models if host in bundle.measured_hosts(declared, one)]
+    return [] if len(found) == len(declared.models) else found
+
+
+def _require_may_measure(
+    declared: Declaration, models: Sequence[str], host: str | None, until: str | None
+) -> None:
     """
-    See that a run for a host ends where that host's part ends.
+    See that a run for a host is of its models and ends where that host's part ends.
 
     Raises:
-        ParamsError: The host is not measured, or what follows would be a release of the numbers of
-            one that releases nothing.
+        ParamsError: The host is not measured, or serves a model not, or what follows would be a
+            release of the numbers of one that releases nothing.
     """
     from pipelines import bundle  # noqa: PLC0415 - pydantic
 
     if host is None:
         return
     bundle.require_declared(declared, (), host)
-    if host != bundle.primary_host(declared) and until not in MEASURING:
+    for model in models:
+        known = bundle.measured_hosts(declared, model)
+        if host not in known:
+            raise ParamsError(
+                f"{model} is not measured on {host}: it is on {wording.listed(list(known))}.",
+                hint=f"models.{model}.hosts in params.yaml names the hosts that serve it.",
+            )
+    first = [bundle.primary_host(declared, model) for model in models]
+    if until not in MEASURING and (others := [one for one in first if one != host]):
         raise ParamsError(
-            f"a release is made of the records of {bundle.primary_host(declared)}, not of {host}.",
+            f"a release is made of the records of {others[0]}, not of {host}.",
             hint=f"Measure alone: fleet repro --host {host} --until {MEASURING[-1]}",
         )
 

@@ -21,7 +21,7 @@ import sample
 import yaml
 from sample import SAMPLE
 
-from pipelines import bundle, declaration, lock_entries, machine
+from pipelines import bundle, declaration, lock_entries, machine, params
 from pipelines.bundle import git_blob
 from pipelines.ci_records import BundleRecord, Leg, ModelPlan, PlanRecord
 from pipelines.coverage import folder_md5
@@ -121,7 +121,7 @@ def _made(params_text: str, model: str, host: str, facts: str) -> str:
     fields |= {
         "model": model,
         "host": host,
-        "primary": host == bundle.primary_host(declared),
+        "primary": host == bundle.primary_host(declared, model),
         "machine_id": hw_id,
         "machine": json.dumps({"schema_version": 1, "hw_id": hw_id, **own}, indent=2) + "\n",
         "times_s": {f"fetch@{model}": 1.5, f"choose@{model}": 0.5},
@@ -130,20 +130,20 @@ def _made(params_text: str, model: str, host: str, facts: str) -> str:
 
 
 def _for_hosts(files: dict[str, str], declared: Declaration, model: str) -> dict[str, str]:
-    """Let the choice and the load test speak of every declared host as of the first."""
+    """Let the choice and the load test speak of every host of the model as of the first."""
+    routed = list(params.routed_hosts(declared, model))
     for name in (f"results/{model}/choice.json", f"results/{model}/load-test.json"):
         told = json.loads(files[name])
         if "candidates" in json.dumps(told):
             first = told["hosts"][0]
-            told["hosts"] = [{**copy.deepcopy(first), "host": one} for one in declared.hosts]
+            told["hosts"] = [{**copy.deepcopy(first), "host": one} for one in routed]
         else:
-            for host in declared.hosts:
-                told["slos"][host] = told["slos"][HOST]
+            told["slos"] = dict.fromkeys(routed, told["slos"][HOST])
             told["verdicts"] = [
-                {**one, "host": host} for host in declared.hosts for one in told["verdicts"]
+                {**one, "host": host} for host in routed for one in told["verdicts"]
             ]
             for test in told["winners"]:
-                _for_each_host(test, list(declared.hosts))
+                _for_each_host(test, routed)
         files[name] = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
     return files
 
@@ -217,7 +217,6 @@ def plan_of(at: Layout, *legs: tuple[str, str], **changes: Any) -> PlanRecord:
         changes: Fields that are others.
     """
     declared = declaration.load(at.params)
-    first = bundle.primary_host(declared)
     models = list(dict.fromkeys(model for model, _ in legs))
     fields: dict[str, Any] = {
         "base": BASE,
@@ -231,7 +230,7 @@ def plan_of(at: Layout, *legs: tuple[str, str], **changes: Any) -> PlanRecord:
                 host=host,
                 models=(model,),
                 runs_on=declared.hosts[host].runs_on or ("gpu",),
-                primary=host == first,
+                primary=host == bundle.primary_host(declared, model),
                 timeout_minutes=60,
             )
             for model, host in legs

@@ -216,7 +216,7 @@ def test_a_host_that_becomes_the_first_one_takes_its_records_along(both: Layout)
         for model in told.models
     ]
     assert all(one.primary for one in packed)
-    assert list(host_records.not_of(both, told, OTHER_HOST)) == []
+    assert list(host_records.not_of(both, told, MODEL, OTHER_HOST)) == []
     adopt.write(both, bundle_files.changes(both, told, packed))
     assert not list(both.root.glob("results/*/on/*/*.json"))
     found = bundle.from_git(both, told, MODEL, host=OTHER_HOST, head="0" * 40)

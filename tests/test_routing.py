@@ -1,0 +1,266 @@
+"""Each model goes to the hosts that serve it, and no job starts where it cannot fit."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import bundle_factory
+import plan_factory
+import pytest
+from plan_factory import MODEL, OTHER, commit, copy, edit, edit_json
+
+from pipelines import bundle, declaration, gate, params, plan, repro, routing
+from pipelines.errors import ParamsError
+from pipelines.layout import Layout
+from pipelines.records import QuantizeRecord
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipelines.ci_records import PlanRecord
+    from pipelines.params import Declaration
+
+FIRST, BIG, EDGE = "local", "big", "edge"
+LABELS = "    runs_on: [self-hosted, gpu]\n"
+RUNS_ON_BIG = "    runs_on: [self-hosted, big]\n"
+MIB = 1 << 20
+
+
+def host(memory: str, more: str = "") -> str:
+    """Return a second host that measures."""
+    return f"{LABELS}  {BIG}:\n    {memory}\n{more}{RUNS_ON_BIG}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fork of two models and one host of which everything was measured."""
+    at = plan_factory.make(tmp_path_factory.mktemp("routing") / "fork")
+    commit(at.root)
+    return at.root
+
+
+@pytest.fixture
+def at(made: Path, tmp_path: Path) -> Layout:
+    """A copy of it."""
+    return Layout(copy(made, tmp_path / "fork"))
+
+
+def declared(at: Layout) -> Declaration:
+    """Read params.yaml."""
+    return declaration.load(at.params)
+
+
+def route(at: Layout, model: str, *hosts: str) -> None:
+    """Name the hosts of a model."""
+    edit(at.params, f"  {model}:\n", f"  {model}:\n    hosts: [{', '.join(hosts)}]\n")
+
+
+def planned(at: Layout) -> PlanRecord:
+    """Commit, and plan against what was before."""
+    commit(at.root)
+    return plan.make(at, base="HEAD^")
+
+
+def legs(found: PlanRecord) -> set[tuple[str, tuple[str, ...], bool]]:
+    """Return the jobs of a plan."""
+    return {(leg.host, leg.models, leg.primary) for leg in found.legs}
+
+
+def smallest_bytes(at: Layout, model: str) -> int:
+    """Return the weights of the smallest recorded quant of a model."""
+    paths = at.quant_record("quantize", model, "x").parent.glob("*.json")
+    told = [QuantizeRecord.model_validate_json(path.read_bytes()) for path in paths]
+    return min(sum(one.tensor_bytes.values()) for one in told)
+
+
+# --- the route --------------------------------------------------------------------------------
+
+
+def test_a_model_is_measured_and_judged_on_the_hosts_that_it_names(at: Layout) -> None:
+    """Each has a first host of its own, whose numbers its releases are made of."""
+    edit(at.params, LABELS, host("vram_mib: 24576"))
+    route(at, OTHER, BIG)
+    found = planned(at)
+
+    assert legs(found) == {
+        (FIRST, (MODEL,), True), (BIG, (MODEL,), False), (BIG, (OTHER,), True),
+    }  # fmt: skip
+    slices = declaration.slices(declared(at))
+    assert list(params.choose_slice(declared(at), OTHER).hosts) == [BIG]
+    assert list(params.load_test_slice(declared(at), OTHER).slos) == [BIG]
+    assert list(params.choose_slice(declared(at), MODEL).hosts) == [FIRST, BIG]
+    assert slices
+    (include,) = [
+        one
+        for one in json.loads(plan.matrix(found))["include"]
+        if (one["host"], one["models"]) == (BIG, OTHER)
+    ]
+    assert include["runs_on"] == ["self-hosted", "big"]
+
+
+def test_naming_every_host_changes_nothing_and_measures_nothing(at: Layout) -> None:
+    """What stages read is byte for byte the same, so no release and no number is lost."""
+    before = {name: one.model_dump_json() for name, one in declaration.slices(declared(at)).items()}
+    route(at, MODEL, FIRST)
+
+    after = {name: one.model_dump_json() for name, one in declaration.slices(declared(at)).items()}
+    assert after == before
+    assert planned(at).legs == ()
+
+
+def test_a_host_without_a_runner_is_still_measured_for_by_the_first_one(at: Layout) -> None:
+    """As before, where a model is served on such a host alone."""
+    edit(at.params, LABELS, f"{LABELS}  {EDGE}:\n    memory_mib: 8192\n")
+    route(at, OTHER, EDGE)
+    told = declared(at)
+
+    assert bundle.primary_host(told, OTHER) == FIRST
+    assert bundle.measured_hosts(told, OTHER) == (FIRST,)
+    assert legs(planned(at)) == {(FIRST, (MODEL,), True), (FIRST, (OTHER,), True)}
+
+
+def test_records_of_another_first_host_are_measured_again(at: Layout) -> None:
+    """A route that changes whose numbers results/MODEL holds says so."""
+    edit(at.params, LABELS, host("vram_mib: 24576"))
+    commit(at.root)
+    route(at, MODEL, BIG)
+    found = planned(at)
+
+    (one,) = [each for each in found.models if each.model == MODEL]
+    assert "big is now the first measured host" in " ".join(run.why for run in one.runs)
+    assert (BIG, (MODEL,), True) in legs(found)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [("[lokal]", 'host "lokal" is not declared'), ("[local, local]", "is there twice"), ("[]", "")],
+)
+def test_a_route_to_nowhere_is_refused_on_its_line(at: Layout, names: str, said: str) -> None:
+    """With what was probably meant."""
+    edit(at.params, f"  {MODEL}:\n", f"  {MODEL}:\n    hosts: {names}\n")
+
+    with pytest.raises(ParamsError) as caught:
+        declared(at)
+
+    (problem,) = caught.value.problems
+    assert problem.text.startswith(f"models.{MODEL}.hosts")
+    assert said in problem.text
+
+
+def test_a_machine_is_refused_a_model_that_is_not_served_there(at: Layout) -> None:
+    """And without a name it makes its own models alone."""
+    edit(at.params, LABELS, host("vram_mib: 24576"))
+    route(at, OTHER, FIRST)
+    told = declared(at)
+
+    assert repro._of_host(told, BIG) == [MODEL]
+    assert repro._of_host(told, FIRST) == []
+    with pytest.raises(ParamsError, match=f"{OTHER} is not measured on {BIG}: it is on {FIRST}"):
+        repro._require_may_measure(told, [MODEL, OTHER], BIG, "load-test")
+    route(at, MODEL, BIG)
+    # The first one of this model: here its release is made.
+    repro._require_may_measure(declared(at), [MODEL], BIG, None)
+    with pytest.raises(ParamsError, match="a release is made of the records of local, not of big"):
+        repro._require_may_measure(told, [MODEL], BIG, None)
+
+
+@pytest.mark.parametrize("primary", [True, False])
+def test_the_gate_wants_a_bundle_of_the_models_own_hosts_and_of_no_other(
+    tmp_path: Path,
+    primary: bool,  # noqa: FBT001 - what the bundle says of itself
+) -> None:
+    """From the first host of that model, judged for its hosts, adopted into results/MODEL."""
+    at = bundle_factory.with_twin(bundle_factory.fleet(tmp_path / "fork"))
+    bundle_factory.with_host(at, EDGE)
+    edit(at.params, f"  {MODEL}:\n", f"  {MODEL}:\n    hosts: [{FIRST}]\n")
+    edit(at.params, "  twin:\n", f"  twin:\n    hosts: [{EDGE}]\n")
+    path = tmp_path / "plan.json"
+    path.write_text(bundle_factory.plan_of(at, ("twin", EDGE)).model_dump_json())
+    one = bundle_factory.bundle_of(at, "twin", EDGE).model_copy(update={"primary": primary})
+
+    found, _ = gate.gate(at, plan_file=path, bundles=bundle_factory.save(tmp_path / "b", one))
+
+    if primary:
+        assert (found.conclusion, found.failures) == ("success", ()), found.failures
+        assert [(each.model, each.host) for each in found.models if each.model == "twin"] == [
+            ("twin", EDGE)
+        ]
+    else:
+        assert "it is the first measured host" in " ".join(found.failures), found.failures
+
+
+# --- what cannot fit --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("memory", "more", "starts"),
+    [
+        ("vram_mib: {under}", "", False),
+        # llama.cpp keeps the token embeddings elsewhere: the margin is not held against the card.
+        ("vram_mib: {over}", "    margin_mib: 4096\n", True),
+        ("memory_mib: {over}", "    margin_mib: 4096\n", False),
+        ("memory_mib: 9999", "    margin_mib: 4096\n", True),
+    ],
+)
+def test_no_job_starts_where_not_even_the_smallest_quant_fits(
+    at: Layout,
+    memory: str,
+    more: str,
+    starts: bool,  # noqa: FBT001 - a column of the table
+) -> None:
+    """It would take a runner for an hour to say what the records know; the plan says it instead."""
+    size_mib = smallest_bytes(at, MODEL) // MIB
+    sizes = {"under": max(size_mib - 1, 1), "over": size_mib + 1}
+    edit(at.params, LABELS, host(memory.format(**sizes), more))
+    # The other one has another quant, which is larger.
+    route(at, OTHER, FIRST)
+    found = planned(at)
+
+    assert ((BIG, (MODEL,), False) in legs(found)) is starts
+    (one,) = [each for each in found.models if each.model == MODEL]
+    assert [each.host for each in one.left_out] == ([] if starts else [BIG])
+    told = declared(at)
+    expected = gate._expected(told, found)
+    assert ((MODEL, BIG) in expected) is starts
+    assert (MODEL, FIRST) in expected
+    said = " ".join([*plan._lines(found, "in git"), plan.markdown(found)])
+    assert ("is not measured on big: even Q2" in said) is not starts
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("the operator named the host", lambda at: route(at, MODEL, FIRST, BIG)),
+        ("another revision has other sizes", lambda at: edit_json(
+            at.model_record("convert", MODEL), revision="0" * 40)),
+        ("one quant was never made",
+         lambda at: at.quant_record("quantize", MODEL, "Q2_K").unlink()),
+        ("experts may stay in main memory", lambda at: edit(
+            at.params, f"  {MODEL}:\n", f"  {MODEL}:\n    serving: {{gpu_layers: 3}}\n")),
+    ],
+)  # fmt: skip
+def test_where_that_is_not_certain_the_host_measures(at: Layout, what: str, change: Any) -> None:
+    """No estimate keeps a host from being asked."""
+    edit(at.params, LABELS, host("vram_mib: 1"))
+    assert routing.left_out(declared(at), at, MODEL)
+
+    change(at)
+
+    assert routing.left_out(declared(at), at, MODEL) == {}, what
+
+
+def test_a_first_host_that_can_serve_nothing_is_a_problem_before_it_measures(at: Layout) -> None:
+    """Its numbers make the releases; the line of the model says what to declare."""
+    edit(at.params, "    memory_mib: 4096\n", "    memory_mib: 1025\n")
+    assert planned(at).problems == ()  # the choice alone is made again, and rejects
+    edit(at.params, "repetitions: 7", "repetitions: 8")
+    found = planned(at)
+
+    assert found.legs == ()
+    assert {one.line for one in found.problems} == {
+        number
+        for number, line in enumerate(at.params.read_text().splitlines(), 1)
+        if line in {f"  {MODEL}:", f"  {OTHER}:"}
+    }
+    assert "which hosts serve it" in found.problems[0].text
