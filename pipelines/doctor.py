@@ -13,7 +13,7 @@ gone at the end. Servers are asked at once, each for three seconds at most; `--o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pipelines import console, doctor_lines, doctor_machine, doctor_repository
 from pipelines.doctor_lines import Line, fail, looked, warn
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from pipelines.params import Declaration
 
 
+# Lines of the repository that say what runs, and who agrees to a change of it.
+_SECURITY: Final = frozenset({"declaration", "pins", "owners", "workflows"})
+
+
 def main(at: Layout, *, as_json: bool, security: bool, strict: bool, offline: bool) -> int:
     """
     Look, and say it on stdout.
@@ -30,7 +34,8 @@ def main(at: Layout, *, as_json: bool, security: bool, strict: bool, offline: bo
     Args:
         at: The checkout, or any folder.
         as_json: As JSON: {schema_version, exit_code, ok, warn, fail, lines}.
-        security: Only the settings of GitHub, and which level of docs/security.md they reach.
+        security: Only what decides what runs: the settings of GitHub, which level of
+            docs/security.md they reach, and what is not well of workflows, pins and owners.
         strict: A warning is a failure with code 5.
         offline: Ask no server.
 
@@ -64,7 +69,11 @@ def look(at: Layout, *, security: bool = False, offline: bool = False) -> list[L
         return [*machine, *repository, *github]
     found = [*repository, *github]
     levels = looked("security", "levels", lambda: _levels(at, found))
-    return [*(line for line in repository if line.state == "fail"), *github, *levels]
+    return [
+        *(line for line in repository if line.name in _SECURITY and line.state != "ok"),
+        *github,
+        *levels,
+    ]
 
 
 def _github(at: Layout, declared: Declaration | None, offline: bool) -> list[Line]:  # noqa: FBT001 - as it was typed

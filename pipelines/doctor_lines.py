@@ -50,7 +50,6 @@ _STATES: Final[Mapping[str, State]] = {
 }  # fmt: skip
 _AGAIN: Final = "Correct that, then: fleet doctor"
 _LONGEST: Final = 500
-_NAME_WIDTH: Final = 16
 _COLOURS: Final[Mapping[State, str]] = {"ok": "green", "warn": "yellow", "fail": "red"}
 # Of `git remote get-url`: https://HOST/OWNER/NAME.git, git@HOST:OWNER/NAME, ssh://git@HOST/...
 _REMOTE: Final = re.compile(
@@ -175,6 +174,7 @@ def exit_code(lines: Iterable[Line], *, strict: bool) -> int:
 def page(lines: Sequence[Line]) -> str:
     """Render for people: one block for each area, each fix below its line, a count at the end."""
     shown: list[str] = []
+    width = max((len(line.name) for line in lines), default=0)
     for area in AREAS:
         mine = [line for line in lines if line.area == area]
         if not mine:
@@ -182,9 +182,9 @@ def page(lines: Sequence[Line]) -> str:
         shown += [_paint(area, "bold")]
         for line in mine:
             sign = _paint(f"{line.state:4}", _COLOURS[line.state])
-            shown.append(f"  {sign}  {console.clean(line.name):{_NAME_WIDTH}} {line.text}")
+            shown.append(f"  {sign}  {console.clean(line.name):{width}} {line.text}")
             shown += [
-                f"{'':8}{'fix:' if number == 0 else '':{_NAME_WIDTH}} {console.clean(each)}"
+                f"{'':8}{'fix:' if number == 0 else '':{width}} {console.clean(each)}"
                 for number, each in enumerate(line.fix.splitlines())
             ]
         shown.append("")

@@ -72,8 +72,10 @@ _TYPED: Final[dict[tuple[str, str], tuple[str, ...]]] = {
         "compare --budget",
         "compare --plan",
     ),
+    ("test_doctor", "test_a_fork_before_its_first_run_fails_nothing"): ("doctor",),
     ("test_doctor", "test_a_healthy_fleet_gives_no_failure_and_every_other_line_a_fix"): (
-        "doctor",
+        "doctor --json --offline",
+        "doctor --offline --strict",
     ),
     ("test_load_remote", "test_the_dialect_of_a_server_is_found_out_and_it_is_driven"): (
         "load-test --json --name --url",

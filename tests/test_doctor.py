@@ -141,6 +141,29 @@ def test_a_healthy_fleet_gives_no_failure_and_every_other_line_a_fix(
     assert page.rstrip().endswith(f"{told['ok']} ok, {told['warn']} warnings, 0 failures")
 
 
+def test_a_fork_before_its_first_run_fails_nothing(
+    fleet: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nothing measured, nothing built, nothing on GitHub: each is a warning with what to type."""
+    shutil.rmtree(fleet / "results")
+    (fleet / "dvc.lock").unlink()
+    monkeypatch.setenv("GGUF_FLEET_CACHE", str(tmp_path / "empty"))
+    assert main(["doctor"]) == 0
+    page = capfd.readouterr().out
+    for name, fix in {
+        "lock": "fleet repro",
+        "toolchain": "fleet toolchain",
+        "owners": "fleet init",
+    }.items():
+        said = page[page.index(f"\n  warn  {name} ") :].splitlines()
+        assert said[2].split("fix:")[1].strip().startswith(fix), said[:3]
+    assert "fail" not in page.replace("0 failures", "")
+    assert main(["doctor", "--security"]) == 0
+    told = capfd.readouterr().out
+    assert "security\n  warn  level" in told
+    assert "machine\n" not in told
+
+
 # --- the repository ---------------------------------------------------------------------------
 
 
