@@ -591,6 +591,8 @@ def _cost(told: Told, given: Sources) -> Iterator[str]:
         yield "nothing now"
     elif given.plan and given.plan.budget.gpu_minutes is not None:
         yield f"about {minutes(given.plan.budget.gpu_minutes * 60)} on the runner"
+    for one in given.plan.left_out if given.plan else ():
+        yield f"nothing on {one.host}: {_tidy(one.why)}"
     made = (told.evidence.converted, *told.evidence.quantized.values())
     size_bytes = sum(
         one.gguf.size_bytes for one in made if isinstance(one, (ConvertRecord, QuantizeRecord))

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from markupsafe import Markup
 
-from pipelines import comment_charts, comment_model, tables, wording
+from pipelines import comment_charts, comment_model, routing, tables, wording
 from pipelines import render as render_report
 from pipelines.publishing_words import shown_size
 from pipelines.verdict_words import capital
@@ -316,6 +316,7 @@ _COMMON: Final[dict[str, Any]] = {
     "where": _where,
     "took": _took,
     "cost": _cost,
+    "not_measured": routing.told,
     "plain": plain,
     "together": _together,
     "safe": Markup,

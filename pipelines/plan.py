@@ -542,7 +542,7 @@ def markdown(plan: PlanRecord) -> str:
         if more := plan.models[_ROWS_SHOWN:]:
             lines += ["", f"And {wording.counted(len(more), 'more model')}."]
         lines.append("")
-    lines += [f"- {text(each)}" for each in left_out(plan)]
+    lines += [f"- {text(each)}" for each in routing.told(plan.models)]
     lines += [f"- unknown: {text(each)}" for each in plan.budget.unknown]
     for one in plan.models[:_ROWS_SHOWN]:
         if one.runs:
@@ -645,16 +645,6 @@ def _reasons(one: ModelPlan) -> list[str]:
     ]
 
 
-def left_out(plan: PlanRecord) -> Iterator[str]:
-    """Yield a sentence for each host that measures nothing of a model."""
-    for one in plan.models:
-        for each in one.left_out:
-            yield (
-                f"{one.model} is not measured on {each.host}: {each.why}. "
-                f"`models.{one.model}.hosts` names the hosts that serve it."
-            )
-
-
 def _where(plan: PlanRecord, model: str) -> str:
     legs = [leg for leg in plan.legs if model in leg.models]
     return "; ".join(f"{leg.host} ({', '.join(leg.runs_on)})" for leg in legs) or wording.ABSENT
@@ -690,5 +680,5 @@ def _lines(plan: PlanRecord, where: str) -> Iterator[str]:
             yield f"  {'':{width}}    and {len(own) - _CHANGES_SHOWN} more"
         if one.runs:
             yield f"  {'':{width}}  on {_where(plan, one.model)}: {_costs_of(one.budget)}"
-    yield from (f"  {line}" for line in left_out(plan))
+    yield from (f"  {line}" for line in routing.told(plan.models))
     yield from (f"  unknown: {line}" for line in plan.budget.unknown)

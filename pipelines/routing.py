@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Final
 from pipelines import bundle, limits, params, records, wording
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
+    from pipelines.ci_records import ModelPlan
     from pipelines.layout import Layout
     from pipelines.params import Declaration
 
@@ -60,6 +61,16 @@ def left_out(declared: Declaration, at: Layout, model: str) -> dict[str, str]:
     hosts = bundle.measured_hosts(declared, model)[1:]
     found = {host: too_small(declared, at, model, host) for host in hosts}
     return {host: why for host, why in found.items() if why}
+
+
+def told(models: Iterable[ModelPlan]) -> Iterator[str]:
+    """Yield a sentence for each host that a plan left out, with what says so for good."""
+    for one in models:
+        for each in one.left_out:
+            yield (
+                f"{one.model} is not measured on {each.host}: {each.why}. "
+                f"`models.{one.model}.hosts` names the hosts that serve it."
+            )
 
 
 def too_small(declared: Declaration, at: Layout, model: str, host: str) -> str:
