@@ -36,6 +36,8 @@ from pipelines.layout import Layout
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from registry_servers import S3Server
+
     from pipelines.doctor_lines import Line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -320,25 +322,39 @@ def test_an_object_is_told_by_where_it_still_is(fleet: Path, f16: Path, tmp_path
 
 
 def test_a_remote_on_a_server_is_asked_through_dvc(
-    fleet: Path, f16: Path, monkeypatch: pytest.MonkeyPatch
+    fleet: Path, f16: Path, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that refuses is a failure of the store; offline nobody is asked, and it is said."""
+    """S3 says what it has; one that refuses is a failure; offline nobody is asked."""
+    for name, value in moto_s3.environment.items():
+        if not name.endswith("_FILE"):  # DVC's client takes none that is empty
+            monkeypatch.setenv(name, value)
+    bucket, client = moto_s3.new_bucket(), moto_s3.client()
+    key = f"fleet/files/md5/{f16.parent.name}/{f16.name}"
+    client.put_object(Bucket=bucket, Key=key, Body=f16.read_bytes())
+    client.close()
     f16.unlink()
-    _another_remote("s3://user:secret@bucket/fleet")(fleet)
     config = fleet / ".dvc/config.local"
-    config.write_text(config.read_text() + "    endpointurl = http://127.0.0.1:1\n")
-    told = repository("lock", offline=True)
-    assert (told["objects"].state, "could not be asked" in told["objects"].text) == ("warn", True)
-    assert "not asked" in told["remote"].text
-    assert "secret" not in told["remote"].text
-    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_MAX_ATTEMPTS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    asked = repository("lock", offline=False)
-    assert asked["objects"].state == "warn"
-    assert asked["remote"].state in {"warn", "fail"}
-    assert "s3://bucket/fleet" in asked["remote"].text or "no answer" in asked["remote"].text
-    assert "secret" not in asked["remote"].text
+    text = (
+        f"['remote \"local\"']\n    url = s3://{{}}/fleet\n    endpointurl = {moto_s3.endpoint}\n"
+    )
+    config.write_text(text.format(bucket))
+    told = repository("lock", offline=False)
+    assert (told["objects"].state, told["objects"].fix) == ("warn", "dvc pull --allow-missing")
+    assert (told["remote"].state, told["remote"].fix) == ("warn", "dvc push")
+    assert told["remote"].text == f"local is s3://{bucket}/fleet; 1 of 8 are in it"
+
+    config.write_text(text.format("user:secret@nobody"))
+    offline = repository("lock", offline=True)
+    assert (offline["objects"].state, offline["remote"].state) == ("warn", "ok")
+    assert "could not be asked" in offline["objects"].text
+    assert "not asked" in offline["remote"].text
+    assert "secret" not in offline["remote"].text
+
+    config.write_text(text.format("nobody"))
+    refused = repository("lock", offline=False)["remote"]
+    assert (refused.state, refused.exit_code) == ("fail", 8)
+    assert "s3://nobody/fleet; it cannot be read" in refused.text
+    assert "NoSuchBucket" in refused.text
 
 
 def test_a_folder_of_this_checkout_is_no_remote_for_runners(fleet: Path) -> None:
