@@ -318,7 +318,7 @@ def here(at: Layout) -> tuple[str | None, str | None]:
     """
     try:
         objects = template_releases.find(at.root)
-        version = template_releases.version_of(objects, "HEAD")
+        version = template_releases.version_of(objects, objects.git.commit("HEAD"))
         newest = template_releases.newest(objects)
     except (FleetError, ToolError):
         return None, None

@@ -27,7 +27,7 @@ _ENVIRONMENT: Final = {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
 _NOBODY: Final = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")
-    for what, value in (("NAME", "fleet"), ("EMAIL", "fleet@localhost"), ("DATE", "0 +0000"))
+    for what, value in (("NAME", "fleet"), ("EMAIL", "fleet@localhost"), ("DATE", "@0 +0000"))
 }
 # Of a commit's headers, what tells who made it and when; signatures are of other bytes.
 _KEPT_HEADERS: Final = (b"author ", b"committer ", b"encoding ")
@@ -75,6 +75,8 @@ class Objects:
         """Take the root of a checkout."""
         self.root = root
         self.git = trees.Git(root)
+        self._entries: dict[str, Entries] = {}
+        self._objects: dict[str, bytes | None] = {}
 
     def told(self, *argv: str, data: bytes = b"", env: Mapping[str, str] | None = None) -> bytes:
         """Return what git prints. Raises: ToolError if it fails."""
@@ -100,7 +102,9 @@ class Objects:
     # --- trees
 
     def entries(self, tree: str) -> Entries:
-        """Return every file of a commit or tree."""
+        """Return every file of a commit or tree, by git's name of it."""
+        if tree in self._entries:
+            return self._entries[tree]
         found: Entries = {}
         for line in filter(
             None, self.told("ls-tree", "-r", "-z", "--full-tree", tree).split(b"\0")
@@ -108,6 +112,7 @@ class Objects:
             facts, _, path = line.partition(b"\t")
             mode, _, blob = facts.decode().split()
             found[os.fsdecode(path)] = Entry(mode, blob)
+        self._entries[tree] = found
         return found
 
     def tree(self, entries: Mapping[str, Entry]) -> str:
@@ -117,22 +122,41 @@ class Objects:
         Raises:
             ToolError: A path is a file and a folder at once.
         """
+        above = {path[:at] for path in entries for at, char in enumerate(path) if char == "/"}
+        if both := sorted(above & entries.keys()):
+            raise ToolError(
+                f"git cannot store {console.clean(both[0])}: it is a file on one side, and a "
+                "folder on the other one."
+            )
         lines = (f"{entry.mode} {entry.blob}\t{path}\0" for path, entry in entries.items())
         with tempfile.TemporaryDirectory(prefix="fleet-index-") as folder:
             index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
             data = os.fsencode("".join(lines))
             self.told("update-index", "-z", "--index-info", data=data, env=index)
-            made = self.word("write-tree", env=index)
-        if len(self.entries(made)) != len(entries):
-            raise ToolError("git cannot store these files together: one is a file and a folder.")
-        return made
+            return self.word("write-tree", env=index)
 
     def file(self, rev: str, path: str) -> bytes | None:
-        """Return a file of a commit or tree; None if it has none."""
-        try:
-            return self.told("cat-file", "blob", f"{rev}:{path}")
-        except ToolError:
-            return None
+        """Return a file of a commit or tree, by git's name of it; None if it has none."""
+        self.read_ahead([rev], path)
+        return self._objects[f"{rev}:{path}"]
+
+    def read_ahead(self, commits: Iterable[str], *paths: str) -> None:
+        """Read commits, and files of each of them, in one go."""
+        names = [name for one in commits for name in (one, *(f"{one}:{path}" for path in paths))]
+        wanted = [name for name in dict.fromkeys(names) if name not in self._objects]
+        if not wanted:
+            return
+        told = self.told("cat-file", "--batch", data="".join(f"{one}\n" for one in wanted).encode())
+        at = 0
+        for name in wanted:
+            end = told.index(b"\n", at)
+            # "NAME KIND SIZE", its bytes and a line end; or "WHAT-WAS-ASKED missing".
+            kind, size_bytes = [*told[at:end].split(), b"0"][1:3]
+            at = end + 1
+            self._objects[name] = None
+            if kind != b"missing":
+                self._objects[name] = told[at : at + int(size_bytes)]
+                at += int(size_bytes) + 1
 
     # --- commits
 
@@ -142,7 +166,8 @@ class Objects:
 
         Its id depends on nothing but these: it is the same wherever it is made.
         """
-        headers, _, message = self.told("cat-file", "commit", commit).partition(b"\n\n")
+        self.read_ahead([commit])
+        headers, _, message = (self._objects[commit] or b"").partition(b"\n\n")
         kept = [line for line in headers.split(b"\n") if line.startswith(_KEPT_HEADERS)]
         parents = [f"parent {parent}".encode()] if parent else []
         data = b"\n".join([f"tree {tree}".encode(), *parents, *kept, b"", message])

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from pipelines.template_git import Entries
 
 # Version as a tag and as pipelines/__init__.py have it; eight digits are a date at most.
 _TAG: Final = re.compile(r"v(0|[1-9]\d{0,7})\.(0|[1-9]\d{0,7})\.(0|[1-9]\d{0,7})")
@@ -148,17 +147,15 @@ def _tags(objects: Objects, below: str) -> dict[Version, str]:
 
     A tag of another form is none of a release; one that means no commit neither.
     """
-    told = objects.told("for-each-ref", "--format=%(refname)", below).decode(errors="replace")
-    names = [name for name in told.split("\n") if parse_ref(name, below) is not None]
-    if not names:
-        return {}
-    asked = "".join(f"{name}^{{commit}}\n" for name in names).encode()
-    answers = objects.told("cat-file", "--batch-check", data=asked).decode().splitlines()
-    found = {
-        version: words[0]
-        for name, line in zip(names, answers, strict=True)
-        if (version := parse_ref(name, below)) and (words := line.split())[1:2] == ["commit"]
-    }
+    facts = "%(refname) %(objecttype) %(objectname) %(*objecttype) %(*objectname)"
+    told = objects.told("for-each-ref", f"--format={facts}", below).decode(errors="replace")
+    found: dict[Version, str] = {}
+    for line in told.splitlines():
+        # No name has a space in it. An annotated tag says what it is of.
+        name, *words = line.split(" ")
+        kind, commit = words[2:4] if words[0] == "tag" else words[:2]
+        if (version := parse_ref(name, below)) is not None and kind == "commit":
+            found[version] = commit
     return dict(sorted(found.items()))
 
 
@@ -185,7 +182,9 @@ def releases(objects: Objects, below: str = FETCHED) -> tuple[Release, ...]:
         below: Where the tags are: those that were fetched, or the repository's own.
     """
     made: list[Release] = []
-    for version, commit in _tags(objects, below).items():
+    tags = _tags(objects, below)
+    objects.read_ahead(tags.values(), _OWNERS_FILE, _VERSION_FILE)
+    for version, commit in tags.items():
         owned = owned_by(objects, commit)
         tree = objects.tree(strip(objects.entries(commit), owned))
         template = objects.commit_like(commit, tree, made[-1].template if made else None)
@@ -336,7 +335,13 @@ def _require_nearest(
         ParamsError: They are: the version is not what it has.
     """
     here = objects.entries(head)
-    distances = {each.name: _distance(here, objects.entries(each.template)) for each in known}
+    trees = {each.name: objects.entries(each.template) for each in known}
+    # A path that no release has is the fork's own.
+    paths = {path for tree in trees.values() for path in tree}
+    distances = {
+        name: sum(here.get(path) != tree.get(path) for path in paths)
+        for name, tree in trees.items()
+    }
     nearest = min(distances, key=lambda name: distances[name])
     if distances[nearest] < distances[release.name]:
         raise _untold(
@@ -344,10 +349,6 @@ def _require_nearest(
             f"{_VERSION_FILE} says {release.name}, of which {distances[release.name]} files are "
             f"other ones here, and of {nearest} only {distances[nearest]}",
         )
-
-
-def _distance(here: Entries, there: Entries) -> int:
-    return sum(here.get(path) != entry for path, entry in there.items())
 
 
 def _untold(known: Sequence[Release], why: str) -> ParamsError:
@@ -414,13 +415,16 @@ def find(root: Path) -> Objects:
     """
     objects = Objects(root)
     objects.git.commit("HEAD")
-    if objects.word("rev-parse", "--show-prefix"):
+    prefix, is_shallow = objects.told(
+        "rev-parse", "--show-prefix", "--is-shallow-repository"
+    ).splitlines()
+    if prefix:
         raise ParamsError(
             "this fleet is a folder of a larger repository: the template can be merged only into a "
             "repository of its own.",
             hint="Go to a repository whose top is the folder with params.yaml and dvc.yaml.",
         )
-    if objects.git.is_shallow():
+    if is_shallow == b"true":
         raise ParamsError(
             "a part of this repository's history is not here: nobody can tell what of the template "
             "it has.",

@@ -145,8 +145,10 @@ def require_clean(objects: Objects) -> None:
     Raises:
         ParamsError: It is not; names files, or what is under way.
     """
-    for name, abort in _UNDER_WAY.items():
-        if _inside(objects, name).exists():
+    asked = [word for name in _UNDER_WAY for word in ("--git-path", name)]
+    places = objects.word("rev-parse", *asked).split("\n")
+    for place, (name, abort) in zip(places, _UNDER_WAY.items(), strict=True):
+        if (objects.root / place).exists():
             raise ParamsError(
                 f"git is in the middle of something ({name}): nothing was changed.",
                 hint=f"Finish it, or: {abort}",
