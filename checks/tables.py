@@ -123,6 +123,9 @@ DISPATCHED_ON_DEFAULT_BRANCH: Final = (
     f"(github.event_name != 'workflow_dispatch' || {DEFAULT_BRANCH})"
 )
 
+# A repository that others are made of is nobody's fleet.
+NOT_THE_TEMPLATE: Final = "!github.event.repository.is_template"
+
 # What `make test` wants and GitHub's machines have not.
 _INSTALL: Final = (
     "sudo apt-get update --quiet && sudo apt-get install --yes --quiet "
@@ -344,6 +347,32 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
                 guards=(DEFAULT_BRANCH,),
                 environment="${{ inputs.environment }}",
                 secrets=frozenset({_APP_KEY}) | _LOGINS,
+            ),
+        },
+    ),
+    "template-init": Workflow(
+        on={
+            "push": {"branches": ["main"], "paths": [".github/CODEOWNERS"]},
+            "workflow_dispatch": {
+                "inputs": {
+                    "model": {"type": "string", "default": ""},
+                    "host": {"type": "string", "default": ""},
+                    "vram": {"type": "string", "default": ""},
+                    "registry": {"type": "string", "default": ""},
+                },
+            },
+        },
+        # One that waits may be replaced: nobody asks twice within a minute.
+        concurrency={"group": "template-init", "cancel-in-progress": False},
+        cache_mode="none",
+        jobs={
+            "init": Job(
+                permissions={
+                    "contents": ("write", "the branch fleet/init"),
+                    "pull-requests": ("write", "its pull request"),
+                },
+                steps=(_CHECKOUT, _SETUP, "./actions/init"),
+                guards=(DEFAULT_BRANCH, NOT_THE_TEMPLATE),
             ),
         },
     ),

@@ -19,8 +19,8 @@ PAGE_FILE: Final = "actions/README.md"
 
 # In the order in which a pull request meets them; one that is not named here comes after them.
 _ORDER: Final = (
-    "setup", "plan", "quantize", "benchmark", "compare", "load-test", "bundle", "gate", "adopt",
-    "comment", "publish", "rollback", "check-upstream", "bump", "runner-health",
+    "setup", "init", "plan", "quantize", "benchmark", "compare", "load-test", "bundle", "gate",
+    "adopt", "comment", "publish", "rollback", "check-upstream", "bump", "runner-health",
 )  # fmt: skip
 _INTRODUCTION: Final = """\
 # Composite actions

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 PARAMS: Final = "params.yaml"
 _MAX_ROUNDS: Final = 5
 _FORBIDDEN: Final = 403
-# Commits for bots are made in GitHub's own name.
-_GITHUB: Final = "web-flow"
 # For what is put into a body later, beside what people wrote.
 _SLACK: Final = 100
 # Around what is said above a body that is not rendered anew.
@@ -364,7 +362,7 @@ def _read(gh: GitHub, main: Main, name: str) -> _Branch | None:
         return None
     compared = gh.get(f"compare/{main.commit}...{head}")
     listed = taken(compared, "commits", list)
-    foreign = next(_foreign(gh, listed), None)
+    foreign = next(identity.strangers(gh, listed, bump_change.is_ours), None)
     if len(listed) != taken(compared, "total_commits", int):
         foreign = "it has more commits than GitHub shows."
     fork = taken(taken(compared, "merge_base_commit", dict), "sha", str)
@@ -376,25 +374,6 @@ def _read(gh: GitHub, main: Main, name: str) -> _Branch | None:
         is_bump_alone=foreign is None and len(told) == 1 and bump_change.is_bump(told[0]),
         fork=fork,
     )
-
-
-def _foreign(gh: GitHub, listed: list[Any]) -> Iterator[str]:
-    """Yield who committed that is not us."""
-    ours = {identity.login(gh), identity.ACTIONS_LOGIN}
-    for each in listed:
-        author, committer = _login(each, "author"), _login(each, "committer")
-        told = taken(taken(each, "commit", dict), "message", str)
-        if author not in ours or committer not in {*ours, _GITHUB} or not bump_change.is_ours(told):
-            who = committer if author in ours and committer != _GITHUB else author
-            # "Update branch" is one too: what somebody resolved in it looks the same.
-            did = "merged into it" if len(each.get("parents") or ()) > 1 else "committed there"
-            yield f"{console.clean(who or 'somebody')} {did}."
-
-
-def _login(commit: Any, role: str) -> str:  # noqa: ANN401 - JSON of GitHub's
-    found = commit.get(role) if isinstance(commit, dict) else None
-    login = found.get("login") if isinstance(found, dict) else None
-    return login if isinstance(login, str) else ""
 
 
 def _is_right(gh: GitHub, branch: _Branch, bump: Bump, seen: Mapping[Place, Value]) -> bool:

@@ -39,7 +39,11 @@ def payload(event: str, action: str | None = None) -> dict[str, Any]:
     assert found is not None, f"no example of {event} {action}"
     adapted = copy.deepcopy(found)
     adapted["repository"].update(
-        full_name=REPOSITORY, fork=False, default_branch="main", private=False
+        full_name=REPOSITORY,
+        fork=False,
+        default_branch="main",
+        private=False,
+        is_template=False,
     )
     return adapted
 
@@ -69,11 +73,13 @@ def merge_group() -> dict[str, Any]:
     return _context("merge_group", event, ref="refs/heads/gh-readonly-queue/main/pr-7-abc")
 
 
-def push(ref: str = "refs/heads/main", *, private: bool = False) -> dict[str, Any]:
+def push(
+    ref: str = "refs/heads/main", *, private: bool = False, template: bool = False
+) -> dict[str, Any]:
     """Return the context of a push to a branch or tag."""
     event = payload("push")
     event["ref"] = ref
-    event["repository"]["private"] = private
+    event["repository"].update(private=private, is_template=template)
     return _context("push", event, ref=ref)
 
 
@@ -82,11 +88,13 @@ def schedule() -> dict[str, Any]:
     return _context("schedule", {"schedule": "17 */6 * * *"}, ref="refs/heads/main")
 
 
-def dispatch(ref: str = "refs/heads/main", *, private: bool = False) -> dict[str, Any]:
+def dispatch(
+    ref: str = "refs/heads/main", *, private: bool = False, template: bool = False
+) -> dict[str, Any]:
     """Return the context of a run that somebody started by hand, on a branch or tag."""
     event = payload("workflow_dispatch")
     event["ref"] = ref
-    event["repository"]["private"] = private
+    event["repository"].update(private=private, is_template=template)
     return _context("workflow_dispatch", event, ref=ref)
 
 

@@ -39,6 +39,8 @@ EVENTS: Final[Mapping[str, Callable[[], dict[str, Any]]]] = {
     "dispatch, private": lambda: github.dispatch(private=True),
     "dispatch on a branch": lambda: github.dispatch("refs/heads/bump/tiny"),
     "dispatch on a tag called main": lambda: github.dispatch("refs/tags/main"),
+    "push to main of the template": lambda: github.push(template=True),
+    "dispatch in the template": lambda: github.dispatch(template=True),
     "hub webhook": github.repository_dispatch,
     "run requested": lambda: github.workflow_run("requested", conclusion=None),
     "run succeeded": github.workflow_run,
@@ -55,10 +57,12 @@ OWN: Final = frozenset(
 )  # fmt: skip
 # A workflow_run has the ref of the default branch, whatever it is about.
 ON_MAIN: Final = frozenset(
-    {"push to main", "push to main, private", "dispatch", "dispatch, private", "hub webhook",
+    {"push to main", "push to main, private", "push to main of the template", "dispatch",
+     "dispatch, private", "dispatch in the template", "hub webhook",
      *(event for event in EVENTS if event.startswith("run "))}
 )  # fmt: skip
 OFF_MAIN: Final = frozenset({"dispatch on a branch", "dispatch on a tag called main"})
+IN_THE_TEMPLATE: Final = frozenset({"push to main of the template", "dispatch in the template"})
 PUBLIC: Final = frozenset(event for event in EVENTS if not event.endswith(", private"))
 RUNS: Final = frozenset(
     {"run requested", "run succeeded", "run failed", "run cancelled", "run of a fork"}
@@ -200,6 +204,7 @@ CONDITIONS: Final = [
     Condition("report jobs.comment.if", RUNS),
     Condition("rollback jobs.rollback.if", ON_MAIN),
     *with_an_app("rollback jobs.rollback.steps.app.if"),
+    Condition("template-init jobs.init.if", ON_MAIN - IN_THE_TEMPLATE),
     *with_an_app("runner-health jobs.ask.steps.app.if"),
     *where_something_is_to_do("runner-health jobs.probe.if", "ask"),
     Condition(_ISSUES, ALL, needs("ask")),

@@ -114,11 +114,7 @@ def commit_files(
     """
     _require_at(gh, branch, parent)
     base = str(taken(taken(gh.get(f"git/commits/{parent}"), "tree", dict), "sha", str))
-    tree = base
-    for part in _parts(_entries(gh, base, files)):
-        # Named by their content: made twice, they are one.
-        made = gh.post("git/trees", {"base_tree": tree, "tree": part}, repeatable=True)
-        tree = taken(made, "sha", str)
+    tree = write_tree(gh, base, files)
     if tree == base:
         return parent
     # A commit made twice is another one by its time, and nobody sees the first.
@@ -129,6 +125,26 @@ def commit_files(
     _require_at(gh, branch, parent)
     move_branch(gh, branch, sha)
     return sha
+
+
+def write_tree(gh: GitHub, base: str, files: Mapping[str, bytes | None]) -> str:
+    """
+    Return a tree with these files in it, and what else `base` has; no branch is changed.
+
+    Args:
+        gh: The repository.
+        base: Name of a tree.
+        files: Content by path below the repository; None removes the file.
+
+    Raises:
+        GitHubError, RetryLaterError: See `client.GitHub.post`.
+    """
+    tree = base
+    for part in _parts(_entries(gh, base, files)):
+        # Named by their content: made twice, they are one.
+        made = gh.post("git/trees", {"base_tree": tree, "tree": part}, repeatable=True)
+        tree = str(taken(made, "sha", str))
+    return tree
 
 
 def blob_sha(gh: GitHub, path: str, commit: str) -> str | None:

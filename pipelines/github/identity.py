@@ -15,15 +15,20 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from pipelines import console
 from pipelines.errors import ParamsError
 from pipelines.github.client import taken
 from pipelines.github.errors import GitHubError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from pipelines.github.client import GitHub
 
 # Who writes with the token of a job.
 ACTIONS_LOGIN: Final = "github-actions[bot]"
+# Commits for bots are made in GitHub's own name.
+_GITHUB: Final = "web-flow"
 APP_SLUG_VARIABLE: Final = "FLEET_APP_SLUG"
 _SLUG: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,98}")
 
@@ -70,4 +75,35 @@ def login_of(answer: dict[str, Any]) -> str:
     """Return who wrote a comment or an issue; empty if that account is gone."""
     user = answer.get("user")
     name = user.get("login") if isinstance(user, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def strangers(
+    gh: GitHub, listed: list[Any], is_ours: Callable[[str], bool] = lambda _: True
+) -> Iterator[str]:
+    """
+    Yield who committed that is not us, as sentences.
+
+    Args:
+        gh: The repository.
+        listed: Commits, as a comparison shows them.
+        is_ours: Says of a message whether we write such ones.
+
+    Raises:
+        GitHubError, RetryLaterError: See `login`.
+    """
+    ours = {login(gh), ACTIONS_LOGIN}
+    for each in listed:
+        author, committer = _login_as(each, "author"), _login_as(each, "committer")
+        told = taken(taken(each, "commit", dict), "message", str)
+        if author not in ours or committer not in {*ours, _GITHUB} or not is_ours(told):
+            who = committer if author in ours and committer != _GITHUB else author
+            # "Update branch" is one too: what somebody resolved in it looks the same.
+            did = "merged into it" if len(each.get("parents") or ()) > 1 else "committed there"
+            yield f"{console.clean(who or 'somebody')} {did}."
+
+
+def _login_as(commit: Any, role: str) -> str:  # noqa: ANN401 - JSON of GitHub's
+    found = commit.get(role) if isinstance(commit, dict) else None
+    name = found.get("login") if isinstance(found, dict) else None
     return name if isinstance(name, str) else ""
