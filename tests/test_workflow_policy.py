@@ -108,6 +108,14 @@ WEAKENINGS = [
     Edit("fork-guard", "rollback", "github.ref == format", "github.ref != format"),
     Edit("fork-guard", "publish", "    if: github.ref == format('refs/heads/{0}', "
          "github.event.repository.default_branch)\n", ""),
+    # The template itself is nobody's fleet, and a branch proposes nothing for the default one.
+    Edit("fork-guard", "template-init", " &&\n      !github.event.repository.is_template", ""),
+    Edit("fork-guard", "template-init", "github.ref == format", "true || github.ref == format"),
+    Edit("permissions-exact", "template-init", "      pull-requests: write # its pull request\n",
+         "      pull-requests: write # its pull request\n      actions: write # more\n"),
+    Edit("trigger-table", "template-init", "    paths: [.github/CODEOWNERS]\n", ""),
+    Edit("secret-only-in", "template-init", "          token: ${{ github.token }}\n",
+         "          token: ${{ secrets.FLEET_APP_KEY }}\n"),
     Edit("no-actor-guard", "rollback", "    if: github.ref ==",
          "    if: github.actor == 'somebody' && github.ref =="),
     Edit("empty-matrix-guard", "publish", "needs.plan.outputs.any == 'true'", "always()"),
