@@ -21,6 +21,7 @@ from pipelines import (
     init_state,
     init_text,
     params,
+    wording,
 )
 from pipelines.errors import ParamsError
 from pipelines.init_proposal import PARAMS, Proposal
@@ -208,10 +209,12 @@ def _require_valid(at: Layout, data: bytes, files: Mapping[str, bytes | None]) -
                 "with these answers params.yaml would be wrong:\n  " + "\n  ".join(what),
                 hint="Give another answer; nothing was written.",
             ) from None
+    # It is written together with what names it.
+    new = COMPLETION_MODELFILE if COMPLETION_MODELFILE in files else None
     problems = [
         problem
         for problem in declaration.check_files(declared, at.root)
-        if not any(path in problem.text for path, made in files.items() if made is not None)
+        if new is None or f"Modelfile {wording.quoted(new)} does not exist" not in problem.text
     ]
     if problems:
         raise ParamsError(

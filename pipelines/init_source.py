@@ -21,6 +21,7 @@ from pipelines import (
     at_once,
     atomic,
     console,
+    dvc_state,
     fetch,
     hub_metadata,
     hyperparameters,
@@ -181,7 +182,8 @@ def _directory(name: str, at: Layout, declared: Declaration, *, ignore_code: boo
     )
     files = _Files(listing=listing, directory=folder, tensors=checkpoint.tensors)
     size_bytes = sum(file.size_bytes for file in shards)
-    console.step(f"digest of path:{name}, {wording.mib(size_bytes / 2**20)}")
+    if size_bytes >= dvc_state.WORTH_BYTES:
+        console.step(f"digest of path:{name}, {wording.mib(size_bytes / 2**20)}")
     large = [file.name for file in shards if file.size_bytes > _GITHUB_MAX_BYTES]
     notes = (
         f"{wording.first_few(large)} has more than 100 MiB, which GitHub takes in Git LFS only. Or "
