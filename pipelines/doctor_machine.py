@@ -82,6 +82,7 @@ def looks(at: Layout, declared: Declaration | None) -> dict[str, Look]:
         "disk-speed": lambda: doctor_disk.speed(at),
         "reflink": lambda: doctor_disk.reflink(at),
         "locks": lambda: doctor_disk.locks(at),
+        "tools": lambda: _tools(declared, is_bare=bool(missing)),
     }
     if missing:
         return plain
@@ -97,12 +98,13 @@ def looks(at: Layout, declared: Declaration | None) -> dict[str, Look]:
 
 
 def looks_that_wait(at: Layout, declared: Declaration | None, *, offline: bool) -> dict[str, Look]:
-    """Return the looks that wait for programs and servers of others; see `looks`."""
-    is_bare = bool(missing_packages())
-    waiting: dict[str, Look] = {"tools": lambda: _tools(declared, is_bare=is_bare)}
-    if not is_bare and declared is not None:
+    """Return the looks that wait for servers, or for a disk that is one; see `looks`."""
+    waiting: dict[str, Look] = {}
+    if missing_packages():
+        return waiting
+    if declared is not None:
         waiting["disk-fleet"] = lambda: doctor_disk.fleet_room(declared, at, offline=offline)
-    if not is_bare and not offline and (api := _api(at)):
+    if not offline and (api := _api(at)):
         waiting["clock"] = lambda: _clock(api)
     return waiting
 
@@ -122,16 +124,7 @@ def lines(at: Layout, declared: Declaration | None, *, offline: bool) -> list[Li
 
 
 def _python(missing: tuple[str, ...]) -> Iterator[Line]:
-    version = sys.version.split()[0]
-    if sys.version_info < bootstrap.OLDEST_PYTHON:
-        yield fail(
-            "machine",
-            "python",
-            f"Python {version}; 3.11 or newer is needed",
-            "make setup PYTHON=/path/to/python3.11",
-        )
-        return
-    yield ok("machine", "python", f"{version} in {sys.prefix}")
+    yield ok("machine", "python", f"{sys.version.split()[0]} in {sys.prefix}")
     if missing:
         yield fail(
             "machine",

@@ -7,6 +7,7 @@ What a run, a check or a pull request would stop at is a failure, with the exit 
 
 from __future__ import annotations
 
+import configparser
 import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -95,9 +96,10 @@ def looks(at: Layout, found: Declaration | None, *, bare: bool, offline: bool) -
         offline: Ask no server.
     """
     plain: dict[str, Look] = {
-        "template": lambda: _template(at),
+        "template": lambda: _template(at, bare=bare),
         "git": lambda: _git(at),
-        "killed": lambda: _killed(at),
+        "dvc-config": lambda: _dvc_config(at),
+        "killed": lambda: _killed(at, bare=bare),
     }
     if bare:
         return plain
@@ -186,7 +188,7 @@ def _ask(at: Layout, *words: str) -> str:
     return said.decode(errors="replace")
 
 
-def _template(at: Layout) -> Iterator[Line]:
+def _template(at: Layout, *, bare: bool) -> Iterator[Line]:
     """Say which version of the template this is, and where its next one comes from."""
     if not (at.root / "dvc.yaml").exists():
         text = f"no fleet here: {at.root.resolve()} has no dvc.yaml"
@@ -197,19 +199,57 @@ def _template(at: Layout) -> Iterator[Line]:
     except FleetError:
         remote = ""
     origin = f"; the next one comes from {remote}" if remote else ""
-    yield ok("repository", "template", f"gguf-fleet {__version__}{origin}")
+    text = f"gguf-fleet {__version__}{origin}"
+    newest = None if bare else _newest(at)
+    if newest is not None and _numbers(newest) > _numbers(__version__):
+        text = f"{text}; {newest} is there"
+        yield warn("repository", "template", text, "fleet template update --dry-run")
+    else:
+        yield ok("repository", "template", text)
+
+
+def _newest(at: Layout) -> str | None:
+    """Return the newest version that was fetched; nobody is asked."""
+    from pipelines import template  # noqa: PLC0415 - pydantic
+
+    return template.here(at)[1]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
 # --- the lock ---------------------------------------------------------------------------------
 
 
-def _killed(at: Layout) -> Iterator[Line]:
+def _dvc_config(at: Layout) -> Iterator[Line]:
+    """See whether DVC can read how it is set up; where it cannot, it says so of every command."""
+    for path in (at.root / ".dvc/config", at.root / ".dvc/config.local"):
+        name = path.relative_to(at.root).as_posix()
+        try:
+            configparser.ConfigParser(interpolation=None).read(path, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError) as error:
+            fix = f"git checkout HEAD -- {name}" if name == ".dvc/config" else f"Correct {name}."
+            yield fail("repository", "dvc-config", f"{name} cannot be read: {error}", fix)
+    if not (at.root / ".dvc/config").is_file():
+        fix = "git checkout HEAD -- .dvc/config"
+        yield warn("repository", "dvc-config", "there is no .dvc/config", fix)
+
+
+def _killed(at: Layout, *, bare: bool) -> Iterator[Line]:
     """Find what a kill leaves and DVC refuses for ever; `fleet repro` puts it right first."""
     for path in (at.root / "dvc.lock", at.root / ".dvc/tmp/rwlock"):
         if path.is_file() and not path.stat().st_size:
             name = path.relative_to(at.root).as_posix()
             text = f"{name} is empty: a run was killed while DVC wrote it"
             yield warn("repository", "killed", text, "fleet repro    # repairs it first")
+    if bare:
+        return
+    from pipelines import orphans  # noqa: PLC0415 - psutil
+
+    if left := orphans.left_over(at.root):
+        text = f"{wording.counted(len(left), 'program')} of a killed run still work here"
+        yield warn("repository", "killed", text, "fleet repro    # ends them first")
 
 
 def _lock(at: Layout, found: Declaration | None, *, offline: bool) -> Iterator[Line]:

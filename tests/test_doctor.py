@@ -21,12 +21,14 @@ import small_disk
 import yaml
 
 from pipelines import (
+    __version__,
     doctor_lines,
     doctor_machine,
     doctor_repository,
     gpu,
     health_probe,
     machine,
+    orphans,
     schema,
     toolchain,
 )
@@ -254,6 +256,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str, str, int]] = {
         _edit(".dvc/config", "remote = local", "site_cache_dir = ''"),
         "remote", "warn", "none is configured", "dvc remote add --default", 0,
     ),
+    "a configuration that git merged by text": (
+        lambda root: (root / ".dvc/config").write_text("<<<<<<< HEAD\n"),
+        "dvc-config", "fail", ".dvc/config cannot be read", "git checkout HEAD -- .dvc/config", 2,
+    ),
     "no workflows": (
         lambda root: shutil.rmtree(root / ".github/workflows"),
         "workflows", "warn", "nothing runs on GitHub", "git checkout HEAD -- .github", 0,
@@ -393,6 +399,33 @@ def test_a_tool_that_was_changed_is_a_digest_error(
     monkeypatch.setenv("GGUF_FLEET_CACHE", str(tmp_path / "empty"))
     line = repository("toolchain")["toolchain"]
     assert (line.state, line.fix.split("  ")[0]) == ("warn", "fleet toolchain")
+
+
+def test_what_a_killed_run_left_at_work_is_said(fleet: Path) -> None:
+    """It would write beside the next run, which ends it first."""
+    dead = orphans.mark(fleet).replace(f":{os.getpid()}:", f":{2**22 + 1}:")
+    sleeper = subprocess.Popen(["sleep", "60"], env={**os.environ, orphans.MARK_ENV: dead})
+    try:
+        line = repository("killed")["killed"]
+        assert (line.state, line.fix.split("  ")[0]) == ("warn", "fleet repro")
+        assert line.text.startswith("1 program of a killed run")
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert repository("killed") == {}
+
+
+def test_a_newer_version_of_the_template_is_said_without_asking_anybody(fleet: Path) -> None:
+    """What the last look at the template fetched."""
+    assert repository("template")["template"].text == f"gguf-fleet {__version__}"
+    tag = "refs/fleet/template/tags/v99.1.0"
+    subprocess.run([*_GIT, "update-ref", tag, "HEAD"], cwd=fleet, check=True)
+    try:
+        line = repository("template")["template"]
+        assert (line.state, line.fix) == ("warn", "fleet template update --dry-run")
+        assert line.text.endswith("; 99.1.0 is there")
+    finally:
+        subprocess.run([*_GIT, "update-ref", "-d", tag], cwd=fleet, check=True)
 
 
 # --- the machine ------------------------------------------------------------------------------
