@@ -53,20 +53,20 @@ def proposed(at: Layout, answers: Answers) -> Proposal:
         UpstreamError: The chain cannot build the model.
         RetryLaterError: The Hub cannot be reached.
     """
+    before = at.params.read_bytes()
     declared = declaration.load(at.params)
     begins = is_fresh(declared) and answers.source is not None and not answers.keep_example
     host, room = init_host.choose(declared, answers, begins=begins)
     wanted = init_model.choose(at, declared, answers, room, begins=begins)
-    before = at.params.read_bytes()
     text = before.decode()
     if begins and wanted is not None:
         text = init_text.begun(text, _sections(at, declared, wanted, host))
-        entries = list(_registry(declared, answers))
+        entries = list(_registry(declared, answers, text))
     else:
         entries = [
             *(wanted.entries if wanted else ()),
             *((host.entry(),) if host else ()),
-            *_registry(declared, answers),
+            *_registry(declared, answers, text),
         ]
     if entries:
         text = init_text.grown(text, entries)
@@ -82,12 +82,12 @@ def proposed(at: Layout, answers: Answers) -> Proposal:
     files |= owned | init_repository.dvc_config(at, answers.remote)
     if begins:
         files |= init_repository.example_records(at, tuple(declared.models))
-    _require_valid(at, data, files)
+    _require_kept(declared, _valid(at, data, files), begins=begins)
     notes = [*(wanted.notes if wanted else ()), *([note] if note else []), *_network_notes(answers)]
     return Proposal(
         answers=answers,
         files=files,
-        read={path: _bytes(at.root / path) for path in {PARAMS, *files}},
+        read={path: _bytes(at.root / path) for path in files} | {PARAMS: before},
         model=wanted.name if wanted else None,
         source=wanted.subject.source if wanted else None,
         revision=wanted.subject.revision if wanted else None,
@@ -150,7 +150,7 @@ def _sections(
     return found
 
 
-def _registry(declared: Declaration, answers: Answers) -> tuple[Entry, ...]:
+def _registry(declared: Declaration, answers: Answers, text: str) -> tuple[Entry, ...]:
     """Return the registry `production`, if one is named that is not declared."""
     if answers.registry is None:
         if answers.environment is not None:
@@ -175,7 +175,11 @@ def _registry(declared: Declaration, answers: Answers) -> tuple[Entry, ...]:
     more = {"environment": answers.environment or PRODUCTION}
     if answers.registry.startswith("mlflow:"):
         more["blobs"] = params.LOCAL_REGISTRY
-    return (init_text.registry(PRODUCTION, answers.registry, **more),)
+    entry = init_text.registry(PRODUCTION, answers.registry, **more)
+    if re.search(r"(?m)^registries:", text):
+        return (entry,)
+    # Without a section there is this one; with one, it is better seen.
+    return (init_text.registry(params.LOCAL_REGISTRY, params.LOCAL_URL), entry)
 
 
 def _with_period(data: bytes, answers: Answers) -> bytes:
@@ -191,7 +195,7 @@ def _with_period(data: bytes, answers: Answers) -> bytes:
     return pin_lines.changed(data, {("check_upstream", "period_hours"): hours})
 
 
-def _require_valid(at: Layout, data: bytes, files: Mapping[str, bytes | None]) -> None:
+def _valid(at: Layout, data: bytes, files: Mapping[str, bytes | None]) -> Declaration:
     """
     Read what would become params.yaml as every stage will.
 
@@ -221,6 +225,38 @@ def _require_valid(at: Layout, data: bytes, files: Mapping[str, bytes | None]) -
             "params.yaml names files that are not right:\n  "
             + "\n  ".join(problem.text for problem in problems),
             hint="Correct them first: fleet check",
+        )
+    return declared
+
+
+# What is exchanged where a fleet begins; of the others entries are only added to these.
+_BEGUN: Final = frozenset(
+    {"models", "quants", "evals", "calibrate", "benchmark", "load_test", "hosts", "registries"}
+)
+_GROWN: Final = frozenset({"models", "quants", "hosts", "registries"})
+
+
+def _require_kept(before: Declaration, after: Declaration, *, begins: bool) -> None:
+    """
+    See that all that was declared is declared as it was, whatever the text looks like now.
+
+    Raises:
+        ParamsError: Something else would change.
+    """
+    old, new = before.model_dump(), after.model_dump()
+    odd = []
+    for key, was in old.items():
+        if key == "check_upstream" or (begins and key in _BEGUN):
+            continue
+        is_ = new[key]
+        if key in _GROWN:
+            is_ = {name: value for name, value in is_.items() if name in was}
+        if is_ != was:
+            odd.append(key)
+    if odd:
+        raise ParamsError(
+            f"{', '.join(odd)} cannot be kept as it is in params.yaml; it was left alone.",
+            hint="Write one entry of a section on each line, and run the same command again.",
         )
 
 

@@ -313,6 +313,8 @@ def _subject(  # noqa: PLR0913 - each is one independent fact, named at the call
     trained = hyperparameters.context_tokens(text)
     license_ = fetch.license_of(files.directory, config)
     is_encoder = _is_encoder(config, files.listing)
+    if is_encoder:
+        _require_pooling(architecture, files.listing)
     has_template = bool(verify_template.upstream_templates(files.directory).get("default"))
     found = [*notes, *doubts]
     if license_ is None:
@@ -389,6 +391,22 @@ def _require_unquantized(tensors: Sequence[Tensor]) -> None:
             f"the weights are stored in {dtypes} ({wording.first_few([odd[0].name])}): only F32, "
             "F16 and BF16 are quantized from.",
             hint="Take the original, unquantized repository of this model.",
+        )
+
+
+def _require_pooling(architecture: str, listing: Sequence[RemoteFile]) -> None:
+    """Refuse an encoder of whose tokens nobody knows how they become one vector of a text."""
+    if architecture.endswith("ForSequenceClassification"):
+        raise UpstreamError(
+            f"{console.clean(architecture)[:80]} ranks pairs of texts and makes no embeddings: the "
+            "fleet can measure neither its quality nor its service.",
+            hint="Take a model that makes embeddings or text.",
+        )
+    if fetch.POOLING not in {file.name for file in listing}:
+        raise UpstreamError(
+            f"it makes vectors of tokens and does not say how they become one of a text: there is "
+            f"no {fetch.POOLING}.",
+            hint="Take the repository of an embedding model, as sentence-transformers writes it.",
         )
 
 

@@ -18,6 +18,7 @@ from hub import Hub
 
 from pipelines import (
     __main__,
+    atomic,
     console,
     declaration,
     dvc_state,
@@ -27,7 +28,6 @@ from pipelines import (
     init_change,
     init_plan,
     init_proposal,
-    init_repository,
     init_settings,
     init_source,
     init_state,
@@ -333,6 +333,11 @@ EIGHT_BIT = safetensors({name: ("F8_E4M3", shape) for name, shape in SHAPES.item
         (without(repository(), "", model__safetensors=EIGHT_BIT), "stored in F8_E4M3"),
         (OF_CODE, "names code of the repository"),
         (repository(architectures=[]), "names no architecture"),
+        (repository(model_type="bert"), "does not say how they become one of a text"),
+        (
+            repository(model_type="bert", architectures=["BertForSequenceClassification"]),
+            "ranks pairs of texts",
+        ),
         (repository(max_position_embeddings=128), "the least that is served is 256"),
     ],
 )
@@ -451,6 +456,7 @@ def test_a_fleet_grows_by_lines_and_every_other_byte_stays(at: Layout) -> None:
     assert declared.hosts["rack"].runs_on == ("self-hosted", "gpu", "rack-1")
     assert declared.registries["production"].url == "s3://bucket/models"
     assert declared.registries["production"].environment == "production"
+    assert declared.registries["local"].url == "file:registry"
     assert Path("dvc.lock").exists()
     assert Path("results/tiny-llama/choice.json").exists()
 
@@ -459,6 +465,25 @@ def test_a_fleet_grows_by_lines_and_every_other_byte_stays(at: Layout) -> None:
     assert tree(Path()) == written
     assert typed("path:models/second", "--quants", "Q5_K_M", "--yes") == 0
     assert list(declaration.check(at).quants)[-1] == "second-Q5_K_M"
+
+
+def test_what_cannot_be_added_by_lines_is_left_to_its_operator(
+    at: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the lines to write; nothing is guessed of a section in one line."""
+    tiny(Path("models/second"), seed=2)
+    text = OWN % ("a" * 64, fetch.content_digest(Path("models/My.Model")))
+    quants = re.compile(r"(?s)quants:\n.*?\n\n")
+    one_line = "quants: {ours-Q8_0: {model: ours, type: Q8_0}}\n\n"
+    at.params.write_text(quants.sub(one_line, text))
+    before = tree(Path())
+
+    assert typed("path:models/second", "--quants", "Q8_0", "--owner", "@me", "--yes") == 2
+
+    told = capsys.readouterr().err
+    assert "`quants` of params.yaml is written in one line" in told
+    assert "second-Q8_0: {model: second, type: Q8_0}" in told
+    assert tree(Path()) == before
 
 
 @pytest.mark.parametrize(
@@ -560,8 +585,8 @@ def test_a_stop_at_any_moment_leaves_a_state_in_which_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         for name in ("put_in_place", "remove"):
-            whole_function = getattr(init_proposal.atomic, name)
-            patch.setattr(init_proposal.atomic, name, stopping(whole_function))
+            whole_function = getattr(atomic, name)
+            patch.setattr(atomic, name, stopping(whole_function))
         with pytest.raises(KeyboardInterrupt):
             init_proposal.write(at, proposal)
     assert declaration.load(at.params)
@@ -595,7 +620,7 @@ def test_a_file_that_cannot_be_written_keeps_all_of_them(
         if "params" in path.name:
             raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(init_proposal.atomic, "sync", full)
+    monkeypatch.setattr(atomic, "sync", full)
     with pytest.raises(MachineError, match="the disk filled up"):
         init_proposal.write(at, proposal)
     assert tree(Path()) == before
@@ -641,7 +666,7 @@ def test_at_a_terminal_every_answer_is_asked_for_and_shown_before_it_is_written(
         power_limit_w=350, pcie_generation=4, pcie_lanes=16,
     )  # fmt: skip
     monkeypatch.setattr(gpu, "cards", lambda: (card,))
-    monkeypatch.setattr(init_repository.platform, "node", lambda: "Desk.lan")
+    monkeypatch.setattr("platform.node", lambda: "Desk.lan")
     monkeypatch.setattr(console, "can_ask", lambda: True)
 
     def answering(*lines: str) -> str:
