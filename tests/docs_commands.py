@@ -77,6 +77,14 @@ _TYPED: Final[dict[tuple[str, str], tuple[str, ...]]] = {
         "doctor --json --offline",
         "doctor --offline --strict",
     ),
+    (
+        "test_template",
+        "test_the_whole_template_is_updated_by_its_own_code_and_the_new_code_looks_at_the_fleet",
+    ): (
+        "template status",
+        "template update",
+    ),
+    ("test_fetch", "test_fleet_digest_prints_the_revision"): ("digest",),
     ("test_load_remote", "test_the_dialect_of_a_server_is_found_out_and_it_is_driven"): (
         "load-test --json --name --url",
         "load-test --url",
