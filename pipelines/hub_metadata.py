@@ -568,7 +568,11 @@ class HubReader:
             said = f"{shown_address(base)} cannot be reached: {_words(error)}."
             raise _AgainError(said, is_unreachable=True) from error
         except OfflineModeIsEnabled as error:
-            raise RetryLaterError("HF_HUB_OFFLINE is set.", hint="Unset it to look.") from error
+            raise RetryLaterError(
+                "HF_HUB_OFFLINE is set: neither the Hub nor a mirror is asked.",
+                hint="Unset it. Without a way to the Hub: HF_ENDPOINT names a mirror, and a "
+                "`path:` source needs none.",
+            ) from error
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
             said = f"the answer of {shown_address(base)} broke off: {_words(error)}."
             raise _AgainError(said) from error
