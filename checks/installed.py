@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,12 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 NODE: Final = ROOT / "tests/node"
 ACTIONLINT: Final = ("github.com/rhysd/actionlint/cmd/actionlint", "1.7.12")
 ACT: Final = ("github.com/nektos/act", "0.2.87")
+# Helm's engine alone: of the whole program, twice as much would be compiled (80 s on 2 cores).
+RENDER: Final = ROOT / "tests/helm"
+VALIDATORS: Final = ROOT / "tests/validators.txt"
+# What of those packages is kept: all versions of Kubernetes together are 17,000 files.
+HADOLINT: Final = "bin/hadolint"
+KUBERNETES: Final = "kubernetes_validate/kubernetes-json-schema/v1.37.0-local-strict"
 _INSTALL_WITHIN_S: Final = 900.0
 _OLDEST_NODE: Final = 20
 
@@ -51,11 +58,33 @@ def go_program(module: str, version: str) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{place}.lock"):
         if not (place / name).is_file():
-            _go_install(f"{module}@v{version}", place)
+            what = f"{module}@v{version}"
+            _go(["install", "-trimpath", "-ldflags=-s -w", what], what, place)
     return place / name
 
 
-def _go_install(what: str, place: Path) -> None:
+def go_module(folder: Path) -> Path:
+    """
+    Return a program of a Go module of ours, built from what its go.sum names.
+
+    Args:
+        folder: With go.mod, go.sum and main.go.
+
+    Raises:
+        MissingError: There is no Go, or no way to the module proxy.
+    """
+    source = "".join((folder / name).read_text() for name in ("go.mod", "go.sum", "main.go"))
+    place = home() / f"{folder.name}-{hashing.sha256_text(source)[:16]}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{place}.lock"):
+        if not (place / folder.name).is_file():
+            what = folder.relative_to(ROOT).as_posix()
+            argv = ["build", "-trimpath", "-mod=readonly", "-ldflags=-s -w", "-o"]
+            _go([*argv, str(atomic.part_name(place) / folder.name), "."], what, place, cwd=folder)
+    return place / folder.name
+
+
+def _go(words: list[str], what: str, place: Path, cwd: Path | None = None) -> None:
     go = shutil.which("go", path=f"{os.environ.get('PATH', '')}:/usr/local/go/bin")
     if go is None:
         raise MissingError(f"{what} is not installed, and there is no Go to install it with")
@@ -63,6 +92,7 @@ def _go_install(what: str, place: Path) -> None:
     atomic.remove(work)
     (work / "tmp").mkdir(parents=True)
     with atomic.replacing(place) as staging:
+        staging.mkdir()
         # As little of the user's own Go as possible: what was downloaded is removed again.
         environment = {
             "GOBIN": str(staging),
@@ -73,8 +103,52 @@ def _go_install(what: str, place: Path) -> None:
             "GOFLAGS": "-modcacherw",
             "GOWORK": "off",
         }
-        _install([go, "install", "-trimpath", "-ldflags=-s -w", what], what, place, environment)
+        _install([go, *words], what, place, environment, cwd)
     atomic.remove(work)
+
+
+def validators() -> Path:
+    """
+    Return the folder with `HADOLINT` and `KUBERNETES`, of the packages in tests/validators.txt.
+
+    uv holds each wheel against the digests there; nothing of a package is run.
+
+    Raises:
+        MissingError: There is no uv, or no way to the package index.
+    """
+    place = home() / f"validators-{hashing.sha256_text(VALIDATORS.read_text())[:16]}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{place}.lock"):
+        if not place.is_dir():
+            beside = Path(sys.executable).parent
+            uv = shutil.which("uv", path=f"{beside}:{os.environ.get('PATH', '')}")
+            if uv is None:
+                raise MissingError("uv is not installed (make setup)")
+            work = place.with_name(f"{place.name}.work")
+            atomic.remove(work)
+            argv = [
+                uv,
+                "pip",
+                "install",
+                "--no-deps",
+                "--require-hashes",
+                "--only-binary=:all:",
+                "--python",
+                sys.executable,
+                "--target",
+                str(work),
+                "-r",
+                str(VALIDATORS),
+            ]
+            try:
+                _install(argv, "tests/validators.txt", place, {})
+                with atomic.replacing(place) as staging:
+                    for name in (HADOLINT, KUBERNETES):
+                        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.move(work / name, staging / name)
+            finally:
+                atomic.remove(work)
+    return place
 
 
 def node() -> str:
@@ -120,11 +194,14 @@ def node_packages() -> Path:
     return place
 
 
-def _install(argv: list[str], what: str, place: Path, environment: dict[str, str]) -> None:
+def _install(
+    argv: list[str], what: str, place: Path, environment: dict[str, str], cwd: Path | None = None
+) -> None:
     try:
         proc.run(
             argv,
             log=place.with_name(f"{place.name}.log"),
+            cwd=cwd,
             env=environment,
             timeout_s=_INSTALL_WITHIN_S,
         )
