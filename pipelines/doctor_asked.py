@@ -43,6 +43,7 @@ class Basis:
         repository: OWNER/NAME.
         web: Its page.
         private: Whether only some may see it.
+        organization: Whether an organization owns it, which has runners of its own.
         branch: Its default branch.
         people: Who may push; None if that cannot be seen.
         person: GitHub's number of whose token it is; None if it is no person's.
@@ -53,6 +54,7 @@ class Basis:
     repository: str
     web: str
     private: bool
+    organization: bool
     branch: str
     people: int | None
     person: int | None
@@ -206,6 +208,7 @@ def basis(gh: GitHub) -> Basis:
         repository=gh.repository,
         web=web(gh),
         private=bool(taken(told, "private", bool)),
+        organization=(told.get("owner") or {}).get("type") == "Organization",
         branch=str(taken(told, "default_branch", str)),
         people=_number(found.get("people")),
         person=_number(found.get("person")),

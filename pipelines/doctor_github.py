@@ -34,7 +34,7 @@ from pipelines.github.errors import GitHubError
 from pipelines.upstream_records import ChangeClass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pipelines.layout import Layout
     from pipelines.params import Declaration
@@ -76,6 +76,8 @@ def _lines(at: Layout, declared: Declaration | None) -> list[Line]:
         *doctor_lines.together(
             "github",
             {each.name: functools.partial(doctor_asked.watched, each, asked) for each in looks},
+            # A look has several questions, each with a deadline of its own.
+            within_s=2 * doctor_lines.ANSWER_WITHIN_S,
         ),
     ]
 
@@ -234,20 +236,66 @@ def _runners(asked: Asked) -> Iterator[Line]:
         return
     hosts = runner_health.measured(asked.declared)
     every = github_runners.runners(asked.gh)
-    if not hosts and not every:
+    sees_all = True
+    try:
+        groups = github_runners.groups(asked.gh) if asked.basis.organization else ()
+    except GitHubError as error:
+        sees_all = False
+        yield _unseen_groups(asked, error)
+    else:
+        every = tuple({one.id: one for one in (*every, *_grouped(groups))}.values())
+        yield from _groups(groups)
+    if sees_all and not hosts and not every:
         yield ok("github", "runners", "no host has `runs_on`: GitHub reaches no machine")
-        return
     for host, labels in hosts.items():
-        yield from _of_host(asked, host, labels, every)
+        yield from _of_host(asked, host, labels, every, sees_all=sees_all)
+    yield from _of_nobody(asked, hosts, every)
+    if kept := [each.name for each in every if not each.ephemeral]:
+        # Whatever its labels: a job can name those that it has.
+        yield _registration(wording.first_few(kept), private=asked.basis.private)
+
+
+def _unseen_groups(asked: Asked, error: GitHubError) -> Line:
+    text = f"those of the organization cannot be seen: {wording.clause(error.message)}"
+    fix = (
+        "gh auth refresh --scopes admin:org && export GITHUB_TOKEN=$(gh auth token)\n"
+        f"or look there: {asked.basis.web}/{_SETTINGS}/runners"
+    )
+    return warn("github", "runners", text, fix)
+
+
+def _of_nobody(
+    asked: Asked,
+    hosts: Mapping[str, tuple[str, ...]],
+    every: tuple[github_runners.Runner, ...],
+) -> Iterator[Line]:
+    """Which runners no host names: a job of any branch can."""
     wanted = [frozenset(each.lower() for each in labels) for labels in hosts.values()]
     for each in every:
         if not any(labels <= each.labels for labels in wanted):
             text = "is registered here, and no host of params.yaml has its labels"
             fix = f"{asked.basis.web}/{_SETTINGS}/runners: remove it, or give a host its labels."
             yield warn("github", f"runner {each.name}", text, fix)
-    if kept := [each.name for each in every if not each.ephemeral]:
-        # Whatever its labels: a job can name those that it has.
-        yield _registration(wording.first_few(kept), private=asked.basis.private)
+
+
+def _grouped(groups: tuple[github_runners.Group, ...]) -> list[github_runners.Runner]:
+    return [one for group in groups for one in group.runners]
+
+
+def _groups(groups: tuple[github_runners.Group, ...]) -> Iterator[Line]:
+    """Whether runners of an organization do whatever any of its workflows says."""
+    if not groups:
+        return
+    wide = [each.name for each in groups if each.any_workflow and each.runners]
+    if wide:
+        text = f"any workflow may use {wording.first_few(wide)}"
+        fix = (
+            "Settings of the organization, Actions, Runner groups: this repository alone, and "
+            "selected workflows: model-pr.yml and runner-health.yml."
+        )
+        yield warn("github", "runner-groups", text, fix)
+    else:
+        yield ok("github", "runner-groups", "none gives runners to any workflow")
 
 
 def _registration(names: str, *, private: bool) -> Line:
@@ -261,7 +309,12 @@ def _registration(names: str, *, private: bool) -> Line:
 
 
 def _of_host(
-    asked: Asked, host: str, labels: tuple[str, ...], every: tuple[github_runners.Runner, ...]
+    asked: Asked,
+    host: str,
+    labels: tuple[str, ...],
+    every: tuple[github_runners.Runner, ...],
+    *,
+    sees_all: bool,
 ) -> Iterator[Line]:
     name = f"runner {host}"
     seen = health_runners.seen(asked.gh, host, labels, every, waiting=None, now=datetime.now(UTC))
@@ -274,7 +327,7 @@ def _of_host(
             f"Register one as deploy/runner/README.md says, with --labels {','.join(labels)}; or "
             f"remove `runs_on` of {host} from params.yaml: then nothing is measured on GitHub."
         )
-        yield fail("github", name, text, fix)
+        yield (fail if sees_all else warn)("github", name, text, fix)
         return
     for each in seen.findings:
         say = fail if each.status == "sick" and each.rule != "runner" else warn

@@ -364,16 +364,19 @@ def _logins(name: str, urls: list[str], asked: Asked) -> Iterator[Line]:
 
 
 def _environment_fix(name: str, asked: Asked) -> str:
+    """Return the calls that guard an environment; the reviewer is who looks, as far as is known."""
     basis = asked.basis
-    person = basis.person if basis.alone else None
     calls = doctor_settings.environment(
         name,
         branches=[basis.branch],
-        reviewer=person or _PLACEHOLDER_PERSON,
+        reviewer=basis.person or _PLACEHOLDER_PERSON,
         alone=basis.alone,
     )
-    said = "" if person else "# in place of 1: gh api users/LOGIN --jq .id\n"
-    return said + doctor_settings.command(*calls)
+    said = f"the reviewer is number {basis.person or _PLACEHOLDER_PERSON}"
+    said += ", you" if basis.person else ", nobody of yours"
+    if not basis.alone:
+        said += ": add who else approves, by gh api users/LOGIN --jq .id"
+    return f"# {said}\n{doctor_settings.command(*calls)}"
 
 
 def _bot(asked: Asked) -> Iterator[Line]:

@@ -1,7 +1,7 @@
 """
 The settings of docs/security.md as calls: what `fleet doctor` prints to paste, for `gh`.
 
-    print(command(APPROVAL))          gh api --method PUT repos/{owner}/{repo}/actions/... <<'JSON'
+    print(command(APPROVAL))          echo '{...}' | gh api --method PUT repos/{owner}/{repo}/...
 
 `gh` fills in `{owner}/{repo}` in a checkout. A test holds these calls against that page and against
 GitHub's own description of its API.
@@ -169,4 +169,6 @@ def label_command(names: Iterable[str]) -> str:
 
 def _line(call: Call) -> str:
     start = f"gh api --method {call.method} repos/{{owner}}/{{repo}}/{call.path}"
-    return f"{start} --input - <<'JSON'\n{json.dumps(call.body)}\nJSON" if call.body else start
+    # One line each: what ends a here-document would not stand at the beginning of its line.
+    body = shlex.quote(json.dumps(call.body, ensure_ascii=False))
+    return f"echo {body} | {start} --input -" if call.body else start

@@ -508,7 +508,9 @@ class GitHubApi:
             if level == "write" and "write" not in has:
                 raise AnswerError(403, "Resource not accessible by integration")
             if level == "read" and set(has) == {"none"}:
-                status = 403 if needed == "administration" else 404
+                status = (
+                    403 if needed in {"administration", "organization_self_hosted_runners"} else 404
+                )
                 raise AnswerError(status, "Resource not accessible by integration")
         return token
 
@@ -664,6 +666,15 @@ class GitHubApi:
             "parents": [made["parents"][0] | {"sha": each} for each in parents],
         }
 
+    def shown_runner(self, number: int) -> dict[str, Any]:
+        """A runner."""
+        runner = self.runners[number]
+        labels = [
+            {"id": at, "name": name, "type": "custom"} for at, name in enumerate(runner["labels"])
+        ]
+        base = {"os": "linux", "status": "online", "busy": False}
+        return base | runner | {"id": number, "labels": labels}
+
     def found(self, table: dict[int, Any], number: int) -> Any:
         """Return an entry, or answer 404."""
         if number not in table:
@@ -676,6 +687,7 @@ _PERMISSIONS: Final = (
     (r"/issues", "issues"),
     (r"/pulls", "pull_requests"),
     (r"/check-runs|/commits/\{ref\}/check-runs", "checks"),
+    (r"/orgs/\{org\}/actions/runner-groups", "organization_self_hosted_runners"),
     (r"/actions/(runners|permissions)|/vulnerability-alerts", "administration"),
     (r"/branches/\{branch\}/protection", "administration"),
     (r"/actions/(organization-)?secrets", "secrets"),
@@ -1043,13 +1055,8 @@ def _list_workflows(api: GitHubApi, _call: Call) -> tuple[int, Any]:
 def _list_runners(api: GitHubApi, call: Call) -> tuple[int, Any]:
     if call.token.login == ACTIONS:
         raise AnswerError(403, "Resource not accessible by integration")
-    found = []
-    for number, runner in api.runners.items():
-        labels = [
-            {"id": at, "name": name, "type": "custom"} for at, name in enumerate(runner["labels"])
-        ]
-        base = {"os": "linux", "status": "online", "busy": False}
-        found.append(base | runner | {"id": number, "labels": labels})
+    mine = {number for group in api.settings.groups or () for number in group["runners"]}
+    found = [api.shown_runner(number) for number in api.runners if number not in mine]
     return 200, {"total_count": len(found), "runners": found}
 
 

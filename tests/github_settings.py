@@ -32,6 +32,8 @@ class Settings:
 
     Attributes:
         private: Whether only some may see the repository.
+        groups: Runner groups of the organization that owns it: `name`, `restricted`, `runners` by
+            their numbers in `api.runners`; None: a person owns it.
         permissions: Bodies of actions/permissions/..., by the last part of the path.
         environments: By name: `reviewers`, `prevent_self_review`, `deployment_branch_policy`,
             `branches`.
@@ -47,6 +49,7 @@ class Settings:
     """
 
     private: bool = False
+    groups: list[dict[str, Any]] | None = None
     permissions: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {
             "": {"enabled": True, "allowed_actions": "all", "sha_pinning_required": False},
@@ -89,12 +92,22 @@ def _route(method: str, template: str) -> Callable[[Any], Any]:
     return register
 
 
+def _organization(template: str) -> Callable[[Any], Any]:
+    def register(handler: Any) -> Any:
+        ROUTES["get", f"/orgs/{{org}}{template}"] = handler
+        return handler
+
+    return register
+
+
 def of_repository(api: Any) -> dict[str, Any]:
     """Return what the repository itself tells of its settings."""
     settings = api.settings
     shown = {"status": settings.scanning}
     return {
         **({"pushed_at": settings.pushed_at} if settings.pushed_at else {}),
+        "owner": api.user(api.repository.partition("/")[0])
+        | {"type": "User" if settings.groups is None else "Organization"},
         "private": settings.private,
         "visibility": "private" if settings.private else "public",
         "security_and_analysis": {
@@ -166,6 +179,24 @@ def _variables(api: Any, call: Any) -> tuple[int, Any]:
         for name, value in sorted(api.settings.variables.items())
     ]
     return 200, {"total_count": len(shown), "variables": shown}
+
+
+@_organization("/actions/runner-groups")
+def _groups(api: Any, call: Any) -> tuple[int, Any]:
+    assert call.query["visible_to_repository"] == api.repository.partition("/")[2]
+    made = api.contract.example("runner-groups-org")["runner_groups"][0]
+    shown = [
+        made | {"id": at, "name": each["name"], "restricted_to_workflows": each["restricted"]}
+        for at, each in enumerate(api.settings.groups or ())
+    ]
+    return 200, {"total_count": len(shown), "runner_groups": shown}
+
+
+@_organization("/actions/runner-groups/{runner_group_id}/runners")
+def _runners_of_group(api: Any, call: Any) -> tuple[int, Any]:
+    mine = api.settings.groups[call.number("runner_group_id")]["runners"]
+    shown = [api.shown_runner(number) for number in mine]
+    return 200, {"total_count": len(shown), "runners": shown}
 
 
 # --- environments -----------------------------------------------------------------------------

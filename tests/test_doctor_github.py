@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PERSON = "ghp_of-a-person"
 _CALL = re.compile(
-    r"^gh api --method (\S+) repos/\{owner\}/\{repo\}/(\S+)"
-    r"(?: --input - <<'JSON'\n(.*?)\nJSON)?$",
-    re.DOTALL | re.MULTILINE,
+    r"^(?:echo '(?P<body>[^']*)' \| )?gh api --method (?P<method>\S+) "
+    r"repos/\{owner\}/\{repo\}/(?P<path>\S+)(?: --input -)?$",
+    re.MULTILINE,
 )
 LOGINS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
 HOSTS = """
@@ -84,7 +84,7 @@ def looked(declared: Declaration | None) -> dict[str, Line]:
 def pasted(fix: str) -> Iterator[tuple[str, str, Any]]:
     """Yield method, path and body of each `gh` command that a fix prints."""
     for found in _CALL.finditer(fix):
-        yield found[1], found[2], json.loads(found[3]) if found[3] else None
+        yield found["method"], found["path"], json.loads(found["body"]) if found["body"] else None
     for line in fix.splitlines():
         if line.startswith("gh label create "):
             _, _, _, name, _, colour = shlex.split(line)
@@ -151,32 +151,31 @@ def test_a_look_changes_nothing(api: GitHubApi, declared: Declaration) -> None:
     assert {each.method for each in api.requests} == {"GET"}
 
 
-@pytest.mark.parametrize(
-    ("change", "line", "said"),
-    [
-        ({"enabled": False}, "actions", ("fail", "switched off")),
-        ({"allowed_actions": "local_only"}, "actions", ("fail", "actions/checkout")),
-        ({"github_owned_allowed": False}, "actions", ("fail", "GitHub's own actions may not run")),
-        ({"patterns_allowed": ["evil/*"]}, "actions", ("warn", "evil/*")),
-        ({"sha_pinning_required": False}, "actions", ("warn", "a tag")),
-        ({"default_workflow_permissions": "write"}, "workflow-token", ("warn", "may write")),
-        ({"can_approve_pull_request_reviews": True}, "workflow-token", ("warn", "approve")),
-        ({"approval_policy": "first_time_contributors"}, "fork-approval", ("warn", "first_time")),
-        ({"days": 90}, "retention", ("warn", "90 days")),
-    ],
+WEAKENED: tuple[tuple[dict[str, Any], str, str, str], ...] = (
+    ({"enabled": False}, "actions", "fail", "switched off"),
+    ({"allowed_actions": "local_only"}, "actions", "fail", "actions/checkout"),
+    ({"github_owned_allowed": False}, "actions", "fail", "GitHub's own actions may not run"),
+    ({"patterns_allowed": ["evil/*"]}, "actions", "warn", "evil/*"),
+    ({"sha_pinning_required": False}, "actions", "warn", "a tag"),
+    ({"default_workflow_permissions": "write"}, "workflow-token", "warn", "may write"),
+    ({"can_approve_pull_request_reviews": True}, "workflow-token", "warn", "approve"),
+    ({"approval_policy": "first_time_contributors"}, "fork-approval", "warn", "first_time"),
+    ({"days": 90}, "retention", "warn", "90 days"),
 )
-def test_each_setting_that_was_weakened_is_said(
-    api: GitHubApi, declared: Declaration, change: dict[str, Any], line: str, said: tuple[str, str]
-) -> None:
+
+
+def test_each_setting_that_was_weakened_is_said(api: GitHubApi, declared: Declaration) -> None:
     """Of Settings > Actions > General, one by one."""
     guarded(api, declared)
-    (key,) = change
-    (kept,) = [each for each in api.settings.permissions.values() if key in each]
-    kept.update(change)
-    found = looked(declared)
-    assert [each.name for each in found.values() if each.state != "ok"] == [line]
-    state, words = said
-    assert (found[line].state, words in found[line].text) == (state, True), found[line]
+    for change, line, state, words in WEAKENED:
+        (key,) = change
+        (kept,) = [each for each in api.settings.permissions.values() if key in each]
+        before = kept[key]
+        kept.update(change)
+        found = looked(declared)
+        assert [each.name for each in found.values() if each.state != "ok"] == [line]
+        assert (found[line].state, words in found[line].text) == (state, True), found[line]
+        kept[key] = before
 
 
 def _rule(api: GitHubApi, kind: str) -> dict[str, Any]:
@@ -325,6 +324,33 @@ def test_runners_are_held_against_the_labels_that_are_declared(
     assert every["registration"].state == "warn"
     api.settings.private = True
     assert looked(declared)["registration"].state == "ok"
+
+
+def test_runners_of_an_organization_count_and_where_they_are_not_seen_nothing_is_claimed(
+    api: GitHubApi, declared: Declaration
+) -> None:
+    """They are in groups, which only an owner of the organization may list."""
+    guarded(api, declared)
+    (number,) = api.runners
+    api.settings.groups = [{"name": "cards", "restricted": True, "runners": [number]}]
+    found = looked(declared)
+    assert [name for name, line in found.items() if line.state != "ok"] == []
+    assert found["runner desk"].text.startswith("desk is online")
+
+    api.settings.groups[0]["restricted"] = False
+    assert looked(declared)["runner-groups"].text == "any workflow may use cards"
+
+    api.tokens[PERSON] = Token(
+        "mona",
+        dict.fromkeys(
+            ("actions", "administration", "contents", "environments", "pull_requests", "secrets",
+             "variables"), "read",
+        ),
+    )  # fmt: skip
+    found = looked(declared)
+    assert found["runner desk"].state == "warn"
+    assert "those of the organization cannot be seen" in found["runners"].text
+    assert level(declared)[1].startswith("cannot be told")
 
 
 def test_what_a_token_may_not_see_is_a_warning_with_the_right_and_the_page_never_well(

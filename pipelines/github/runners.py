@@ -53,6 +53,46 @@ def runners(gh: GitHub) -> tuple[Runner, ...]:
     return tuple(_runner(each) for each in gh.paged("actions/runners", "runners"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """
+    A runner group of an organization, as far as it concerns one of its repositories.
+
+    Attributes:
+        name: Its operator's text.
+        any_workflow: Whether every workflow may use its runners.
+        runners: Of it.
+    """
+
+    name: str
+    any_workflow: bool
+    runners: tuple[Runner, ...]
+
+
+def groups(gh: GitHub) -> tuple[Group, ...]:
+    """
+    Return the groups of the repository's organization that it may use.
+
+    Raises:
+        GitHubError: The token may not ask: it needs `admin:org`, or of an App
+            `organization_self_hosted_runners: read`.
+        RetryLaterError: GitHub cannot be asked now.
+    """
+    place = f"/orgs/{quoted(gh.owner)}/actions/runner-groups"
+    name = gh.repository.partition("/")[2]
+    return tuple(
+        Group(
+            name=taken(each, "name", str),
+            any_workflow=each.get("restricted_to_workflows") is not True,
+            runners=tuple(
+                _runner(one)
+                for one in gh.paged(f"{place}/{taken(each, 'id', int)}/runners", "runners")
+            ),
+        )
+        for each in gh.paged(place, "runner_groups", visible_to_repository=name)
+    )
+
+
 def deprecation(gh: GitHub, version: str) -> dict[str, Any] | None:
     """
     Return what GitHub says of a runner's version: when it stops to get jobs.
