@@ -179,7 +179,6 @@ def _objects(
         at: The checkout.
     """
     if not listed:
-        yield ok("repository", "objects", "dvc.lock names none")
         return
     if not absent:
         yield ok("repository", "objects", f"all {len(listed)} of dvc.lock are in the cache")
@@ -251,7 +250,7 @@ def _folder(
     """Say of a remote that is a folder whether it is there, and who can reach it."""
     inside = folder.resolve().is_relative_to(at.root.resolve())
     missing = [each for each in listed if each.oid not in there]
-    held = f"{len(listed) - len(missing)} of {len(listed)} objects are in it"
+    held = _count(listed, len(listed) - len(missing))
     if inside and doctor_lines.github_repository(at.root):
         yield warn(
             "repository",
@@ -283,9 +282,11 @@ def _served(
 
     def ask() -> Iterator[Line]:
         nonlocal there
+        if not listed:
+            store.fs.exists(store.path)  # so that somebody answers
         there = set(store.oids_exist([each.oid for each in listed]))
         missing = [each for each in listed if each.oid not in there]
-        held = f"{_held(name, url)}; {len(listed) - len(missing)} of {len(listed)} are in it"
+        held = f"{_held(name, url)}; {_count(listed, len(listed) - len(missing))}"
         yield (
             warn("repository", "remote", held, "dvc push")
             if missing
@@ -322,6 +323,10 @@ def _unread(name: str, url: str, error: Exception) -> Line:
         "dvc config --list --show-origin    # address, region, endpoint; then the login",
         code=StoreError.exit_code,
     )
+
+
+def _count(listed: list[Wanted], there: int) -> str:
+    return f"{there} of {len(listed)} objects are in it" if listed else "nothing was made yet"
 
 
 def _held(name: str, url: str) -> str:

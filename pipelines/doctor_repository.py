@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import configparser
 import re
+import shlex
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import __version__, console, doctor_lines, owners, proc, toolchain, wording
@@ -97,7 +99,7 @@ def looks(at: Layout, found: Declaration | None, *, bare: bool, offline: bool) -
     """
     plain: dict[str, Look] = {
         "template": lambda: _template(at, bare=bare),
-        "git": lambda: _git(at),
+        "git": lambda: _git(at, found),
         "dvc-config": lambda: _dvc_config(at),
         "killed": lambda: _killed(at, bare=bare),
     }
@@ -125,7 +127,7 @@ def lines(at: Layout, found: Declaration | None, *, bare: bool, offline: bool) -
 # --- git --------------------------------------------------------------------------------------
 
 
-def _git(at: Layout) -> Iterator[Line]:
+def _git(at: Layout, found: Declaration | None) -> Iterator[Line]:
     """See whether everything of the operator's is in git."""
     try:
         # With a name in it, since a folder below another repository is no repository of ours.
@@ -143,9 +145,13 @@ def _git(at: Layout) -> Iterator[Line]:
     if inside == "true":
         text = "a shallow clone: no pull request can be compared with where its branch began"
         yield warn("repository", "git", text, "git fetch --unshallow")
-    operators = [path.rstrip("/") for path in owners.OPERATOR]
+    mine = [*owners.OPERATOR, *_sources(found)]
     changed: list[tuple[str, str]] = []
-    told = iter(_ask(at, "status", "--porcelain=v1", "-z", "--", *operators).split("\0"))
+    told = iter(
+        _ask(
+            at, "status", "--porcelain=v1", "-z", "--", *(path.rstrip("/") for path in mine)
+        ).split("\0")
+    )
     for each in told:
         if each:
             changed.append((each[:2], each[3:]))
@@ -164,17 +170,24 @@ def _git(at: Layout) -> Iterator[Line]:
             "repository",
             "committed",
             f"{wording.counted(len(changed), 'path')} of the operator's not as in git: {paths}",
-            f"git add -- {' '.join(_named(changed))}\ngit commit --message 'Records'",
+            f"git add -- {' '.join(_named(changed, mine))}\ngit commit --message 'Records'",
         )
     else:
         yield ok("repository", "committed", "declaration, records and lock are as in git")
 
 
-def _named(changed: list[tuple[str, str]]) -> list[str]:
+def _sources(found: Declaration | None) -> list[str]:
+    """Return the folders of models that are in the repository."""
+    kinds = (model.source.partition(":") for model in (found.models.values() if found else ()))
+    paths = {PurePosixPath(path) for kind, _, path in kinds if kind == "path"}
+    return sorted(f"{p}/" for p in paths if not p.is_absolute() and ".." not in p.parts)
+
+
+def _named(changed: list[tuple[str, str]], mine: list[str]) -> list[str]:
     """Return which of the operator's paths hold what changed, as they are typed."""
     return [
-        one
-        for one in owners.OPERATOR
+        shlex.quote(one)
+        for one in mine
         if any(path.startswith(one.rstrip("/")) for _, path in changed)
     ]
 
@@ -260,6 +273,7 @@ def _lock(at: Layout, found: Declaration | None, *, offline: bool) -> Iterator[L
     if not path.is_file() or not path.stat().st_size:
         text = "no dvc.lock: nothing was measured yet"
         yield warn("repository", "lock", text, "fleet repro")
+        yield from doctor_objects.lines(at, {}, {}, offline=offline)
         return
     try:
         stages = lock_entries.parsed(path.read_text(encoding="utf-8"))

@@ -244,6 +244,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str, str, int]] = {
         lambda root: (root / "results/note.json").write_text("{}"),
         "committed", "warn", "results/note.json", "git add -- results/", 0,
     ),
+    "a source of a model that is not in git": (
+        lambda root: (root / f"examples/{MODEL}/extra.txt").write_text("more\n"),
+        "committed", "warn", f"examples/{MODEL}/extra.txt", f"git add -- examples/{MODEL}/", 0,
+    ),
     "no repository of git": (
         lambda root: (root / ".git").rename(root / "gone"),
         "git", "fail", "no git repository", "git init", 2,
@@ -347,7 +351,7 @@ def test_a_remote_on_a_server_is_asked_through_dvc(
     told = repository("lock", offline=False)
     assert (told["objects"].state, told["objects"].fix) == ("warn", "dvc pull --allow-missing")
     assert (told["remote"].state, told["remote"].fix) == ("warn", "dvc push")
-    assert told["remote"].text == f"local is s3://{bucket}/fleet; 1 of 8 are in it"
+    assert told["remote"].text == f"local is s3://{bucket}/fleet; 1 of 8 objects are in it"
 
     config.write_text(text.format("user:secret@nobody"))
     offline = repository("lock", offline=True)
