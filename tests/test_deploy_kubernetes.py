@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import helm_rendering
-import jsonschema
+import jsonschema  # type: ignore[import-untyped] # it has no types
 import pytest
 import referencing
 import yaml
