@@ -8,9 +8,23 @@ from typing import TYPE_CHECKING, Any
 import bundle_factory
 import plan_factory
 import pytest
+import sample
+from bundle_factory import TWIN
 from plan_factory import MODEL, OTHER, commit, copy, edit, edit_json
 
-from pipelines import bundle, comment, declaration, gate, params, plan, repro, routing
+from pipelines import (
+    adopt,
+    bundle,
+    comment,
+    declaration,
+    gate,
+    params,
+    plan,
+    publish_hosts,
+    records,
+    repro,
+    routing,
+)
 from pipelines.comment_render import render
 from pipelines.errors import ParamsError
 from pipelines.layout import Layout
@@ -19,7 +33,7 @@ from pipelines.records import QuantizeRecord
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pipelines.ci_records import PlanRecord
+    from pipelines.ci_records import GateRecord, PlanRecord
     from pipelines.params import Declaration
 
 FIRST, BIG, EDGE = "local", "big", "edge"
@@ -166,29 +180,49 @@ def test_a_machine_is_refused_a_model_that_is_not_served_there(at: Layout) -> No
         repro._require_may_measure(told, [MODEL], BIG, None)
 
 
-@pytest.mark.parametrize("primary", [True, False])
-def test_the_gate_wants_a_bundle_of_the_models_own_hosts_and_of_no_other(
-    tmp_path: Path,
-    primary: bool,  # noqa: FBT001 - what the bundle says of itself
-) -> None:
-    """From the first host of that model, judged for its hosts, adopted into results/MODEL."""
-    at = bundle_factory.with_twin(bundle_factory.fleet(tmp_path / "fork"))
+@pytest.fixture
+def two(tmp_path: Path) -> Layout:
+    """A fork of two models on two hosts, each of which serves one of them."""
+    at = bundle_factory.with_twin(bundle_factory.fleet(tmp_path / "two"))
     bundle_factory.with_host(at, EDGE)
     edit(at.params, f"  {MODEL}:\n", f"  {MODEL}:\n    hosts: [{FIRST}]\n")
-    edit(at.params, "  twin:\n", f"  twin:\n    hosts: [{EDGE}]\n")
-    path = tmp_path / "plan.json"
-    path.write_text(bundle_factory.plan_of(at, ("twin", EDGE)).model_dump_json())
-    one = bundle_factory.bundle_of(at, "twin", EDGE).model_copy(update={"primary": primary})
+    edit(at.params, f"  {TWIN}:\n", f"  {TWIN}:\n    hosts: [{EDGE}]\n")
+    sample.take(at.root, "examples")
+    return at
 
-    found, _ = gate.gate(at, plan_file=path, bundles=bundle_factory.save(tmp_path / "b", one))
 
-    if primary:
-        assert (found.conclusion, found.failures) == ("success", ()), found.failures
-        assert [(each.model, each.host) for each in found.models if each.model == "twin"] == [
-            ("twin", EDGE)
-        ]
-    else:
-        assert "it is the first measured host" in " ".join(found.failures), found.failures
+def judged(at: Layout, **changes: Any) -> GateRecord:
+    """Let the gate look at what the host of the second model measured."""
+    path = at.root.parent / "plan.json"
+    path.write_text(bundle_factory.plan_of(at, (TWIN, EDGE)).model_dump_json())
+    one = bundle_factory.bundle_of(at, TWIN, EDGE).model_copy(update=changes)
+    bundles = bundle_factory.save(at.root.parent / "bundles", one)
+    return gate.gate(at, plan_file=path, bundles=bundles)[0]
+
+
+def test_what_the_host_of_a_model_measured_is_adopted_as_its_first(two: Layout) -> None:
+    """Judged for its hosts alone, put into results/MODEL; then nothing is left to measure."""
+    found = judged(two)
+
+    assert (found.conclusion, found.failures) == ("success", ()), found.failures
+    assert [one.host for one in found.models if one.model == TWIN] == [EDGE]
+    records.write(two.root.parent / "gate.json", found)
+    adopt.main(two, two.root.parent / "gate.json")
+    bundle_factory.commit(two.root)
+    assert two.model_record("choose", TWIN).is_file()
+    assert not two.on_hosts(TWIN).exists()
+    assert plan.make(two).legs == ()
+    told = declared(two)
+    assert publish_hosts.refusals(
+        told, params.publish_slice(told, TWIN), two, today="2026-11-22"
+    ) == ()  # fmt: skip
+
+
+def test_a_bundle_that_is_not_of_the_models_first_host_is_refused(two: Layout) -> None:
+    """A release is made of that one's numbers."""
+    found = judged(two, primary=False)
+
+    assert found.failures == (f"{TWIN} on {EDGE}: it is the first measured host.",)
 
 
 # --- what cannot fit --------------------------------------------------------------------------
