@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
+import http.server
 import importlib.util
+import json
 import re
 import sys
+import threading
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import sample
+from hub import Hub
 
 from pipelines import declaration, params, prompts
 from pipelines.layout import Layout
 
 if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
     from pipelines.params import Declaration
@@ -176,3 +184,73 @@ def test_the_two_hosts_measure_what_is_theirs() -> None:
     routed: dict[str, Any] = {model: set(params.judged_hosts(one, model)) for model in one.models}
 
     assert routed == {"qwen3-8b": {"rack-a", "rack-b"}, "qwen2-5-coder-14b": {"rack-a"}}
+
+
+@contextmanager
+def mirror(hub: Hub, path: str, asked: list[str]) -> Iterator[str]:
+    """Pass on what is asked below `path` to a Hub, redirects as they are, and nothing else."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+        def do_GET(self) -> None:
+            """Ask the Hub the same, without the path."""
+            asked.append(self.path)
+            inside = self.path.startswith(f"{path}/")
+            connection = http.client.HTTPConnection(hub.url.removeprefix("http://"))
+            connection.request(
+                self.command,
+                self.path.removeprefix(path) if inside else "/nothing/of/the/kind",
+                headers={name: value for name, value in self.headers.items() if name != "Host"},
+            )
+            answer = connection.getresponse()
+            body = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in {"transfer-encoding", "connection", "content-length"}:
+                    self.send_header(name, value)
+            said = answer.getheader("Content-Length") if self.command == "HEAD" else None
+            self.send_header("Content-Length", said or str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            connection.close()
+
+        do_HEAD = do_GET  # noqa: N815 - the same
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}{path}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.toolchain
+def test_the_air_gapped_example_is_fetched_from_a_mirror_and_its_commit_is_named(
+    checkout: Path, fleet: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """A mirror with a path behind the host: look, pin what is named, fetch; nothing goes beside."""
+    source = ROOT / "examples/tiny-llama"
+    names = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+    text = EXAMPLES["air-gapped"].read_text(encoding="utf-8")
+    text = text.replace("hf:Qwen/Qwen3-8B", "hf:acme/tiny").replace("16384", "512")
+    asked: list[str] = []
+    with Hub() as hub, mirror(hub, "/artifacts/hf", asked) as address:
+        repo = hub.create("acme/tiny", files={name: (source / name).read_bytes() for name in names})
+        env = hub.env() | {"HF_ENDPOINT": address}
+        (checkout / "params.yaml").write_text(text)
+        looked = fleet("check-upstream", cwd=checkout, **env)
+        (checkout / "params.yaml").write_text(text.replace(UNKNOWN_COMMIT, repo.head))
+        fetched = fleet("fetch", "qwen3-8b", cwd=checkout, **env)
+        again = fleet("check-upstream", cwd=checkout, **env)
+
+    assert f"the newest is {repo.head}." in looked.stdout, looked
+    assert fetched.returncode == 0, fetched.stderr
+    record = json.loads((checkout / "results/qwen3-8b/fetch.json").read_text())
+    assert (record["revision"], len(record["files"])) == (repo.head, len(names))
+    assert re.search(r"qwen3-8b +current", again.stdout), again
+    assert all(each.startswith("/artifacts/hf/") for each in asked)
+    assert hub.unexpected == []
