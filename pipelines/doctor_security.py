@@ -31,7 +31,8 @@ _SECOND: Final = (
 )
 _LEVELS: Final = (
     "nothing of GitHub reaches a machine",
-    "a private repository; everybody who may push may do to the machine what its user may",
+    "enough for a private repository, in which everybody who may push may do to the machine what "
+    "its user may; a public one needs level 2",
     "one registration for each job, environments with reviewers, code owners, an App",
 )
 # Of runners that stay registered after a job.
