@@ -31,17 +31,16 @@ _SECOND: Final = (
 )
 _LEVELS: Final = (
     "nothing of GitHub reaches a machine",
-    "enough for a private repository, in which everybody who may push may do to the machine what "
-    "its user may; a public one needs level 2",
+    "enough for a private repository: who may push may do to the machine what its user may",
     "one registration for each job, environments with reviewers, code owners, an App",
 )
 # Of runners that stay registered after a job.
 _REGISTRATION: Final = "registration"
 _MACHINE: Final = "A host with `runs_on` in params.yaml, and its runner: deploy/runner/README.md."
 _BY_HAND: Final = (
-    "seen by no call: workflow execution protections and runner groups (Settings > Actions), the "
-    "hooks of the machine (there: fleet runner-health probe), and level 3: egress, caches, "
-    "attestations that are required where models are served"
+    "seen by no call: workflow execution protections (Settings > Actions), the hooks of the machine "
+    "(there: fleet runner-health probe), and level 3: egress, caches, attestations that are "
+    "required where models are served"
 )
 
 
