@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pipelines import console, migrations, proc, repro, template_releases, template_update, wording
 from pipelines.errors import FleetError, GateError, ParamsError, ToolError
+from pipelines.layout import Layout
 from pipelines.template_releases import BRANCH, FETCHED, OWN, REMOTE, shown
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from pipelines.layout import Layout
     from pipelines.template_git import Objects
     from pipelines.template_releases import Base, Release, Version
     from pipelines.template_update import Update
@@ -160,7 +160,7 @@ def _look(objects: Objects, args: argparse.Namespace) -> Found:
             hint=f"git ls-remote --tags {REMOTE}",
         )
     target = template_releases.release_of(known, args.to) if args.to else known[-1]
-    head = objects.git.commit("HEAD")
+    head = objects.head
     base = template_releases.base_of(objects, head, known, target, args.base)
     if target.version < base.version and args.to:
         raise ParamsError(
@@ -251,7 +251,7 @@ def _child(objects: Objects, *argv: str) -> None:
         done = proc.run(
             [sys.executable, "-m", "pipelines", *argv],
             cwd=objects.root,
-            log=objects.root / "work/logs/template-update.log",
+            log=Layout(objects.root).log("template", "update"),
             ok_codes=_ANY_CODE,
             timeout_s=_CHILD_WITHIN_S,
             env={"PYTHONSAFEPATH": ""},
@@ -280,7 +280,8 @@ def _next(update: Update, made: str) -> Sequence[str]:
 
 def _tree(objects: Objects, args: argparse.Namespace) -> int:
     """Make branch and tags of the template tree: of this repository's tags, or of those fetched."""
-    is_fork = args.origin or objects.maybe("config", "--get", f"remote.{REMOTE}.url")
+    remote = objects.maybe("config", "--get", f"remote.{REMOTE}.url")
+    is_fork = bool(args.origin or remote)
     if is_fork:
         for line in template_releases.fetch(objects, args.origin):
             console.warn(line)
@@ -293,7 +294,7 @@ def _tree(objects: Objects, args: argparse.Namespace) -> int:
             "there is no release: no tag of the form vX.Y.Z.",
             hint="git tag v1.0.0; git push --tags",
         )
-    made = template_releases.publish(objects, known, dry_run=args.dry_run)
+    made = template_releases.publish(objects, known, branch=not is_fork, dry_run=args.dry_run)
     if args.json:
         told = {f"v{each.name}": each.template for each in known}
         console.out(json.dumps({"template": told, "made": dict(made)}, indent=2))
@@ -318,7 +319,7 @@ def here(at: Layout) -> tuple[str | None, str | None]:
     """
     try:
         objects = template_releases.find(at.root)
-        version = template_releases.version_of(objects, objects.git.commit("HEAD"))
+        version = template_releases.version_of(objects, objects.head)
         newest = template_releases.newest(objects)
     except (FleetError, ToolError):
         return None, None

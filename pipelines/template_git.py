@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pipelines import console, proc, trees
 from pipelines.errors import MachineError, ToolError
+from pipelines.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -69,7 +70,14 @@ class Merged(NamedTuple):
 
 
 class Objects:
-    """The repository of a checkout, seen as git's objects."""
+    """
+    The repository of a checkout, seen as git's objects.
+
+    Attributes:
+        head: Commit that was checked out when somebody looked; empty before.
+    """
+
+    head = ""
 
     def __init__(self, root: Path) -> None:
         """Take the root of a checkout."""
@@ -78,14 +86,20 @@ class Objects:
         self._entries: dict[str, Entries] = {}
         self._objects: dict[str, bytes | None] = {}
 
-    def told(self, *argv: str, data: bytes = b"", env: Mapping[str, str] | None = None) -> bytes:
-        """Return what git prints. Raises: ToolError if it fails."""
+    def told(
+        self,
+        *argv: str,
+        data: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        within_s: float = WITHIN_S,
+    ) -> bytes:
+        """Return what git prints. Raises: ToolError if it fails, or takes longer than that."""
         return proc.answer(
             ["git", *argv],
             told=data,
             cwd=self.root,
             env={**_ENVIRONMENT, **(env or {})},
-            within_s=WITHIN_S,
+            within_s=within_s,
         )
 
     def word(self, *argv: str, data: bytes = b"", env: Mapping[str, str] | None = None) -> str:
@@ -190,7 +204,9 @@ class Objects:
         except ToolError as error:
             raise MachineError(
                 f"git does not commit: {error.message}",
-                hint="git config user.name NAME; git config user.email ADDRESS",
+                hint="commit.gpgSign is true: let git sign, or git config commit.gpgSign false"
+                if signs
+                else "git config user.name NAME; git config user.email ADDRESS",
             ) from error
 
     def has(self, commit: str, ancestor: str) -> bool:
@@ -235,7 +251,7 @@ class Objects:
         done = proc.run(
             ["git", "merge-tree", "--write-tree", "--messages", "-z", *sides],
             cwd=self.root,
-            log=self.root / "work/logs/template-git.log",
+            log=Layout(self.root).log("template", "merge"),
             env=_ENVIRONMENT,
             ok_codes=(0, 1),
             timeout_s=WITHIN_S,

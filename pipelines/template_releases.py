@@ -25,7 +25,7 @@ from pipelines.errors import ParamsError, ToolError, UpstreamError
 from pipelines.template_git import Objects, no_object, strip
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 
@@ -38,6 +38,8 @@ FETCHED: Final = "refs/fleet/template/tags/"
 _VERSION_FILE: Final = "pipelines/__init__.py"
 _OWNERS_FILE: Final = "pipelines/owners.py"
 _LARGEST_TABLE: Final = 1000
+# All of a template's history, the first time.
+_FETCH_WITHIN_S: Final = 600.0
 
 Version = tuple[int, int, int]
 
@@ -124,6 +126,7 @@ def fetch(objects: Objects, origin: str | None) -> list[str]:
         objects.told(
             *("fetch", "--quiet", "--prune", "--no-tags", "--no-write-fetch-head"),
             *("--no-recurse-submodules", "--", place, f"+{OWN}v*:{FETCHED}v*"),
+            within_s=_FETCH_WITHIN_S,
         )
     except ToolError as error:
         raise UpstreamError(
@@ -289,14 +292,15 @@ def release_of(known: Sequence[Release], name: str) -> Release:
     )
 
 
-def _candidates(objects: Objects, head: str, target: Release) -> list[tuple[str, str]]:
-    """Return commits that may be what the fork has of the template, the surest first."""
-    found = [(rev, "it was merged before") for rev in taken(objects, head)]
+def _candidates(objects: Objects, head: str, target: Release) -> Iterator[tuple[str, str]]:
+    """Yield commits that may be what the fork has of the template, the surest first."""
+    for rev in taken(objects, head):
+        yield rev, "it was merged before"
     if (shared := objects.maybe("merge-base", head, target.commit)) is not None:
-        found.append((shared, "its history comes from there"))
-    roots = objects.word("rev-list", "--max-parents=0", head).split()
-    copies = filter(None, (_same_tree(objects, root, target) for root in roots))
-    return found + [(copy, "its first commit is a copy of it") for copy in copies]
+        yield shared, "its history comes from there"
+    for root in objects.word("rev-list", "--max-parents=0", head).split():
+        if (copy := _same_tree(objects, root, target)) is not None:
+            yield copy, "its first commit is a copy of it"
 
 
 def taken(objects: Objects, head: str) -> list[str]:
@@ -308,6 +312,8 @@ def taken(objects: Objects, head: str) -> list[str]:
     """
     told = objects.told("rev-list", "--merges", "--parents", head).decode().splitlines()
     sides = list(dict.fromkeys(side for line in told for side in line.split()[2:]))
+    if not sides:
+        return []
     asked = "".join(f"{side}:{name}\n" for side in sides for name in (_OWNERS_FILE, "params.yaml"))
     answers = objects.told("cat-file", "--batch-check", data=asked.encode()).decode().splitlines()
     is_there = [not line.endswith(" missing") for line in answers]
@@ -368,13 +374,16 @@ BRANCH: Final = "refs/heads/template"
 PUBLISHED: Final = "refs/tags/template/"
 
 
-def publish(objects: Objects, known: Sequence[Release], *, dry_run: bool) -> Mapping[str, str]:
+def publish(
+    objects: Objects, known: Sequence[Release], *, branch: bool, dry_run: bool
+) -> Mapping[str, str]:
     """
-    Make branch `template` and the tags `template/vX.Y.Z` of this repository.
+    Make the tags `template/vX.Y.Z` of this repository, and branch `template`.
 
     Args:
         objects: The repository.
         known: The releases.
+        branch: Whether the branch is wanted: a fork has no use for it.
         dry_run: Only say what would be made.
 
     Returns:
@@ -384,7 +393,8 @@ def publish(objects: Objects, known: Sequence[Release], *, dry_run: bool) -> Map
         ParamsError: A name is taken by another commit; nothing was made.
     """
     wanted = {f"{PUBLISHED}v{each.name}": each.template for each in known}
-    wanted[BRANCH] = known[-1].template
+    if branch:
+        wanted[BRANCH] = known[-1].template
     made: dict[str, str] = {}
     lines: list[str] = []
     for name, commit in wanted.items():
@@ -414,7 +424,7 @@ def find(root: Path) -> Objects:
         MachineError: This is no repository, or git refuses to read it.
     """
     objects = Objects(root)
-    objects.git.commit("HEAD")
+    objects.head = objects.git.commit("HEAD")
     prefix, is_shallow = objects.told(
         "rev-parse", "--show-prefix", "--is-shallow-repository"
     ).splitlines()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipelines.template_git import Conflict, Entries, Merged, Objects
     from pipelines.template_releases import Base, Release
 
-# The commit that was left, while files are written.
+# The merge commit, while its files are written.
 _MOVING: Final = "refs/fleet/template/moving"
 _UNDER_WAY: Final = {
     "MERGE_HEAD": "git merge --abort",
@@ -232,17 +232,17 @@ def finish(objects: Objects) -> bool:
     Raises:
         MachineError: A file was edited since, or git still holds the index.
     """
-    left = objects.git.parse(_MOVING)
-    if left is None:
+    meant = objects.maybe("rev-parse", "--verify", "--quiet", _MOVING)
+    if meant is None:
         return False
-    head = objects.git.commit("HEAD")
-    if objects.maybe("rev-parse", "--verify", "--quiet", f"{head}^1") != left:
+    head = objects.head
+    if head != meant:
         # Killed before the branch was moved, or somebody has gone on since.
         objects.told("update-ref", "-d", _MOVING)
         return False
     told = objects.told("diff", "--name-only", "-z", "--no-renames", "HEAD")
     paths = [os.fsdecode(path) for path in told.split(b"\0") if path]
-    before, after = objects.entries(left), objects.entries(head)
+    before, after = objects.entries(objects.word("rev-parse", f"{head}^1")), objects.entries(head)
     edited = [path for path in paths if not _is_between(objects, path, before, after)]
     if edited or _inside(objects, "index.lock").exists():
         what = wording.first_few(edited) or "the lock of the index"
@@ -306,7 +306,7 @@ def apply(objects: Objects, update: Update) -> str:
         f"{branch.removeprefix('refs/heads/')} moves to {made[:12]}. If this is stopped from now "
         f"on: {FINISH}"
     )
-    objects.told("update-ref", _MOVING, update.head)
+    objects.told("update-ref", _MOVING, made)
     try:
         words = ("-m", "fleet template update", branch, made, update.head)
         objects.told("update-ref", *words)

@@ -77,7 +77,7 @@ class Repository:
         assert done.returncode == 0 or not ok, done.stdout + done.stderr
         return done.stdout.strip()
 
-    def commit(self, files: Mapping[str, str | None], message: str = "change") -> str:
+    def commit(self, files: Mapping[str, str | None], message: str = "change") -> None:
         """Write files, or remove those that are None, and commit all of it."""
         for name, text in files.items():
             place = self.path / name
@@ -88,7 +88,6 @@ class Repository:
             place.write_text(text, encoding="utf-8")
         self.git("add", "-A")
         self.git("commit", "-q", "-m", message)
-        return self.head
 
     @property
     def head(self) -> str:
@@ -98,17 +97,18 @@ class Repository:
     @property
     def state(self) -> tuple[str, str, str]:
         """Commit, branch and everything that is not committed; equal if nothing has changed."""
-        return self.head, self.git("rev-parse", "--abbrev-ref", "HEAD"), self.git("status", "-s")
+        where = self.git("rev-parse", "HEAD", "--abbrev-ref", "HEAD").split()
+        return where[0], where[-1], self.git("status", "-s")
 
     def tree(self, rev: str = "HEAD") -> str:
         """Name that git has for all files of a commit."""
         return self.git("rev-parse", f"{rev}^{{tree}}")
 
-    def operators(self) -> dict[str, str]:
-        """Every file of the operator, with git's name of its bytes in the work tree."""
+    def operators(self) -> dict[str, bytes]:
+        """Return every tracked file of the operator, as it lies in the work tree."""
         names = self.git("ls-files").splitlines()
         mine = [name for name in names if owners.is_operators(name) or name.startswith("own/")]
-        return {name: self.git("hash-object", name) for name in mine}
+        return {name: (self.path / name).read_bytes() for name in mine}
 
     def read(self, name: str) -> str:
         """Return a file of the work tree."""

@@ -302,6 +302,44 @@ def test_what_cannot_be_merged_safely_is_refused_and_left(
     assert fork.state == before
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("user.useConfigOnly", "true", "git config user.name"),
+        ("commit.gpgSign", "true", "commit.gpgSign is true"),
+    ],
+)
+def test_a_git_that_does_not_commit_changes_nothing(
+    origin: Template, monkeypatch: pytest.MonkeyPatch, key: str, value: str, hint: str
+) -> None:
+    """Nobody is named, or a commit cannot be signed as all others are."""
+    fork = fork_of(origin, "copied")
+    origin.release("1.1.0", NEXT)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    fork.git("config", key, value)
+    fork.git("config", "gpg.program", "false")
+    if key.startswith("user."):
+        fork.git("config", "--unset", "user.email")
+    before = fork.state
+    with pytest.raises(MachineError, match="git does not commit") as raised:
+        fork.update()
+    assert hint in raised.value.hint
+    assert fork.state == before
+
+
+def test_a_git_that_cannot_foretell_conflicts_is_told_of_the_way_without(
+    origin: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Distributions have git of 2022 still."""
+    fork = fork_of(origin, "copied")
+    origin.release("1.1.0", NEXT)
+    _shim(tmp_path / "bin", "version)", "echo git version 2.34.1; exit 0")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(MachineError, match=r"git version 2\.34\.1 cannot .* 2\.38 can") as raised:
+        fork.update()
+    assert "docs/template.md" in raised.value.hint
+
+
 def test_a_version_that_the_files_are_not_of_is_asked_for(origin: Template) -> None:
     """A base that is too new would lose changes without a word."""
     origin.release("1.1.0", {f"docs/{name}.md": "new\n" for name in "cdefg"})
@@ -399,7 +437,8 @@ def test_commits_of_the_template_tree_are_the_same_wherever_they_are_made(
     for repository in (Fork(origin.path), fork):
         assert repository.verb("tree", json=True) == 0
         told.append(json.loads(capsys.readouterr().out))
-    assert told[0] == told[1]
+    assert told[0]["template"] == told[1]["template"]
+    assert set(told[0]["made"]) - set(told[1]["made"]) == {"refs/heads/template"}
     assert list(told[0]["template"]) == ["v1.0.0", "v1.1.0"]
     commit = told[0]["template"]["v1.1.0"]
     for format_ in ("%an %ae %ai %cn %ce %ci", "%B"):
@@ -436,15 +475,6 @@ def test_a_table_of_owners_is_read_and_never_run(origin: Template, tmp_path: Pat
 
 # --- killed -----------------------------------------------------------------------------------
 
-_SHIM = """#!/bin/sh
-case "$*" in
-{pattern})
-  {before}
-  {git} "$@"; code=$?
-  kill -9 $PPID; sleep 5; exit $code;;
-esac
-exec {git} "$@"
-"""
 _KILL = "kill -9 $PPID; sleep 5"
 # A torn write of the files: one that is new, one that is cut off, one that is not removed.
 _TORN = "printf 'ne' > docs/new.md; printf 'line 1' > docs/a.md; kill -9 $PPID; sleep 5"
@@ -485,11 +515,7 @@ def test_an_update_that_is_killed_leaves_the_old_or_the_new_and_either_way_goes_
 
 def _killed(fork: Fork, folder: Path, pattern: str, before: str) -> None:
     """Update in a process that a git of ours kills, before or after one of its commands."""
-    folder.mkdir()
-    real = shutil.which("git")
-    shim = folder / "git"
-    shim.write_text(_SHIM.format(pattern=pattern, before=before or ":", git=real))
-    shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
+    _shim(folder, f"{pattern})", before or f'{shutil.which("git")} "$@"; {_KILL}')
     code = (
         "import sys; from template_factory import Fork; from pathlib import Path; "
         "Fork(Path(sys.argv[1])).update()"
@@ -501,6 +527,29 @@ def _killed(fork: Fork, folder: Path, pattern: str, before: str) -> None:
              "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+
+def _shim(folder: Path, pattern: str, act: str) -> None:
+    """Put a git into a folder that does something else for some commands."""
+    folder.mkdir()
+    path = folder / "git"
+    git = shutil.which("git")
+    path.write_text(f'#!/bin/sh\ncase "$*" in\n{pattern} {act};;\nesac\nexec {git} "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_a_commit_after_a_kill_is_not_taken_for_the_update(
+    origin: Template, tmp_path: Path
+) -> None:
+    """It was killed before the branch moved; then somebody went on, and removed a file."""
+    fork = fork_of(origin, "copied")
+    origin.release("1.1.0", NEXT)
+    _killed(fork, tmp_path / "bin", "update-ref\\ -m*", _KILL)
+    fork.git("commit", "-q", "--allow-empty", "-m", "Go on")
+    (fork.path / "docs/b.md").unlink()
+    with pytest.raises(ParamsError, match=r"not what the commit says: docs/b\.md"):
+        fork.update()
+    assert not (fork.path / "docs/b.md").exists()
 
 
 def test_a_file_that_was_edited_after_a_kill_is_not_overwritten(
@@ -631,6 +680,9 @@ def test_what_the_page_says_of_git_alone_is_the_same_tree_as_typed(origin: Templ
 # --- the whole template -----------------------------------------------------------------------
 
 
+CODE = ("pipelines/", "examples/", "docs/", "dvc.yaml", ".dvc", ".git", "CHANGELOG.md")
+
+
 @pytest.fixture
 def whole(tmp_path: Path) -> Fork:
     """Make a fork of this very template, with the frozen fleet, and a next version of it."""
@@ -639,7 +691,7 @@ def whole(tmp_path: Path) -> Fork:
         ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True
     ).stdout.split(b"\0")
     for name in (os.fsdecode(each) for each in named if each):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file() and name.startswith(CODE):
             (origin.path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, origin.path / name)
     sample.lay(origin.path)
