@@ -38,9 +38,9 @@ _LEVELS: Final = (
 _REGISTRATION: Final = "registration"
 _MACHINE: Final = "A host with `runs_on` in params.yaml, and its runner: deploy/runner/README.md."
 _BY_HAND: Final = (
-    "seen by no call: workflow execution protections (Settings > Actions), the hooks of the machine "
-    "(there: fleet runner-health probe), and level 3: egress, caches, attestations that are "
-    "required where models are served"
+    "seen by no call: workflow execution protections (Settings > Actions), the hooks of the "
+    "machine (there: fleet runner-health probe), and level 3: egress, caches, attestations that "
+    "are required where models are served"
 )
 
 
