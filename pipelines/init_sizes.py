@@ -45,12 +45,23 @@ _TOKEN_BYTES: Final = 40
 _PARTS: Final = (
     ("output", re.compile(r"(^|\.)(lm_head|embed_out)\.weight$|^output\.weight$")),
     ("embeddings", re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.")),
-    ("kept", re.compile(r"(position_embeddings|token_type_embeddings|wpe|mlp\.gate|router)\.")),
+    (
+        "kept",
+        re.compile(
+            r"(position_embeddings|token_type_embeddings|wpe|mlp\.gate|moe\.gate|router|conv1d)\."
+        ),
+    ),
     ("qkv", re.compile(r"(qkv_proj|query_key_value|c_attn|Wqkv|in_proj)\.")),
     ("value", re.compile(r"\.(v_proj|attention\.self\.value|v_lin|wv)\.")),
-    ("down", re.compile(r"\.(down_proj|fc2|w2|dense_4h_to_h|mlp\.c_proj)\.|\d\.output\.dense\.")),
+    (
+        "down",
+        re.compile(r"\.(down_proj|fc2|w2|dense_4h_to_h|mlp\.c_proj)(\.|$)|\d\.output\.dense\."),
+    ),
     ("attention_output", re.compile(r"\.(o_proj|attn\.c_proj|attention\.(output\.)?dense|wo)\.")),
 )
+
+
+_EXPERT: Final = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -206,30 +217,28 @@ def cache_bytes(shape: Shape, context_tokens: int) -> int:
 
 
 def fallbacks_count(shape: Shape, type_: str) -> int:
-    """
-    Return how many tensors may fall back to a wider type, at most; that is what has to be allowed.
-
-    Experts are stacked by the converter, so that there are fewer of them in the GGUF.
-    """
+    """Return how many tensors of the GGUF may fall back to a wider type, at most."""
     block = _block(type_)
     if block == 1:
         return 0
     is_gpt2 = "GPT2" in str((shape.config.get("architectures") or [""])[0])
-    count = 0
+    odd: set[str] = set()
     for tensor in shape.tensors:
         part = _part(tensor.name)
         if not _is_matrix(tensor) or part == "kept":
             continue
-        # Conv1D keeps its matrices the other way round, and the converter turns them.
-        rows = tensor.shape[-2:] if is_gpt2 else tensor.shape[-1:]
+        # Conv1D and fused experts keep matrices the other way round, and the converter turns them.
+        may_turn = is_gpt2 or len(tensor.shape) > 2  # noqa: PLR2004 - a stack of matrices
+        rows = tensor.shape[-2:] if may_turn else tensor.shape[-1:]
         # The output gets Q8_0 at once where no K block divides its rows.
         own = min(block, _SMALL_BLOCK) if _is_output(part, is_tied=shape.is_tied) else block
-        count += any(length % own for length in rows)
+        if any(length % own for length in rows):
+            # The converter stacks experts.
+            odd.add(_EXPERT.sub(".experts.", tensor.name))
     # What blows up compressed keys is turned in each head, and its rows are as long as a head.
     turned = shape.config.get("qk_nope_head_dim")
-    if isinstance(turned, int) and turned % block:
-        count += hyperparameters.layers_count(shape.config)
-    return count
+    extra = isinstance(turned, int) and turned % block
+    return len(odd) + (hyperparameters.layers_count(shape.config) if extra else 0)
 
 
 def _block(type_: str) -> int:
@@ -291,8 +300,8 @@ def _part(name: str) -> str:
 
 
 def _is_matrix(tensor: Tensor) -> bool:
-    """Tell whether llama-quantize would quantize it: two axes or more, and no buffer."""
-    return len(tensor.shape) > 1 and not tensor.is_buffer and tensor.name.endswith("weight")
+    """Tell whether llama-quantize would quantize it: two axes or more, no buffer and no bias."""
+    return len(tensor.shape) > 1 and not tensor.is_buffer and not tensor.name.endswith("bias")
 
 
 def _compute_bytes(shape: Shape) -> int:
