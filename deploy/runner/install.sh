@@ -91,7 +91,9 @@ change() {
 
 # A command of its own words.
 run() {
-  if change "$(printf '%q ' "$@")"; then "$@"; fi
+  local words
+  printf -v words '%q ' "$@"
+  if change "${words% }"; then "$@"; fi
 }
 
 # A file of root's: the old one or the new one at any moment, never a half. What differs is shown, but for
@@ -461,6 +463,9 @@ one_job_each() {
   step "One registration for each job: the App's key is root's, and never near a job"
   put "$here/jit-prepare.sh" "$ETC/jit-prepare.sh" 755
   put "$here/jit_register.py" "$ETC/jit_register.py" 644
+  if [ -e "$ETC/jit.json" ] && [ ! -r "$ETC/jit.json" ]; then
+    fail "$ETC/jit.json is root's: this machine is set up already" "sudo $0 ..., also to look."
+  fi
   rendered jit "$here/jit.json" "$ETC/jit.json" "$scratch/jit.json" "$repository" "$client_id" "$host" "${labels[@]}" ||
     fail "$ETC/jit.json cannot be read" "Correct it, or move it away: it is written anew then."
   put "$scratch/jit.json" "$ETC/jit.json" 600
@@ -591,6 +596,13 @@ uninstall() {
   fi
 }
 
+# Of all cards together, as hosts: wants it; 24576 where there is none to ask.
+vram_mib() {
+  local found
+  found="$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | awk '{sum += $1} END {print sum}')" || true
+  printf '%s' "${found:-24576}"
+}
+
 finish() {
   if "$apply"; then
     say "" "$changes change(s) made, $warnings warning(s)."
@@ -623,7 +635,7 @@ case "$what" in
     if "$apply"; then check || true; fi
     finish
     say "" "In params.yaml, by a pull request:" "" \
-      "hosts:" "  $host: {vram_mib: $(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1 || say 24576), runs_on: [self-hosted, $(IFS=, && printf '%s' "${labels[*]}" | sed 's/,/, /g')]}" \
+      "hosts:" "  $host: {vram_mib: $(vram_mib), runs_on: [self-hosted$(printf ', %s' "${labels[@]}")]}" \
       "" "Then: Actions > runner health > Run workflow."
     ;;
 esac
