@@ -11,6 +11,10 @@ would hold for the template alone. What the template owns is taken from this che
 Records tell of the llama.cpp that made them. A checkout with the sample's records therefore keeps
 the sample's pins (`frozen=True`); one without records gets the pins of this repository, so that a
 fork which raised them tests the llama.cpp and the Ollama that it runs.
+
+Frozen means that the declaration and the records stay those of one run. Where the graph, or what a
+stage reads, changes so that they do not cover it any more (test_sample.py says so), the fleet is
+measured again in a checkout with `lay`, and its paths are copied here.
 """
 
 from __future__ import annotations
