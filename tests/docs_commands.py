@@ -60,6 +60,9 @@ _TYPED: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     ("test_what_if", "test_a_smaller_host_gets_another_answer_and_nothing_is_written"): (
         "choose --what-if",
     ),
+    ("test_runner_health", "test_the_probe_looks_at_the_real_machine"): (
+        "runner-health probe --host",
+    ),
     ("test_comment", "test_the_verb_prints_the_comment_of_two_revisions"): (
         "comment --base --dry-run --head",
         "comment --dry-run",
