@@ -33,6 +33,7 @@ _OWNER: Final = re.compile(r"@[A-Za-z0-9](?:[A-Za-z0-9-]{0,38})(?:/[A-Za-z0-9._-
 _NOBODY: Final = re.compile(rf"{PLACEHOLDER}\S+")
 # What stays of main memory for everything but models.
 _SYSTEM_SHARE: Final = 0.25
+_FOLDER: Final = re.compile(r"[A-Za-z0-9._~/-](?:[A-Za-z0-9._~/ -]{0,398}[A-Za-z0-9._~/-])?")
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+]*)://")
 # Kinds of remotes, by the package of requirements.lock that brings them.
 _PACKAGES: Final = {"s3": "dvc_s3", "http": "dvc_http", "https": "dvc_http"}
@@ -78,10 +79,8 @@ def codeowners(at: Layout, owners: tuple[str, ...]) -> tuple[dict[str, bytes | N
     found = after.encode(errors="surrogateescape")
     missing = [owner for owner in named if owner not in after.split()]
     if missing:
-        return (
-            {},
-            f"{CODEOWNERS} has owners already and stays; {wording.listed(missing)}: add there.",
-        )
+        named_there = f"{wording.listed(missing)} {'is' if len(missing) == 1 else 'are'} not in it"
+        return {}, f"{CODEOWNERS} has owners already and stays as it is: {named_there}."
     return ({CODEOWNERS: found} if found != before else {}), ""
 
 
@@ -118,6 +117,8 @@ def dvc_config(at: Layout, remote: str | None) -> dict[str, bytes | None]:
         return {}
     url = _remote_url(at, remote)
     path = at.root / DVC_CONFIG
+    if not path.is_file():
+        raise ParamsError(f"{DVC_CONFIG} is missing.", hint=f"git checkout HEAD -- {DVC_CONFIG}")
     before = path.read_text(encoding="utf-8")
     name = _default_remote(before)
     head = re.compile(rf"""^\['?remote "{re.escape(name)}"'?\]\s*$""", re.MULTILINE)
@@ -143,6 +144,12 @@ def _default_remote(config: str) -> str:
 def _remote_url(at: Layout, remote: str) -> str:
     scheme = _SCHEME.match(remote)
     if scheme is None:
+        if not _FOLDER.fullmatch(remote):
+            raise ParamsError(
+                f"--remote {wording.quoted(remote)} is no name of a folder that goes into a file "
+                "of settings.",
+                hint="Letters, digits, `.`, `_`, `-`, `~`, `/` and blanks within.",
+            )
         folder = Path(remote).expanduser()
         # DVC reads a relative path from the folder of its config file.
         if folder.is_absolute():

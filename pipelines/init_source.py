@@ -212,6 +212,12 @@ def _repository(repo: str, revision: str, declared: Declaration, *, ignore_code:
     notes = list(_named(repo, head))
     if head.disabled:
         raise UpstreamError(f"hf:{repo} was disabled by the Hub.", hint="Take another source.")
+    if head.undigested:
+        raise UpstreamError(
+            f"hf:{head.id}: the Hub lists {wording.first_few(head.undigested)} without size and "
+            "digest, or with several.",
+            hint="A mirror may have made that of it. Ask the Hub itself: see HF_ENDPOINT.",
+        )
     _require_safetensors(f"hf:{head.id}", [file.name for file in head.files])
     with tempfile.TemporaryDirectory(prefix="fleet-init-") as place:
         folder = Path(place)

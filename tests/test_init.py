@@ -502,6 +502,7 @@ def test_what_cannot_be_added_by_lines_is_left_to_its_operator(
         (("--environment", "production"), "none is named"),
         (("--remote", "s3://user:secret@bucket/dvc"), "holds a user, a password"),
         (("--remote", "gs://bucket/dvc"), "has no such remotes"),
+        (("--remote", "store\n[core]\nremote = evil"), "is no name of a folder"),
         (("--owner", "me@example.com"), "is no account"),
         (("path:models/long",), "too short for what this fleet measures"),
     ],

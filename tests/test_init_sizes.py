@@ -179,3 +179,21 @@ def test_a_cache_is_that_of_the_attention_that_a_model_has() -> None:
     # DeepSeek-V2-Lite: 512 and 64 for each token and layer.
     assert cache(num_hidden_layers=27, kv_lora_rank=512, qk_rope_head_dim=64) == 27 * 576 * 8192 * 2
     assert cache(num_hidden_layers=4, is_encoder=True) == 0
+
+
+def test_experts_count_as_the_stack_that_the_converter_makes_of_them() -> None:
+    """Rows of 192 fall back, whether the experts are single matrices or one tensor upstream."""
+    experts = {f"model.layers.0.mlp.experts.{i}.down_proj.weight": (64, 192) for i in range(8)}
+    fused = {"model.layers.0.mlp.experts.down_proj": (8, 192, 64)}
+    sizes = set()
+    for shapes in (experts, fused):
+        tensors = [
+            Tensor(name=name, dtype="BF16", shape=shape, size_bytes=2 * math.prod(shape))
+            for name, shape in shapes.items()
+        ]
+        shape = Shape(config={"vocab_size": 0}, tensors=tensors, is_encoder=False)
+        found = init_sizes.estimate(shape, "Q8_0", context_tokens=256, slots=1)
+        sizes.add(found.size_bytes)
+        assert init_sizes.fallbacks_count(shape, "Q4_K_M") == 1
+        assert found.fallbacks_count == 0
+    assert sizes == {8 * 64 * 192 * 34 // 32}
