@@ -62,7 +62,7 @@ def look(at: Layout, *, security: bool = False, offline: bool = False) -> list[L
         except Exception as error:  # noqa: BLE001 - never a traceback
             text = f"cannot be read: {type(error).__name__}: {error}"
             repository = [fail("repository", "declaration", text, "fleet check")]
-    machine = [] if security else doctor_machine.lines(at, declared, offline=offline)
+    machine = [] if security and not bare else doctor_machine.lines(at, declared, offline=offline)
     repository += doctor_repository.lines(at, declared, bare=bare, offline=offline or security)
     github = [] if bare else looked("github", "github", lambda: _github(at, declared, offline))
     if not security:
@@ -70,6 +70,7 @@ def look(at: Layout, *, security: bool = False, offline: bool = False) -> list[L
     found = [*repository, *github]
     levels = looked("security", "levels", lambda: _levels(at, found))
     return [
+        *(line for line in machine if line.name == "packages"),
         *(line for line in repository if line.name in _SECURITY and line.state != "ok"),
         *github,
         *levels,

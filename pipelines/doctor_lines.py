@@ -98,7 +98,7 @@ def fail(area: Area, name: str, text: str, fix: str, *, code: int | None = None)
 
 def of_error(area: Area, name: str, error: FleetError) -> Line:
     """Say as a failure what a run would end with."""
-    return fail(area, name, error.message, error.hint, code=error.exit_code)
+    return fail(area, name, error.message, error.hint or _AGAIN, code=error.exit_code)
 
 
 def of_finding(finding: Finding) -> Line:

@@ -102,6 +102,8 @@ def _wanted(stages: Mapping[str, Any], graph: Mapping[str, Any]) -> list[Wanted]
     for entry in stages.values():
         outs = entry.get("outs") if isinstance(entry, dict) else None
         for out in outs if isinstance(outs, list) else ():
+            if not isinstance(out, dict):
+                continue  # DVC itself says that this is no output.
             oid, path = str(out.get("md5", "")), str(out.get("path", ""))
             if _OID.fullmatch(oid) and not any(each.fullmatch(path) for each in in_git):
                 size = out.get("size")

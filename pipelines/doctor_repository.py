@@ -106,6 +106,7 @@ def looks(at: Layout, found: Declaration | None, *, bare: bool, offline: bool) -
     if bare:
         return plain
     return plain | {
+        "graph": lambda: _graph(at, found),
         "lock": lambda: _lock(at, found, offline=offline),
         "host-records": lambda: _host_records(at),
         "ledger": lambda: _ledger(at),
@@ -170,6 +171,7 @@ def _git(at: Layout, found: Declaration | None) -> Iterator[Line]:
             "repository",
             "committed",
             f"{wording.counted(len(changed), 'path')} of the operator's not as in git: {paths}",
+            "git diff HEAD    # and if that is right:\n"
             f"git add -- {' '.join(_named(changed, mine))}\ngit commit --message 'Records'",
         )
     else:
@@ -263,6 +265,18 @@ def _killed(at: Layout, *, bare: bool) -> Iterator[Line]:
     if left := orphans.left_over(at.root):
         text = f"{wording.counted(len(left), 'program')} of a killed run still work here"
         yield warn("repository", "killed", text, "fleet repro    # ends them first")
+
+
+def _graph(at: Layout, found: Declaration | None) -> Iterator[Line]:
+    """See that dvc.yaml has every stage of this version; no fork edits it."""
+    from pipelines import coverage  # noqa: PLC0415 - pydantic
+
+    if found is not None and (at.root / coverage.GRAPH).exists():
+        try:
+            coverage.steps_of(found, at.root / coverage.GRAPH)
+        except ParamsError as error:
+            fix = f"git checkout HEAD -- {coverage.GRAPH}"
+            yield fail("repository", "graph", error.message, fix)
 
 
 def _lock(at: Layout, found: Declaration | None, *, offline: bool) -> Iterator[Line]:

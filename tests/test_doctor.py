@@ -264,6 +264,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str, str, int]] = {
         lambda root: (root / ".dvc/config").write_text("<<<<<<< HEAD\n"),
         "dvc-config", "fail", ".dvc/config cannot be read", "git checkout HEAD -- .dvc/config", 2,
     ),
+    "a graph that was cut": (
+        lambda root: (root / "dvc.yaml").write_text("stages:\n  fetch: {}\n"),
+        "graph", "fail", "dvc.yaml has no stage `fetch`", "git checkout HEAD -- dvc.yaml", 2,
+    ),
+    "a ledger that is a folder": (
+        lambda root: (root / "results/other/ledger.jsonl").mkdir(parents=True),
+        "ledger", "fail", "Is a directory", "fleet doctor", 7,
+    ),
     "no workflows": (
         lambda root: shutil.rmtree(root / ".github/workflows"),
         "workflows", "warn", "nothing runs on GitHub", "git checkout HEAD -- .github", 0,
