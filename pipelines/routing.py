@@ -22,6 +22,7 @@ said for each host, as of every other quant that does not fit.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 from pipelines import bundle, limits, params, records, wording
@@ -99,9 +100,11 @@ def too_small(declared: Declaration, at: Layout, model: str, host: str) -> str:
         return ""
     type_, weights_bytes = smallest
     staying = f", of which {wording.mib(margin_mib)} stay free" if margin_mib else ""
+    # Rounded up: as much as the host has would be no reason.
+    weights_mib = math.ceil(weights_bytes / _MIB)
     return (
-        f"even {type_}, its smallest GGUF, has {wording.mib(weights_bytes / _MIB)} of weights, "
-        f"{host} has {wording.mib(limit_mib)}{staying}"
+        f"even {type_}, its smallest GGUF, has {wording.mib(weights_mib)} of weights, and {host} "
+        f"has {wording.mib(limit_mib)}{staying}"
     )
 
 
