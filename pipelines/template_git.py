@@ -129,6 +129,12 @@ class Objects:
         self._entries[tree] = found
         return found
 
+    def stripped(self, rev: str, owned: Iterable[str]) -> str:
+        """Return the tree of a commit without some paths, as `strip` leaves them out."""
+        entries = self.entries(rev)
+        left = strip(entries, owned)
+        return f"{rev}^{{tree}}" if len(left) == len(entries) else self.tree(left)
+
     def tree(self, entries: Mapping[str, Entry]) -> str:
         """
         Store a tree.
@@ -219,7 +225,38 @@ class Objects:
 
     # --- merging
 
-    def require_merges(self) -> None:
+    def merge(self, base: str, ours: str, theirs: str) -> Merged:
+        """
+        Merge trees.
+
+        Args:
+            base: Tree that both come from.
+            ours: Tree of this side.
+            theirs: Tree of the other side.
+
+        Raises:
+            ToolError: git fails, or says something else than it is known to say.
+            MachineError: git is too old for it.
+        """
+        fork = self._nameless(base)
+        sides = self._nameless(ours, fork), self._nameless(theirs, fork)
+        try:
+            done = proc.run(
+                ["git", "merge-tree", "--write-tree", "--messages", "-z", *sides],
+                cwd=self.root,
+                log=Layout(self.root).log("template", "merge"),
+                env=_ENVIRONMENT,
+                ok_codes=(0, 1),
+                timeout_s=WITHIN_S,
+            )
+        except ToolError:
+            self._require_merges()
+            raise
+        if done.code == 0:
+            return Merged(done.stdout.partition("\0")[0].strip())
+        return _read_conflicts(done.stdout)._replace(labels=sides)
+
+    def _require_merges(self) -> None:
         """
         See that git merges trees.
 
@@ -233,32 +270,6 @@ class Objects:
                 f"{console.clean(told)} cannot say beforehand what conflicts: 2.38 can.",
                 hint="Take a newer git, or merge by hand: docs/template.md, `With git alone`.",
             )
-
-    def merge(self, base: str, ours: str, theirs: str) -> Merged:
-        """
-        Merge trees.
-
-        Args:
-            base: Tree that both come from.
-            ours: Tree of this side.
-            theirs: Tree of the other side.
-
-        Raises:
-            ToolError: git fails, or says something else than it is known to say.
-        """
-        fork = self._nameless(base)
-        sides = self._nameless(ours, fork), self._nameless(theirs, fork)
-        done = proc.run(
-            ["git", "merge-tree", "--write-tree", "--messages", "-z", *sides],
-            cwd=self.root,
-            log=Layout(self.root).log("template", "merge"),
-            env=_ENVIRONMENT,
-            ok_codes=(0, 1),
-            timeout_s=WITHIN_S,
-        )
-        if done.code == 0:
-            return Merged(done.stdout.partition("\0")[0].strip())
-        return _read_conflicts(done.stdout)._replace(labels=sides)
 
     def _nameless(self, tree: str, *parents: str) -> str:
         named = [word for parent in parents for word in ("-p", parent)]

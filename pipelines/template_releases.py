@@ -35,6 +35,9 @@ _VERSION: Final = re.compile(r'(?m)^__version__(?:: [^=]*)? = "([^"\n]{1,40})"')
 REMOTE: Final = "template"
 OWN: Final = "refs/tags/"
 FETCHED: Final = "refs/fleet/template/tags/"
+# COMMIT/PARENT: what was made of the commit of a release on top of the one before. The number is of
+# the way in which that is done.
+_MADE: Final = "refs/fleet/template/made/1/"
 _VERSION_FILE: Final = "pipelines/__init__.py"
 _OWNERS_FILE: Final = "pipelines/owners.py"
 _LARGEST_TABLE: Final = 1000
@@ -125,7 +128,13 @@ def fetch(objects: Objects, origin: str | None) -> list[str]:
     try:
         objects.told(
             *("fetch", "--quiet", "--prune", "--no-tags", "--no-write-fetch-head"),
-            *("--no-recurse-submodules", "--", place, f"+{OWN}v*:{FETCHED}v*"),
+            *(
+                "--no-auto-maintenance",
+                "--no-recurse-submodules",
+                "--",
+                place,
+                f"+{OWN}v*:{FETCHED}v*",
+            ),
             within_s=_FETCH_WITHIN_S,
         )
     except ToolError as error:
@@ -184,15 +193,26 @@ def releases(objects: Objects, below: str = FETCHED) -> tuple[Release, ...]:
         objects: The repository; the commits are stored in it.
         below: Where the tags are: those that were fetched, or the repository's own.
     """
-    made: list[Release] = []
+    found: list[Release] = []
     tags = _tags(objects, below)
     objects.read_ahead(tags.values(), _OWNERS_FILE, _VERSION_FILE)
+    told = objects.told("for-each-ref", "--format=%(refname) %(objectname)", _MADE).decode()
+    made = dict(line.split() for line in told.splitlines())
+    new: list[str] = []
     for version, commit in tags.items():
         owned = owned_by(objects, commit)
-        tree = objects.tree(strip(objects.entries(commit), owned))
-        template = objects.commit_like(commit, tree, made[-1].template if made else None)
-        made.append(Release(version=version, commit=commit, owned=owned, template=template))
-    return tuple(made)
+        parent = found[-1].template if found else None
+        name = f"{_MADE}{commit}/{parent or 'first'}"
+        if name not in made:
+            tree = objects.tree(strip(objects.entries(commit), owned))
+            made[name] = objects.commit_like(commit, tree, parent)
+            new.append(f"update {name} {made[name]}\n")
+        release = Release(version=version, commit=commit, owned=owned, template=made[name])
+        found.append(release)
+    if new:
+        # They are not made again, and git does not forget them.
+        objects.told("update-ref", "--stdin", data="".join(new).encode())
+    return tuple(found)
 
 
 def owned_by(objects: Objects, rev: str) -> tuple[str, ...]:

@@ -88,13 +88,15 @@ def prepare(objects: Objects, head: str, base: Base, target: Release) -> Update:
         MachineError: git is too old for it.
         ToolError: git fails.
     """
-    objects.require_merges()
     owned = {*owned_by(objects, head), *owned_by(objects, base.rev), *target.owned}
     before = objects.entries(head)
     ours = strip(before, owned)
     from_template = strip(objects.entries(base.rev), owned)
-    theirs = strip(objects.entries(target.template), owned)
-    merged = objects.merge(objects.tree(from_template), objects.tree(ours), objects.tree(theirs))
+    merged = objects.merge(
+        objects.stripped(base.rev, owned),
+        objects.stripped(head, owned),
+        objects.stripped(target.template, owned),
+    )
     kept = {path: entry for path, entry in before.items() if path not in ours}
     after = {**objects.entries(merged.tree), **kept}
     return Update(

@@ -66,6 +66,7 @@ class Repository:
         """Say who commits."""
         with (self.path / ".git/config").open("a", encoding="utf-8") as file:
             file.write("[user]\n\tname = Operator\n\temail = operator@example.invalid\n")
+            file.write("[maintenance]\n\tauto = false\n")
         return self
 
     def git(self, *argv: str, ok: bool = True, **env: str) -> str:
