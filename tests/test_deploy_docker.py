@@ -94,18 +94,13 @@ def test_what_the_build_sees_of_a_checkout_is_enough_to_set_up_and_to_build(tmp_
     ).stdout.split("\0")
     names = [name for name in listed if name and _let_through(name)]
     assert not any(name.startswith(("results/", "tests/", ".git")) for name in names)
+    # The declaration, and what it names, is the operator's.
+    theirs = ("params.yaml", "modelfiles", "corpora")
     for name in names:
-        source = ROOT / name
-        if source.is_file():
+        if not name.startswith(theirs) and (ROOT / name).is_file():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, tmp_path / name)
-    # The declaration of a fork is another one, and what it names is in folders that it has.
-    for each in ("params.yaml", "modelfiles", "corpora"):
-        place = tmp_path / each
-        if place.is_dir():
-            shutil.rmtree(place)
-        copy = shutil.copytree if sample.of(each).is_dir() else shutil.copy
-        copy(sample.of(each), place)
+            shutil.copy(ROOT / name, tmp_path / name)
+    sample.take(tmp_path, *theirs)
     (run,) = [line for line in instructions("RUN") if "pipelines.bootstrap" in line]
     assert "python3 -m pipelines.bootstrap convert --shared --toolchain true" in run
     # An environment that is there is taken as it is, so nothing is downloaded; the tools are found.

@@ -109,7 +109,7 @@ class Machine:
         while Path(f"/proc/{self.holder.pid}/comm").read_text() != "cat\n":
             time.sleep(0.01)
         shutil.copytree(DEPLOYED, self.root / "opt/fleet/deploy/runner")
-        for made in ("usr/local/sbin", "run/systemd/system"):
+        for made in ("usr/local/sbin", "run/systemd/system", "run/lock"):
             (self.root / made).mkdir(parents=True, exist_ok=True)
         programs = {"systemctl": SYSTEMCTL, "nvidia-smi": NVIDIA_SMI, "apt-get": APT_GET}
         for name, text in programs.items():
@@ -162,7 +162,6 @@ class Machine:
             "/opt/fleet",
             "/var/spool",
             "/var/mail",
-            "/run",
         ]
         done = self.do("find", *places, "-xdev", "-printf", r"%p\t%m %u %g %s %T@ %l\n")
         lines = (line.partition("\t") for line in done.stdout.splitlines())
@@ -310,8 +309,10 @@ def test_level_1_registers_once_as_the_runners_user_and_shows_nobody_the_token(
         "systemctl stop gguf-fleet-runner",
     ]  # fmt: skip
 
-    machine.install(*LEVEL_2, *machine.runner, "--apply")
-    assert machine.calls()[-3:] == [
+    told = machine.install(*LEVEL_2, *machine.runner, "--apply")
+    assert "to be removed at Settings > Actions > Runners" in told
+    assert machine.do(SCRIPT, "--check").returncode == 0
+    assert [call for call in machine.calls() if call.startswith("systemctl")][-3:] == [
         "systemctl disable --now gguf-fleet-runner",
         "systemctl daemon-reload",
         "systemctl enable --now gguf-fleet-runner-jit",

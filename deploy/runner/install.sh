@@ -499,7 +499,13 @@ service() {
     other=gguf-fleet-runner-jit
   fi
   step "The service $unit"
-  stopped "$other"
+  if [ -e "$UNITS/$other.service" ]; then
+    stopped "$other"
+    run rm -f -- "$UNITS/$other.service"
+    if [ "$level" = 2 ]; then
+      warn "the runner that stayed registered is to be removed at Settings > Actions > Runners"
+    fi
+  fi
   put "$here/systemd/$unit.service" "$UNITS/$unit.service" 644
   started "$unit"
 }
@@ -615,6 +621,11 @@ options "$@"
 scratch="$(mktemp -d)"
 readonly scratch
 trap 'rm -rf -- "$scratch"' EXIT
+if "$apply" && [ "$(id -u)" = 0 ]; then
+  # Two at once would undo each other's folders. The kernel lets go of it, however this ends.
+  exec 9>/run/lock/gguf-fleet-install.lock
+  flock --nonblock 9 || fail "another install.sh is at work here" "Wait for it."
+fi
 case "$what" in
   check) check ;;
   uninstall)
