@@ -33,7 +33,7 @@ _OWNER: Final = re.compile(r"@[A-Za-z0-9](?:[A-Za-z0-9-]{0,38})(?:/[A-Za-z0-9._-
 _NOBODY: Final = re.compile(rf"{PLACEHOLDER}\S+")
 # What stays of main memory for everything but models.
 _SYSTEM_SHARE: Final = 0.25
-_FOLDER: Final = re.compile(r"[A-Za-z0-9._~/-](?:[A-Za-z0-9._~/ -]{0,398}[A-Za-z0-9._~/-])?")
+_FOLDER: Final = re.compile(r"[A-Za-z0-9._/](?:[A-Za-z0-9._/ -]{0,398}[A-Za-z0-9._/-])?")
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+]*)://")
 # Kinds of remotes, by the package of requirements.lock that brings them.
 _PACKAGES: Final = {"s3": "dvc_s3", "http": "dvc_http", "https": "dvc_http"}
@@ -148,9 +148,9 @@ def _remote_url(at: Layout, remote: str) -> str:
             raise ParamsError(
                 f"--remote {wording.quoted(remote)} is no name of a folder that goes into a file "
                 "of settings.",
-                hint="Letters, digits, `.`, `_`, `-`, `~`, `/` and blanks within.",
+                hint="Letters, digits, `.`, `_`, `-`, `/` and blanks within.",
             )
-        folder = Path(remote).expanduser()
+        folder = Path(remote)
         # DVC reads a relative path from the folder of its config file.
         if folder.is_absolute():
             return folder.as_posix()

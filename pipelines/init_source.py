@@ -155,7 +155,7 @@ def below(root: Path, typed: str) -> str:
         ParamsError: It is not in the repository, or has a name that is not allowed.
     """
     base = root.resolve()
-    path = Path(typed).expanduser()
+    path = Path(typed)
     path = (path if path.is_absolute() else base / path).resolve()
     name = path.relative_to(base).as_posix() if path.is_relative_to(base) else ""
     if not re.fullmatch(params.RELATIVE_PATH, name) or name == ".":

@@ -467,6 +467,19 @@ def test_a_fleet_grows_by_lines_and_every_other_byte_stays(at: Layout) -> None:
     assert list(declaration.check(at).quants)[-1] == "second-Q5_K_M"
 
 
+def test_line_ends_stay_those_of_the_operator(at: Layout) -> None:
+    """An editor of Windows wrote the file; a line more is one of its kind."""
+    tiny(Path("models/second"), seed=2)
+    text = OWN % ("a" * 64, fetch.content_digest(Path("models/My.Model")))
+    at.params.write_bytes(text.replace("\n", "\r\n").encode())
+
+    assert typed("path:models/second", "--quants", "Q8_0", "--owner", "@me", "--yes") == 0
+
+    after = at.params.read_bytes()
+    assert after.count(b"\n") == after.count(b"\r\n")
+    assert b"\r\n    second-Q8_0: {model: second, type: Q8_0}\r\n" in after
+
+
 def test_what_cannot_be_added_by_lines_is_left_to_its_operator(
     at: Layout, capsys: pytest.CaptureFixture[str]
 ) -> None:
