@@ -63,6 +63,8 @@ def test_every_image_is_named_by_its_digest_and_nothing_runs_as_root() -> None:
     version = re.search(r"RUNNER_VERSION=(\S+)", script)
     assert version
     assert f"actions-runner:{version[1]}@" in DOCKERFILE
+    for folder in ("deploy/runner", "deploy/docker"):
+        assert f"runner {version[1]}" in (ROOT / folder / "README.md").read_text()
 
 
 def test_a_pod_finds_what_a_machine_of_its_own_has() -> None:
