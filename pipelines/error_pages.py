@@ -155,6 +155,18 @@ COMMON: Final = (
         "take a revision or a repository with `*.safetensors`",
     ),
     Common(
+        "holds GGUFs only",
+        "the repository is somebody's quants: there is nothing to hold new ones against",
+        "take the repository that its card names as `base_model`",
+    ),
+    Common(
+        "does not fit on",
+        "by the estimate of `fleet init` the file and its context need more memory than the host "
+        "has",
+        "a smaller type (`--quants`), less `--context`, a smaller model; `--quants` with a type "
+        "declares it all the same, and the measurement decides",
+    ),
+    Common(
         "says that the model is quantized already",
         "quants are made from the original weights only, or nobody could say what they lost",
         "declare the repository that it was made of; its card names it",
