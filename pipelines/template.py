@@ -17,10 +17,19 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pipelines import console, migrations, proc, repro, template_releases, template_update, wording
+from pipelines import (
+    console,
+    migrations,
+    proc,
+    repro,
+    template_releases,
+    template_tree,
+    template_update,
+    wording,
+)
 from pipelines.errors import FleetError, GateError, ParamsError, ToolError
 from pipelines.layout import Layout
-from pipelines.template_releases import BRANCH, FETCHED, OWN, REMOTE, shown
+from pipelines.template_releases import FETCHED, OWN, REMOTE, shown
 
 if TYPE_CHECKING:
     import argparse
@@ -217,13 +226,14 @@ def _update(objects: Objects, args: argparse.Namespace) -> int:
     if not args.json:
         for line in found.lines(will=True):
             console.out(line)
-    if update is None or (update.conflicts and args.leave_conflicts):
-        if update is not None:
-            template_update.leave(objects, update)
-            console.info("  next: resolve them, git add FILE, git commit; or: git merge --abort")
-        if args.json:
-            console.out(json.dumps({**found.told(), "merged": None}, indent=2))
-        return 0 if update is None else GateError.exit_code
+    if args.json and (update is None or update.conflicts):
+        console.out(json.dumps({**found.told(), "merged": None}, indent=2))
+    if update is None:
+        return 0
+    if update.conflicts and args.leave_conflicts:
+        template_update.leave(objects, update)
+        console.info("  next: resolve them, git add FILE, git commit; or: git merge --abort")
+        return GateError.exit_code
     made = template_update.apply(objects, update)
     if args.json:
         console.out(json.dumps({**found.told(), "merged": made}, indent=2))
@@ -294,7 +304,7 @@ def _tree(objects: Objects, args: argparse.Namespace) -> int:
             "there is no release: no tag of the form vX.Y.Z.",
             hint="git tag v1.0.0; git push --tags",
         )
-    made = template_releases.publish(objects, known, branch=not is_fork, dry_run=args.dry_run)
+    made = template_tree.publish(objects, known, branch=not is_fork, dry_run=args.dry_run)
     if args.json:
         told = {f"v{each.name}": each.template for each in known}
         console.out(json.dumps({"template": told, "made": dict(made)}, indent=2))
@@ -302,7 +312,7 @@ def _tree(objects: Objects, args: argparse.Namespace) -> int:
     for each in known:
         console.out(f"template/v{each.name}  {each.template}")
     if made and not args.dry_run and not is_fork:
-        branch = BRANCH.removeprefix("refs/heads/")
+        branch = template_tree.BRANCH.removeprefix("refs/heads/")
         console.info(f"  next: git push origin {branch} 'refs/tags/template/*'")
     return 0
 

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Final
 
 from pipelines import console, owners, wording
 from pipelines.errors import ParamsError, ToolError, UpstreamError
-from pipelines.template_git import Objects, no_object, strip
+from pipelines.template_git import Objects, strip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 
@@ -40,6 +40,8 @@ FETCHED: Final = "refs/fleet/template/tags/"
 _MADE: Final = "refs/fleet/template/made/1/"
 _VERSION_FILE: Final = "pipelines/__init__.py"
 _OWNERS_FILE: Final = "pipelines/owners.py"
+# User and password of an address, which git repeats in its errors.
+_LOGIN: Final = re.compile(r"//[^/@\s]*@")
 _LARGEST_TABLE: Final = 1000
 # All of a template's history, the first time.
 _FETCH_WITHIN_S: Final = 600.0
@@ -139,7 +141,9 @@ def fetch(objects: Objects, origin: str | None) -> list[str]:
         )
     except ToolError as error:
         raise UpstreamError(
-            f"the template cannot be read from {console.clean(place)}: {error.message}",
+            _LOGIN.sub(
+                "//", f"the template cannot be read from {console.clean(place)}: {error.message}"
+            ),
             hint=f"Is it the right place? git remote set-url {REMOTE} URL, or --from URL|PATH, "
             "which may be a clone on this machine.",
         ) from error
@@ -388,50 +392,7 @@ def _listed(known: Sequence[Release]) -> str:
     return wording.listed([each.name for each in known[-10:]]) or "none yet"
 
 
-# --- publishing it ----------------------------------------------------------------------------
-
-BRANCH: Final = "refs/heads/template"
-PUBLISHED: Final = "refs/tags/template/"
-
-
-def publish(
-    objects: Objects, known: Sequence[Release], *, branch: bool, dry_run: bool
-) -> Mapping[str, str]:
-    """
-    Make the tags `template/vX.Y.Z` of this repository, and branch `template`.
-
-    Args:
-        objects: The repository.
-        known: The releases.
-        branch: Whether the branch is wanted: a fork has no use for it.
-        dry_run: Only say what would be made.
-
-    Returns:
-        What was not there before: commit by name of the reference.
-
-    Raises:
-        ParamsError: A name is taken by another commit; nothing was made.
-    """
-    wanted = {f"{PUBLISHED}v{each.name}": each.template for each in known}
-    if branch:
-        wanted[BRANCH] = known[-1].template
-    made: dict[str, str] = {}
-    lines: list[str] = []
-    for name, commit in wanted.items():
-        there = objects.git.parse(name)
-        if there == commit:
-            continue
-        if there is not None and not (name == BRANCH and objects.has(commit, there)):
-            raise ParamsError(
-                f"{name} is {there[:12]} here, and the releases make it {commit[:12]}.",
-                hint="A tag vX.Y.Z was moved, or is lower than one that was there before: give it "
-                "the next higher version. A branch of yours of that name: rename it.",
-            )
-        made[name] = commit
-        lines.append(f"update {name} {commit} {there or no_object(commit)}\n")
-    if lines and not dry_run:
-        objects.told("update-ref", "--stdin", data="".join(lines).encode())
-    return made
+# --- the repository -----------------------------------------------------------------------------
 
 
 def find(root: Path) -> Objects:

@@ -19,6 +19,7 @@ from template_factory import LINES, ROOT, TEMPLATES, Fork, Repository, Template
 
 from pipelines import __version__, template, template_releases, template_update
 from pipelines.errors import FleetError, GateError, MachineError, ParamsError, UpstreamError
+from pipelines.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -379,6 +380,9 @@ def test_a_template_that_is_not_there_is_an_error_with_the_line_to_type(
     assert raised.value.hint.startswith("git remote add template ")
     with pytest.raises(UpstreamError):
         fork.verb("status", origin="--upload-pack=touch x")
+    with pytest.raises(UpstreamError) as refused:
+        fork.verb("status", origin="http://user:secret@127.0.0.1:9/template")
+    assert "secret" not in refused.value.message
     with pytest.raises(ParamsError, match=r'no release "9\.0\.0"'):
         fork.verb("status", origin=str(origin.path), to="9.0.0")
     empty: Repository = Repository.start(tmp_path / "empty", "main")
@@ -630,6 +634,7 @@ def test_status_says_what_to_do_for_every_version_between(
     assert "that you have changed: docs/a.md" in told
     assert "not yet" not in told
     assert fork.state == before
+    assert template.here(Layout(fork.path)) == ("1.0.0", "1.2.0")
     assert fork.update(dry_run=True, json=True) == 0
     assert json.loads(capsys.readouterr().out)["changed"][0] == "CHANGELOG.md"
     assert fork.state == before
