@@ -113,7 +113,7 @@ def test_a_fleet_begins_without_a_network_and_no_trace_of_the_example_is_left(
     shown = capsys.readouterr().out
     assert re.search(r"▸ Q4_K_M +0\.\d+ .* fits", shown)
     assert "+  my-model:" in shown
-    assert "removed: results/tiny-llama/ (24 files)" in shown
+    assert re.search(r"(?m)^removed: results/tiny-llama/ \(\d+ files\)$", shown)
     declared = declaration.check(at)
     assert list(declared.models) == ["my-model"]
     model = declared.models["my-model"]
