@@ -73,15 +73,24 @@ def go_module(folder: Path) -> Path:
     Raises:
         MissingError: There is no Go, or no way to the module proxy.
     """
-    source = "".join((folder / name).read_text() for name in ("go.mod", "go.sum", "main.go"))
-    place = home() / f"{folder.name}-{hashing.sha256_text(source)[:16]}"
+    place = _place_of(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{place}.lock"):
-        if not (place / folder.name).is_file():
+        if not is_built(folder):
             what = folder.relative_to(ROOT).as_posix()
             argv = ["build", "-trimpath", "-mod=readonly", "-ldflags=-s -w", "-o"]
             _go([*argv, str(atomic.part_name(place) / folder.name), "."], what, place, cwd=folder)
     return place / folder.name
+
+
+def is_built(folder: Path) -> bool:
+    """Tell whether `go_module` has this program, of these very sources."""
+    return (_place_of(folder) / folder.name).is_file()
+
+
+def _place_of(folder: Path) -> Path:
+    source = "".join((folder / name).read_text() for name in ("go.mod", "go.sum", "main.go"))
+    return home() / f"{folder.name}-{hashing.sha256_text(source)[:16]}"
 
 
 def _go(words: list[str], what: str, place: Path, cwd: Path | None = None) -> None:

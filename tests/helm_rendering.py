@@ -61,7 +61,7 @@ def kept(name: str) -> tuple[str, str]:
 
 def program() -> Path | None:
     """Return Helm's engine, if it is built or is to be; None otherwise."""
-    if os.environ.get("FLEET_TEST_HELM") or any(installed.home().glob("helm-*/helm")):
+    if os.environ.get("FLEET_TEST_HELM") or installed.is_built(installed.RENDER):
         return installed.go_module(installed.RENDER)
     return None
 
@@ -69,7 +69,7 @@ def program() -> Path | None:
 def render(helm: Path, name: str, values: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Render a chart with its values, or with others."""
     chart, release, namespace, own = CHARTS[name]
-    argv = [helm, ARC / chart, release, namespace, KUBERNETES, values or own]
+    argv: list[str | Path] = [helm, ARC / chart, release, namespace, KUBERNETES, values or own]
     return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
 
 
