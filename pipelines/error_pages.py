@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
-from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -238,9 +237,8 @@ What a registry says: [releases.md](releases.md#when-something-is-wrong).
 {common}"""
 
 
-@cache
 def page() -> str:
-    """Return the text of docs/errors.md; the code is read once, for that takes a second or two."""
+    """Return the text of docs/errors.md."""
     found = error_sites.sites()
     text = _INTRODUCTION.format(
         codes="".join(

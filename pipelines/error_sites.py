@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -59,9 +60,12 @@ class Site:
     exit_code: int
 
 
-def sites(package: Path = PACKAGE) -> list[Site]:
+@cache
+def sites(package: Path = PACKAGE) -> tuple[Site, ...]:
     """
     Return every error of a package once, sorted by module and message.
+
+    The code is read once in a process: that takes a second or two.
 
     Args:
         package: Folder with the modules.
@@ -72,7 +76,7 @@ def sites(package: Path = PACKAGE) -> list[Site]:
     found: set[Site] = set()
     for module, tree in trees.items():
         found.update(_of_module(module, texts[module], tree, codes))
-    return sorted(found)
+    return tuple(sorted(found))
 
 
 def _read(package: Path) -> Iterator[tuple[str, str]]:

@@ -34,6 +34,23 @@ def text(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+@cache
+def written(test: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of the functions of a test, and the words of its texts."""
+    nodes = list(ast.walk(ast.parse(text(test))))
+    words = {
+        word
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for word in re.split(r"[\s`]+", node.value)
+    }
+    for page in words.intersection(PAGES):
+        # One that reads the page types what stands there.
+        words.update(re.split(r"[\s`]+", text(page)))
+    functions = (node.name for node in nodes if isinstance(node, ast.FunctionDef))
+    return frozenset(functions), frozenset(words)
+
+
 def shown(program: str) -> Iterator[tuple[str, list[str], frozenset[str]]]:
     """Yield place, words and needs of every command of a program in a block of a page."""
     for page in PAGES:
@@ -125,17 +142,7 @@ def test_a_test_types_every_command_of_every_page() -> None:
 def test_the_test_that_is_named_types_that_command(typed: str) -> None:
     """It exists, and verb and options stand in its file as words."""
     module, name = RUN_BY[typed]
-    tree = ast.parse(text(f"tests/{module}.py"))
-    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    words = {
-        word
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        for word in re.split(r"[\s`]+", node.value)
-    }
-    for page in words.intersection(PAGES):
-        # One that reads the page types what stands there.
-        words.update(re.split(r"[\s`]+", text(page)))
+    functions, words = written(f"tests/{module}.py")
 
     assert name in functions
     assert set(typed.split()) <= words
