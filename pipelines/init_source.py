@@ -332,8 +332,10 @@ def _subject(  # noqa: PLR0913 - each is one independent fact, named at the call
         found.append("config.json does not say which context it was trained with.")
     if not has_template and not is_encoder:
         found.append(
-            "It brings no chat template: it goes on with texts, and is served with "
-            f"{COMPLETION_MODELFILE}, which adds none."
+            f"It brings no chat template. It is measured, and served with {COMPLETION_MODELFILE}, "
+            "which adds none; but nothing of it is released, since no prompt can be compared with "
+            "upstream's. Take the repository of the model that chats, or put a chat_template.jinja "
+            "beside the weights in a folder of your own."
         )
     shards = fetch.weights(files.listing, files.directory)
     return Subject(

@@ -389,14 +389,17 @@ def test_an_architecture_is_looked_up_in_the_table_of_the_pinned_llama_cpp(
         init.proposed(at, answers)
 
 
-def test_a_model_without_a_chat_template_is_served_without_one(at: Layout) -> None:
-    """By a Modelfile of its own, in which Ollama finds no ChatML."""
+def test_a_model_without_a_chat_template_is_served_without_one_and_said_to_be_unreleasable(
+    at: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a Modelfile of its own, in which Ollama finds no ChatML; the verdict will be REJECT."""
     Path("models/My.Model/tokenizer_config.json").write_text('{"add_bos_token": true}')
 
     assert typed("path:models/My.Model", *DESK, "--yes") == 0
 
     model = declaration.check(at).models["my-model"]
     assert model.modelfile == init_source.COMPLETION_MODELFILE
+    assert "nothing of it is released" in capsys.readouterr().err
     made = modelfile.render(
         Path(model.modelfile), context_tokens=256, model="my-model", license="MIT"
     )
