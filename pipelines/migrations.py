@@ -112,7 +112,8 @@ def rewritten(text: str) -> str:
     A key whose new name is there already is left: which of the two counts, a person has to say.
     """
     for step in RENAMED:
-        splices = sorted(_splices(_root(text), step), reverse=True)
+        # A place that an alias names is reached twice.
+        splices = sorted(set(_splices(_root(text), step)), reverse=True)
         for start, end in splices:
             text = f"{text[:start]}{step.name}{text[end:]}"
     return text

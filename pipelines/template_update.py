@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pipelines import atomic, console, wording
@@ -23,8 +24,6 @@ from pipelines.template_git import Entry, no_object, strip
 from pipelines.template_releases import owned_by, shown
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pipelines.template_git import Conflict, Entries, Merged, Objects
     from pipelines.template_releases import Base, Release
 
@@ -169,43 +168,77 @@ def require_clean(objects: Objects) -> None:
 
 def require_room(objects: Objects, update: Update) -> None:
     """
-    See that no file that git does not know lies where a new one has to go.
+    See that nothing is overwritten that no commit has.
+
+    That is what lies where a new file has to go, and a changed file that git was told to pass over.
 
     Raises:
-        ParamsError: Some do; nothing was changed.
+        ParamsError: There is such a file; nothing was changed.
     """
-    found: list[str] = []
-    for path in update.changed:
-        if path in update.before or path not in update.after:
-            continue
-        place = objects.root / path
-        if _is_taken(objects, place, update.after[path]) or any(
-            objects.root / above not in {objects.root, place}
-            and (os.path.lexists(objects.root / above) and not (objects.root / above).is_dir())
-            and above not in update.before
-            for above in _above(path)
-        ):
-            found.append(path)
+    found = [
+        path
+        for path in update.changed
+        if path in update.after
+        and path not in update.before
+        and (_is_taken(objects, update, path) or _is_below_another(objects, update, path))
+    ]
     if found:
         raise ParamsError(
             f"files that git does not know are in the way of new ones: {wording.first_few(found)}. "
             "Nothing was changed.",
             hint="Move them elsewhere, or commit them.",
         )
+    if hidden := _passed_over(objects, update):
+        raise ParamsError(
+            "git was told not to look at files that change, and what is in them cannot be told: "
+            f"{wording.first_few(hidden)}. Nothing was changed.",
+            hint="git update-index --no-assume-unchanged FILE; git update-index --no-skip-worktree "
+            "FILE; then commit what is in it, or git restore FILE",
+        )
 
 
-def _above(path: str) -> list[str]:
+def _passed_over(objects: Objects, update: Update) -> list[str]:
+    """
+    Return files that would be written and that `git status` says nothing of.
+
+    Neither would `git reset` write them, and the branch would have the new version without them.
+    """
+    told = objects.told("ls-files", "-v", "-z").split(b"\0")
+    # A small letter: assume-unchanged; S: skip-worktree (git-ls-files(1), -v and -t).
+    flagged = {os.fsdecode(one[2:]) for one in told if one[:1].islower() or one[:1] == b"S"}
+    return [
+        path
+        for path in update.changed
+        # One that a sparse checkout has left out is nobody's work.
+        if path in flagged and os.path.lexists(objects.root / path)
+    ]
+
+
+def _is_below_another(objects: Objects, update: Update, path: str) -> bool:
+    """Tell whether something else than a folder lies where a folder of a new file has to be."""
     parts = path.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+    above = ["/".join(parts[:count]) for count in range(1, len(parts))]
+    return any(
+        each not in update.before
+        and os.path.lexists(objects.root / each)
+        # git would put a folder in place of a link.
+        and ((objects.root / each).is_symlink() or not (objects.root / each).is_dir())
+        for each in above
+    )
 
 
-def _is_taken(objects: Objects, place: Path, entry: Entry) -> bool:
+def _is_taken(objects: Objects, update: Update, path: str) -> bool:
     """Tell whether something else lies there than what would be written."""
+    place = objects.root / path
     if not os.path.lexists(place):
         return False
     if place.is_dir() and not place.is_symlink():
-        return any(place.iterdir())
-    return _content(place) != objects.told("cat-file", "blob", entry.blob)
+        return any(
+            (Path(folder) / name).relative_to(objects.root).as_posix() not in update.before
+            for folder, folders, names in os.walk(place)
+            for name in (*names, *(one for one in folders if (Path(folder) / one).is_symlink()))
+        )
+    return _content(place) != objects.told("cat-file", "blob", update.after[path].blob)
 
 
 def _content(place: Path) -> bytes | None:
@@ -273,7 +306,7 @@ def _is_between(objects: Objects, path: str, before: Entries, after: Entries) ->
 def _write(objects: Objects, commit: str) -> None:
     """Make work tree and index those of the commit that the branch is at."""
     try:
-        objects.told("reset", "--hard", "--quiet", commit)
+        objects.told("reset", "--hard", "--quiet", "--no-recurse-submodules", commit)
     except ToolError as error:
         raise MachineError(
             f"the branch has the new version, and its files cannot be written: {error.message}",
@@ -304,6 +337,10 @@ def apply(objects: Objects, update: Update) -> str:
         raise conflict_error(update)
     require_room(objects, update)
     made = objects.commit(update.tree, message_of(update), update.head, update.target.template)
+    # Whoever signs may have been asked for a passphrase, and has worked on meanwhile.
+    _require_same(objects, branch)
+    require_clean(objects)
+    require_room(objects, update)
     console.info(
         f"{branch.removeprefix('refs/heads/')} moves to {made[:12]}. If this is stopped from now "
         f"on: {FINISH}"
@@ -320,6 +357,20 @@ def apply(objects: Objects, update: Update) -> str:
         ) from error
     _write(objects, made)
     return made
+
+
+def _require_same(objects: Objects, branch: str) -> None:
+    """
+    See that a branch is still the one that is checked out: its files are about to be written.
+
+    Raises:
+        RetryLaterError: Another one is.
+    """
+    if objects.maybe("symbolic-ref", "--quiet", "HEAD") != branch:
+        raise RetryLaterError(
+            "another branch was checked out in this very moment. Nothing was changed.",
+            hint="Run the same command again, on the branch that takes it.",
+        )
 
 
 def conflict_error(update: Update) -> GateError:

@@ -156,6 +156,9 @@ def test_renamed_keys_get_their_new_names_and_not_a_byte_beside_them_changes(
     """Comments, values and quotes stay; a key whose new name is there, too, is for a person."""
     assert migrations.rewritten(BEFORE.replace("\n", line_end)) == AFTER.replace("\n", line_end)
     assert migrations.rewritten(AFTER) == AFTER
+    # `fleet check` allows no alias; here it must not make a wrong key of one that is reached twice.
+    alias = "models:\n  one: &one\n    aim: size\n  two: *one\n"
+    assert migrations.rewritten(alias) == alias.replace("aim", "objective")
     for text in ("", "aim", "[", "models: [aim]", "models: {one: }", "a\tb: - c"):
         assert migrations.rewritten(text) == text
 

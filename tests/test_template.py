@@ -18,7 +18,14 @@ from docs_commands import blocks
 from template_factory import LINES, ROOT, TEMPLATES, Fork, Repository, Template
 
 from pipelines import __version__, template, template_releases, template_update
-from pipelines.errors import FleetError, GateError, MachineError, ParamsError, UpstreamError
+from pipelines.errors import (
+    FleetError,
+    GateError,
+    MachineError,
+    ParamsError,
+    RetryLaterError,
+    UpstreamError,
+)
 from pipelines.layout import Layout
 
 if TYPE_CHECKING:
@@ -261,6 +268,16 @@ def _in_the_way(fork: Fork) -> None:
     (fork.path / "docs/new.md").write_text("not in git\n", encoding="utf-8")
 
 
+def _assume(fork: Fork) -> None:
+    fork.git("update-index", "--assume-unchanged", "docs/a.md")
+    _edit(fork)
+
+
+def _skip(fork: Fork) -> None:
+    fork.git("update-index", "--skip-worktree", "docs/a.md")
+    _edit(fork)
+
+
 def _pick(fork: Fork) -> None:
     fork.git("update-ref", "CHERRY_PICK_HEAD", "HEAD")
 
@@ -281,6 +298,8 @@ def _other_version(fork: Fork) -> None:
         (_edit, r"not what the commit says: docs/a\.md"),
         (_stage, r"not what the commit says: docs/a\.md"),
         (_in_the_way, r"in the way of new ones: docs/new\.md"),
+        (_assume, r"told not to look at files that change.*docs/a\.md"),
+        (_skip, r"told not to look at files that change.*docs/a\.md"),
         (_pick, "in the middle of something"),
         (_untold, r"nobody can tell .*names no version"),
         (_other_version, r"nobody can tell .*no release 1\.0\.1"),
@@ -585,6 +604,79 @@ def test_a_branch_that_moved_meanwhile_is_not_moved_back(
     assert fork.git("show", "-s", "--format=%s") == "Meanwhile"
     assert fork.git("status", "--short") == ""
     assert fork.git("for-each-ref", "refs/fleet/template/moving") == ""
+
+
+def test_another_branch_that_was_checked_out_meanwhile_does_not_get_the_update(
+    origin: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever signs commits is asked for a passphrase, and works on in another window."""
+    fork = fork_of(origin, "copied")
+    origin.release("1.1.0", NEXT)
+    real = template_update.message_of
+
+    def meanwhile(update: template_update.Update) -> str:
+        fork.git("switch", "-q", "-c", "another")
+        return real(update)
+
+    monkeypatch.setattr(template_update, "message_of", meanwhile)
+    before = fork.git("rev-parse", "trunk")
+    with pytest.raises(RetryLaterError, match="another branch was checked out"):
+        fork.update()
+    assert fork.git("rev-parse", "trunk", "another").split() == [before.strip()] * 2
+    assert fork.git("status", "--short") == ""
+
+
+def test_a_file_that_was_edited_while_the_commit_was_signed_is_not_overwritten(
+    origin: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was looked at before is looked at again when all that is left is to write."""
+    fork = fork_of(origin, "copied")
+    origin.release("1.1.0", NEXT)
+    real = template_update.message_of
+
+    def meanwhile(update: template_update.Update) -> str:
+        _edit(fork)
+        return real(update)
+
+    monkeypatch.setattr(template_update, "message_of", meanwhile)
+    before = fork.head
+    with pytest.raises(ParamsError, match=r"not what the commit says: docs/a\.md"):
+        fork.update()
+    assert fork.read("docs/a.md") == "edited\n"
+    assert fork.head == before
+
+
+def test_a_link_is_not_replaced_by_a_folder_of_the_template(
+    origin: Template, tmp_path: Path
+) -> None:
+    """Git would do so without a word."""
+    fork = fork_of(origin, "copied")
+    origin.release("1.1.0", {"bench/new/a.md": "new\n"})
+    (fork.path / "bench").symlink_to(tmp_path)
+    with pytest.raises(ParamsError, match=r"in the way of new ones: bench/new/a\.md"):
+        fork.update()
+    assert (fork.path / "bench").is_symlink()
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_folder_becomes_a_file_unless_something_else_lies_in_it(
+    origin: Template,
+    is_alone: bool,  # noqa: FBT001 - a column of the table
+) -> None:
+    """What git knows of it is in the commit before; what it does not know is nowhere else."""
+    fork = fork_of(origin, "copied")
+    origin.release("1.1.0", {"bench/deep/a.md": "new\n"})
+    assert fork.update() == 0
+    shutil.rmtree(origin.path / "bench")
+    origin.release("1.2.0", {"bench": "a file\n"})
+    if is_alone:
+        assert fork.update() == 0
+        assert fork.read("bench") == "a file\n"
+        return
+    (fork.path / "bench/deep/mine.md").write_text("mine\n", encoding="utf-8")
+    with pytest.raises(ParamsError, match="in the way of new ones: bench"):
+        fork.update()
+    assert fork.read("bench/deep/mine.md") == "mine\n"
 
 
 # --- what is said -----------------------------------------------------------------------------
