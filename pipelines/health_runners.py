@@ -51,17 +51,53 @@ def look(gh: GitHub, hosts: Mapping[str, tuple[str, ...]], *, now: datetime) -> 
         RetryLaterError: GitHub cannot be asked now.
     """
     findings: list[Finding] = []
-    every: tuple[Runner, ...] | None = None
+    every, sees_all = _runners(gh, hosts.values(), findings)
+    waiting = _waiting(gh, findings)
+    hosts_seen = tuple(
+        seen(
+            gh,
+            host,
+            labels,
+            every if sees_all or _of(labels, every) else None,
+            waiting=waiting,
+            now=now,
+        )
+        for host, labels in hosts.items()
+    )
+    findings += schedules(gh, now)
+    return RunnersRecord(checked_at=stamp(now), hosts=hosts_seen, findings=tuple(findings))
+
+
+def _runners(
+    gh: GitHub, wanted: Iterable[tuple[str, ...]], findings: list[Finding]
+) -> tuple[tuple[Runner, ...] | None, bool]:
+    """
+    Return the runners that may take jobs of this repository, and whether these are all.
+
+    Those of an organization are asked for only if a host has none in the repository itself: it
+    takes a right that few tokens have.
+    """
     try:
         every = asked.runners(gh)
     except GitHubError as error:
         findings.append(_unasked("runners", error))
-    waiting = _waiting(gh, findings)
-    hosts_seen = tuple(
-        seen(gh, host, labels, every, waiting=waiting, now=now) for host, labels in hosts.items()
-    )
-    findings += schedules(gh, now)
-    return RunnersRecord(checked_at=stamp(now), hosts=hosts_seen, findings=tuple(findings))
+        return None, False
+    if all(_of(labels, every) for labels in wanted):
+        return every, True
+    try:
+        if not asked.is_of_organization(gh):
+            return every, True
+        grouped = [one for group in asked.groups(gh) for one in group.runners]
+    except GitHubError as error:
+        findings.append(_unasked("runners-of-organization", error))
+        return every, False
+    return tuple({one.id: one for one in (*every, *grouped)}.values()), True
+
+
+def _of(labels: Iterable[str], every: Iterable[Runner] | None) -> list[Runner]:
+    """Return the runners that take jobs with these labels, as GitHub routes them."""
+    wanted = frozenset(label.lower() for label in labels)
+    return [each for each in every or () if wanted <= each.labels]
 
 
 def stamp(when: datetime) -> str:
@@ -102,7 +138,7 @@ def seen(  # noqa: PLR0913 - what is known of it, from four questions
         RetryLaterError: GitHub cannot be asked now.
     """
     wanted = frozenset(label.lower() for label in labels)
-    mine = [each for each in every or () if wanted <= each.labels]
+    mine = _of(labels, every)
     jobs = [each for each in waiting or () if _labels(each) and _labels(each) <= wanted]
     oldest = min((each["created_at"] for each in jobs if _moment(each["created_at"])), default=None)
     status: Any = "unknown"

@@ -151,6 +151,24 @@ def test_a_runner_serves_a_host_only_if_it_has_every_label(api: GitHubApi) -> No
     assert "deploy/runner/README.md" in record.hosts[0].findings[0].next_step
 
 
+@pytest.mark.parametrize(
+    ("may", "status", "said"),
+    [(True, "online", []), (False, "unknown", ["runners-of-organization"])],
+)
+def test_a_runner_of_the_organization_serves_a_host_and_unseen_ones_are_not_called_absent(
+    api: GitHubApi, *, may: bool, status: str, said: list[str]
+) -> None:
+    """A rack is mostly registered there; a token that may not look there proves no absence."""
+    number = api.add_runner("rack-1", ["self-hosted", "gpu", "rack"])
+    api.settings.groups = [{"name": "rack", "restricted": True, "runners": [number]}]
+    if may:
+        api.tokens[APP] = Token("app[bot]", {"administration": "read", "actions": "read",
+            "organization_self_hosted_runners": "read", "metadata": "read"})  # fmt: skip
+    record = seen_by(api, rack=("self-hosted", "rack"))
+    assert [each.status for each in record.hosts] == [status]
+    assert [e.rule for e in record.findings if e.rule.startswith("runners")] == said
+
+
 def test_a_token_that_may_not_ask_makes_hosts_unknown_and_says_which_right_is_missing(
     api: GitHubApi,
     fleet: Path,  # noqa: ARG001 - the working directory

@@ -53,6 +53,19 @@ def runners(gh: GitHub) -> tuple[Runner, ...]:
     return tuple(_runner(each) for each in gh.paged("actions/runners", "runners"))
 
 
+def is_of_organization(gh: GitHub) -> bool:
+    """
+    Say whether an organization owns the repository: it may have runners of its own.
+
+    Raises:
+        GitHubError: The token may not read the repository.
+        RetryLaterError: GitHub cannot be asked now.
+    """
+    told = gh.get(f"/repos/{gh.repository}")
+    owner = told.get("owner") if isinstance(told, dict) else None
+    return isinstance(owner, dict) and owner.get("type") == "Organization"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """
