@@ -405,6 +405,7 @@ def judge_bundles(  # noqa: PLR0913 - each is one independent fact
             evidence = verdict_evidence.collect(slice_, tree, day=day)
             judged[bundle.model, bundle.host] = verdict.judge(evidence)
     shown = tuple(_shown(declared, plan, judged))
+    failures += _unmeasured(plan, shown, judged)
     return _concluded(shown, judged, (*others, *failures), removed=_removed(plan))
 
 
@@ -502,6 +503,27 @@ def _shown(
         primary = bundles_.primary_host(declared, model)
         own = {host: found for (name, host), found in judged.items() if name == model}
         yield from of_hosts(model, hosts, primary, own, line=lines.get(model))
+
+
+def _unmeasured(
+    plan: PlanRecord,
+    shown: Sequence[GateModel],
+    judged: Mapping[tuple[str, str], ModelVerdict],
+) -> Iterator[Failure]:
+    """
+    Yield each host that was left out as too small, and would serve by the numbers of another one.
+
+    Both can be: a card does not hold what llama.cpp keeps in main memory. No host serves what it
+    could have measured, and has not.
+    """
+    left_out = {(one.model, each.host) for one in plan.models for each in one.left_out}
+    for one in shown:
+        if one.verdict == "PROMOTE" and (one.model, one.host) in left_out - judged.keys():
+            yield Failure(
+                f"{one.model} on {one.host}: not measured, as too small for the weights; by the "
+                f"numbers of another host it would serve. Name it in `models.{one.model}.hosts`: "
+                "then it is measured."
+            )
 
 
 def of_hosts(

@@ -14,7 +14,9 @@ very declaration, and of them only the bytes of the weights:
                           never less: llama.cpp's plan counts every tensor there is.
     host with cards       weights > vram_mib. The margin is left out on purpose: llama.cpp keeps the
                           token embeddings in main memory. Where layers or experts are declared to
-                          stay there as well, nothing is certain and the host measures.
+                          stay there as well, nothing is certain and the host measures. Where those
+                          embeddings are more than the context and the margin, a card may hold what
+                          its bytes exceed: a gate that finds so fails, and says to name the host.
 
 A host that a model names itself always measures: the operator said so. What `choose` then finds is
 said for each host, as of every other quant that does not fit.

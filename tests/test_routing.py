@@ -25,6 +25,7 @@ from pipelines import (
     repro,
     routing,
 )
+from pipelines.ci_records import LeftOut
 from pipelines.comment_render import render
 from pipelines.errors import ParamsError
 from pipelines.layout import Layout
@@ -263,6 +264,31 @@ def test_no_job_starts_where_not_even_the_smallest_quant_fits(
     for said in (" ".join(plan._lines(found, "in git")), plan.markdown(found), measuring):
         words = said.replace("\\", "").replace("\u200b", "")
         assert ("is not measured on big: even Q2" in words) is not starts, said
+
+
+@pytest.mark.parametrize("is_left_out", [True, False])
+def test_a_host_that_was_left_out_serves_nothing_by_the_numbers_of_another_one(
+    tmp_path: Path,
+    is_left_out: bool,  # noqa: FBT001 - a column of the table
+) -> None:
+    """Token embeddings lie in main memory: what is larger than a card by its bytes may fit."""
+    at = bundle_factory.fleet(tmp_path / "fleet")
+    bundle_factory.with_host(at, EDGE)
+    sample.take(at.root, "examples")
+    first = bundle_factory.bundle_of(at, MODEL, FIRST)
+    legs = [(MODEL, FIRST)] if is_left_out else [(MODEL, FIRST), (MODEL, EDGE)]
+    asked = bundle_factory.plan_of(at, *legs)
+    if is_left_out:
+        left_out = (LeftOut(host=EDGE, why="even Q2_K is too large"),)
+        asked = asked.model_copy(
+            update={"models": (asked.models[0].model_copy(update={"left_out": left_out}),)}
+        )
+    bundles = [first] if is_left_out else [first, bundle_factory.bundle_of(at, MODEL, EDGE)]
+    found = gate.judge_bundles(at, at.params.read_text(), asked, bundles)
+
+    assert [one.verdict for one in found.models] == ["PROMOTE", "PROMOTE"], found
+    assert found.conclusion == ("failure" if is_left_out else "success"), found.failures
+    assert (f"Name it in `models.{MODEL}.hosts`" in found.sentence) is is_left_out
 
 
 @pytest.mark.parametrize(
