@@ -24,6 +24,7 @@ from pipelines import (
     init_change,
     init_proposal,
     init_repository,
+    init_state,
     wording,
 )
 from pipelines.errors import ParamsError
@@ -111,7 +112,9 @@ def _with_quants(at: Layout, answers: Answers, proposal: Proposal) -> Proposal:
     if told == usual:
         return proposal
     types = tuple(dict.fromkeys(told.replace(",", " ").split()))
-    return proposed(at, replace(answers, quants=types))
+    proposal = proposed(at, replace(answers, quants=types))
+    _show(proposal)
+    return proposal
 
 
 def _json(at: Layout, proposal: Proposal, *, is_written: bool) -> str:
@@ -156,7 +159,7 @@ def _asked(at: Layout, answers: Answers) -> Answers:
     if answers.source is None and not answers.keep_example:
         source = console.ask("Model, as hf:owner/repo or path:folder")
         answers = replace(answers, source=source or None)
-    if is_fresh and not answers.keep_example:
+    if is_fresh and not answers.keep_example and init_state.is_example_host(declared.hosts):
         answers = _asked_host(answers)
     if not answers.owners and init_repository.needs_owner(at):
         known = " ".join(init_change.owners(at, answers))

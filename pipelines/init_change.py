@@ -55,13 +55,22 @@ def proposed(at: Layout, answers: Answers) -> Proposal:
     """
     before = at.params.read_bytes()
     declared = declaration.load(at.params)
-    begins = is_fresh(declared) and answers.source is not None and not answers.keep_example
-    host, room = init_host.choose(declared, answers, begins=begins)
+    begins = (
+        is_fresh(declared)
+        and answers.source is not None
+        and not answers.keep_example
+        and not init_model.is_declared(at, declared, answers)
+    )
+    # Hosts that somebody declared before his first model are his.
+    new_hosts = begins and init_state.is_example_host(declared.hosts)
+    host, room = init_host.choose(declared, answers, begins=new_hosts)
     wanted = init_model.choose(at, declared, answers, room, begins=begins)
     text = before.decode()
     if begins and wanted is not None:
-        text = init_text.begun(text, _sections(at, declared, wanted, host))
-        entries = list(_registry(declared, answers, text))
+        own = host if new_hosts else None
+        text = init_text.begun(text, _sections(at, declared, wanted, own))
+        added = host if not new_hosts else None
+        entries = [*((added.entry(),) if added else ()), *_registry(declared, answers, text)]
     else:
         entries = [
             *(wanted.entries if wanted else ()),
@@ -82,7 +91,8 @@ def proposed(at: Layout, answers: Answers) -> Proposal:
     files |= owned | init_repository.dvc_config(at, answers.remote)
     if begins:
         files |= init_repository.example_records(at, tuple(declared.models))
-    _require_kept(declared, _valid(at, data, files), begins=begins)
+    exchanged = _BEGUN if begins and new_hosts else _BEGUN - {"hosts"} if begins else frozenset()
+    _require_kept(declared, _valid(at, data, files), exchanged)
     notes = [*(wanted.notes if wanted else ()), *([note] if note else []), *_network_notes(answers)]
     return Proposal(
         answers=answers,
@@ -96,12 +106,17 @@ def proposed(at: Layout, answers: Answers) -> Proposal:
         host=room.host,
         notes=tuple(notes),
         table=init_plan.table(wanted.plan) if wanted else "",
-        next_steps=_next_steps(wanted.name if wanted else None),
+        next_steps=_next_steps(wanted, begins=begins),
     )
 
 
-def _next_steps(model: str | None) -> tuple[str, ...]:
-    title = f"Begin with {model}" if model else "Set up the fleet"
+def _next_steps(wanted: Wanted | None, *, begins: bool) -> tuple[str, ...]:
+    if wanted is None:
+        title = "Set up the fleet"
+    elif begins:
+        title = f"Begin with {wanted.name}"
+    else:
+        title = f"Add {wanted.name}" if wanted.is_new else f"Add quants of {wanted.name}"
     return (
         "fleet check",
         "fleet doctor",
@@ -236,9 +251,14 @@ _BEGUN: Final = frozenset(
 _GROWN: Final = frozenset({"models", "quants", "hosts", "registries"})
 
 
-def _require_kept(before: Declaration, after: Declaration, *, begins: bool) -> None:
+def _require_kept(before: Declaration, after: Declaration, exchanged: frozenset[str]) -> None:
     """
     See that all that was declared is declared as it was, whatever the text looks like now.
+
+    Args:
+        before: What was declared.
+        after: What will be.
+        exchanged: Sections of the example, which go.
 
     Raises:
         ParamsError: Something else would change.
@@ -246,7 +266,7 @@ def _require_kept(before: Declaration, after: Declaration, *, begins: bool) -> N
     old, new = before.model_dump(), after.model_dump()
     odd = []
     for key, was in old.items():
-        if key == "check_upstream" or (begins and key in _BEGUN):
+        if key == "check_upstream" or key in exchanged:
             continue
         is_ = new[key]
         if key in _GROWN:

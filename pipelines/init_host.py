@@ -46,7 +46,7 @@ def choose(declared: Declaration, answers: Answers, *, begins: bool) -> tuple[Ne
     if name in declared.hosts and not begins:
         _require_same_host(name, declared.hosts[name], answers)
         return None, _room(name, declared.hosts[name])
-    if not re.fullmatch(params.MODEL_KEY, name) or not re.search("[a-z]", name):
+    if not re.fullmatch(params.MODEL_KEY, name) or not init_text.is_word(name):
         allowed = params.PATTERN_WORDS[params.MODEL_KEY]
         raise ParamsError(f"--host {wording.quoted(name)} is not {allowed}.", hint="--host desk")
     kind, mib = ("vram_mib", answers.vram_mib) if answers.vram_mib else ("memory_mib", said)
@@ -71,6 +71,12 @@ def _require_same_host(name: str, spec: params.DeclaredHost, answers: Answers) -
                 f"hosts.{name} is declared already, with {key}: {getattr(spec, key)}.",
                 hint="Edit that line of params.yaml, or give another --host.",
             )
+    odd = [label for label in answers.runner_labels if label not in (spec.runs_on or ())]
+    if odd:
+        raise ParamsError(
+            f"hosts.{name} is declared already, and runs_on of it lacks {wording.listed(odd)}.",
+            hint="Edit that line of params.yaml, or give another --host.",
+        )
 
 
 def _room(name: str, spec: params.Host) -> Room:

@@ -115,6 +115,12 @@ def choose(
     )
 
 
+def is_declared(at: Layout, declared: Declaration, answers: Answers) -> bool:
+    """Tell whether the model that was named is declared already, under the name that was said."""
+    source = answers.source
+    return source is not None and _known(declared, _spelled(at, source), answers.name) is not None
+
+
 def _plan(subject: Subject, answers: Answers, room: Room, declared: Declaration) -> Plan:
     return init_plan.make(
         subject,
@@ -160,6 +166,7 @@ def _more_quants(
                 f"models.{name} is declared already, with {option}: {is_}.",
                 hint="Edit that line of params.yaml.",
             )
+    _require_same_revision(name, spec, answers.revision)
     there = set(params.quants_of(declared, name).values())
     missing = tuple(each for each in answers.quants if each.upper() not in there)
     if not missing:
@@ -179,6 +186,16 @@ def _more_quants(
     )
 
 
+def _require_same_revision(name: str, spec: params.Model, said: str | None) -> None:
+    if said is None or said in {spec.revision, spec.track or "main"}:
+        return
+    raise ParamsError(
+        f"models.{name} is declared already, at {spec.revision[:12]}; `--revision` moves nothing.",
+        hint=f"To another commit: fleet bump --help. To compare both: another --name, such as "
+        f"{name}-next.",
+    )
+
+
 def _name_of(source: str) -> str:
     """Make a key of a repository's or a folder's name: `qwen2-5-7b-instruct`."""
     last = source.rpartition("/")[2].rpartition(":")[2].lower()
@@ -188,9 +205,9 @@ def _name_of(source: str) -> str:
 def _require_name(name: str, declared: Declaration, *, begins: bool) -> None:
     """Refuse a key that is none, or that is another model's."""
     taken = name in declaration.TAKEN_NAMES or (not begins and name in declared.models)
-    # YAML reads 2024 and 1e5 as numbers.
-    is_key = re.fullmatch(params.MODEL_KEY, name) and re.search("[a-z]", name)
-    if is_key and not taken and not re.fullmatch(r"\d+e\d+|true|false|null", name):
+    # YAML reads 2024, 0x1f and 1e-5 as numbers.
+    is_key = re.fullmatch(params.MODEL_KEY, name) and init_text.is_word(name)
+    if is_key and not taken:
         return
     why = "is taken" if taken else f"is not {params.PATTERN_WORDS[params.MODEL_KEY]}"
     raise ParamsError(f"the name {wording.quoted(name)} {why}.", hint="--name my-model")

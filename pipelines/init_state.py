@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pipelines.params import DeclaredHost
+
 # The embedded model. Its files are the template's; what is declared of it goes when a fleet begins.
 EXAMPLE_SOURCE: Final = "path:examples/tiny-llama"
+EXAMPLE_HOST: Final = "local"
 # Of .github/CODEOWNERS, as long as nobody has written his own team there.
 PLACEHOLDER: Final = "@OWNER/"
 
@@ -25,6 +28,14 @@ def examples(models: Mapping[str, Any]) -> tuple[str, ...]:
 def is_fresh(models: Mapping[str, Any]) -> bool:
     """Tell whether nothing but the example is declared."""
     return bool(models) and len(examples(models)) == len(models)
+
+
+def is_example_host(hosts: Mapping[str, DeclaredHost]) -> bool:
+    """Tell whether the only host is the example's, as the template declares it."""
+    if set(hosts) != {EXAMPLE_HOST}:
+        return False
+    said = hosts[EXAMPLE_HOST].model_dump(exclude_unset=True)
+    return said == {"memory_mib": 4096, "runs_on": ("self-hosted", "gpu")}
 
 
 def is_untouched(params: bytes, codeowners: bytes | None) -> bool:

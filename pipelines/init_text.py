@@ -194,15 +194,18 @@ def begun(text: str, blocks: Mapping[str, str | None]) -> str:
         ParamsError: The file is written in a way in which its blocks cannot be told apart.
     """
     head, found = _blocks(text)
-    for key, block in blocks.items():
-        if block is not None and key not in found:
+    end = _end_of(text)
+    for key, new in blocks.items():
+        if new is None:
+            continue
+        block = new.replace("\n", end)
+        if key in found:
+            found[key] = block
+        else:
             found = _with(found, key, block, before=_BEFORE.get(key))
     parts = [head] if head else []
-    for key, old in found.items():
-        block = blocks.get(key, old)
-        if block is not None:
-            parts.append(block)
-    return _ends("\n\n".join(part.strip("\n") for part in parts) + "\n", text)
+    parts += [block for key, block in found.items() if blocks.get(key, block) is not None]
+    return (2 * end).join(part.strip("\r\n") for part in parts) + end
 
 
 def grown(text: str, entries: Sequence[Entry]) -> str:
@@ -212,10 +215,9 @@ def grown(text: str, entries: Sequence[Entry]) -> str:
     Raises:
         ParamsError: A section is written in one line, `{...}`: nothing can be put below.
     """
-    plain = text.replace("\r\n", "\n")
     inserts: dict[int, list[str]] = {}
     missing: dict[str, list[Entry]] = {}
-    root = _root(plain)
+    root = _root(text.replace("\r\n", "\n"))
     for entry in entries:
         node = next((value for key, value in root.value if key.value == entry.section), None)
         if node is None:
@@ -226,23 +228,25 @@ def grown(text: str, entries: Sequence[Entry]) -> str:
         indent = " " * node.value[0][0].start_mark.column
         line = _last(node).end_mark.line + 1
         inserts.setdefault(line, []).extend(indent + each for each in entry.lines)
-    lines = plain.split("\n")
+    end = _end_of(text)
+    lines = re.split(r"(?<=\n)", text if text.endswith("\n") else text + end)
     for number in sorted(inserts, reverse=True):
-        lines[number:number] = inserts[number]
-    grown_ = "\n".join(lines)
+        lines[number:number] = [each + end for each in inserts[number]]
+    found = "".join(lines)
     for key, each in missing.items():
-        grown_ = f"{grown_.rstrip(chr(10))}\n\n{section(key, each)}\n"
-    return _ends(grown_, text)
+        block = section(key, each).replace("\n", end)
+        found = found.rstrip("\r\n") + 2 * end + block + end
+    return found
 
 
-def _ends(text: str, like: str) -> str:
-    """Give a text the line ends of another one."""
-    return text.replace("\n", "\r\n") if "\r\n" in like else text
+def _end_of(text: str) -> str:
+    """Return the line end that most lines of a text have."""
+    return "\r\n" if 2 * text.count("\r\n") > text.count("\n") else "\n"
 
 
 def _blocks(text: str) -> tuple[str, dict[str, str]]:
     """Return what stands above the first block, and every block by its key."""
-    lines = text.replace("\r\n", "\n").split("\n")
+    lines = text.split("\n")
     starts: list[tuple[int, str]] = []
     for number, line in enumerate(lines):
         if found := _KEY.match(line):
@@ -298,9 +302,14 @@ def _cannot(entry: Entry) -> ParamsError:
 
 def _quoted(value: str) -> str:
     """Write text as YAML: in quotes where it would be read as something else."""
-    if re.search(r"[^A-Za-z0-9._/-]|^[-.]", value):
-        return f"'{value}'"
-    return value if _root(value).tag == "tag:yaml.org,2002:str" else f"'{value}'"
+    return value if is_word(value) else "'" + value.replace("'", "''") + "'"
+
+
+def is_word(value: str) -> bool:
+    """Tell whether YAML reads it as text without quotes; `null`, `0x1f` and `1e-5` are none."""
+    if not re.fullmatch(r"[A-Za-z0-9_/][A-Za-z0-9._/-]*", value):
+        return False
+    return bool(_root(value).tag == "tag:yaml.org,2002:str")
 
 
 def _plain(text: str) -> str:

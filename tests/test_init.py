@@ -136,6 +136,36 @@ def test_a_fleet_begins_without_a_network_and_no_trace_of_the_example_is_left(
     assert not list(Path().rglob("*.part"))
 
 
+def test_hosts_that_were_declared_before_the_first_model_stay(at: Layout) -> None:
+    """Whoever declares his rack first begins with it; this machine is then no host."""
+    rack = ("--host", "rack", "--vram", "48000", "--runner-label", "gpu,rack-1", "--owner", "@me")
+    assert typed("--keep-example", *rack, "--yes") == 0
+
+    assert typed("path:models/My.Model", "--host", "desk", "--memory", "4096", "--yes") == 0
+
+    declared = declaration.check(at)
+    assert list(declared.models) == ["my-model"]
+    assert list(declared.hosts) == ["local", "rack", "desk"]
+    assert declared.hosts["rack"].runs_on == ("self-hosted", "gpu", "rack-1")
+
+
+def test_a_second_run_leaves_what_was_measured_of_the_example_that_was_begun_with(
+    at: Layout,
+) -> None:
+    """Whoever tries the fleet with the template's own files has records of his own."""
+    argv = ("path:examples/tiny-llama", "--name", "trial", *DESK, "--yes")
+    assert typed(*argv) == 0
+    record = at.root / "results/trial/choice.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    Path("dvc.lock").write_text("stages: {}\n")
+    written = tree(Path())
+
+    assert typed(*argv) == 0
+
+    assert tree(Path()) == written
+
+
 def test_what_the_template_brings_and_this_has_no_answer_for_stays_as_it_is_written(
     at: Layout,
 ) -> None:
@@ -483,6 +513,20 @@ def test_line_ends_stay_those_of_the_operator(at: Layout) -> None:
     assert b"\r\n    second-Q8_0: {model: second, type: Q8_0}\r\n" in after
 
 
+def test_lines_of_two_kinds_of_editors_stay_as_each_wrote_them(at: Layout) -> None:
+    """A line that somebody pasted in has another end; no line but the new ones changes."""
+    tiny(Path("models/second"), seed=2)
+    text = OWN % ("a" * 64, fetch.content_digest(Path("models/My.Model")))
+    mixed = text.replace("\n", "\r\n", 3).rstrip("\n").encode()
+    at.params.write_bytes(mixed)
+
+    argv = ("path:models/second", "--quants", "Q8_0", "--registry", "s3://bucket/models")
+    assert typed(*argv, "--host", "rack", "--vram", "24576", "--owner", "@me", "--yes") == 0
+
+    rest = iter(at.params.read_bytes().split(b"\n"))
+    assert all(line in rest for line in mixed.split(b"\n"))
+
+
 def test_what_cannot_be_added_by_lines_is_left_to_its_operator(
     at: Layout, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -507,7 +551,11 @@ def test_what_cannot_be_added_by_lines_is_left_to_its_operator(
     [
         (("path:models/My.Model", "--context", "512"), "with context_tokens: 256"),
         (("path:models/second", "--name", "ours"), '"ours" is taken'),
+        (("path:models/My.Model", "--revision", "v2"), "`--revision` moves nothing"),
         (("path:models/second", "--name", "1e5"), '"1e5" is not a word'),
+        (("path:models/second", "--name", "1e-5"), '"1e-5" is not a word'),
+        (("path:models/second", "--host", "0x1f", "--vram", "1"), '--host "0x1f" is not'),
+        (("path:models/second", "--host", "desk", "--runner-label", "b200"), "lacks b200"),
         (("path:models/second", "--name", "serving"), "is taken"),
         (("path:models/second", "--host", "desk", "--memory", "1"), "with memory_mib: 4096"),
         (("path:models/second", "--vram", "24576"), "which host"),
