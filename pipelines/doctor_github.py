@@ -325,7 +325,8 @@ def _of_host(
         text += f"; those that there are have {wording.first_few(there)}" if there else ""
         fix = (
             f"Register one as deploy/runner/README.md says, with --labels {','.join(labels)}; or "
-            f"remove `runs_on` of {host} from params.yaml: then nothing is measured on GitHub."
+            f"remove `runs_on` of {host} from params.yaml: then nothing is measured on GitHub. "
+            "Of a scale set GitHub may show no labels: deploy/kubernetes/README.md."
         )
         yield (fail if sees_all else warn)("github", name, text, fix)
         return

@@ -8,6 +8,7 @@ A secret is known by its name; GitHub shows nobody its value.
 
 from __future__ import annotations
 
+import base64
 import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -89,6 +90,7 @@ class Guard:
         deleted: Whether the branch can be removed.
         checks: By name, GitHub's number of the App whose word counts; None is anybody's.
         bypassed: Who is not bound by it, in words.
+        unseen: Rulesets of which nobody could see who is not bound by them.
     """
 
     pull: bool = False
@@ -99,6 +101,7 @@ class Guard:
     deleted: bool = True
     checks: dict[str, int | None] = field(default_factory=dict)
     bypassed: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
 
     def flaws(self, *, alone: bool, ci_is_off: bool) -> list[str]:
         """Say what can get past it; `alone`: nobody is there who could review."""
@@ -116,6 +119,8 @@ class Guard:
         found += ["it can be deleted"] if self.deleted else []
         if self.bypassed:
             found.append(f"not bound by it: {wording.first_few(self.bypassed)}")
+        if self.unseen:
+            found.append(f"who is not bound by {wording.first_few(self.unseen)} cannot be seen")
         return found
 
     def _unreviewed(self) -> list[str]:
@@ -153,17 +158,21 @@ def _is_off(gh: GitHub, file: str) -> bool:
 def _guard(gh: GitHub, branch: str) -> Guard:
     """Add up the rulesets and the older protection of a branch."""
     guard = Guard()
-    sets: set[int] = set()
+    sets: dict[int, str] = {}
     of_branch = ref_path(branch).removeprefix("heads/")
     for each in gh.paged(f"rules/branches/{of_branch}"):
         _add_rule(guard, each)
-        if each.get("ruleset_source_type") == "Repository":
-            sets.add(int(taken(each, "ruleset_id", int)))
-    for number in sorted(sets):
-        ruleset = gh.find(f"rulesets/{number}") or {}
-        # Shown to who may change it, and to nobody else.
-        for actor in ruleset.get("bypass_actors") or ():
-            guard.bypassed.append(str(actor.get("actor_type")))
+        # An organization's binds this branch, too, and lets others past.
+        whose = "the organization's " if each.get("ruleset_source_type") == "Organization" else ""
+        number = int(taken(each, "ruleset_id", int))
+        sets[number] = f"{whose}ruleset {number}"
+    for number, name in sorted(sets.items()):
+        actors = (gh.find(f"rulesets/{number}") or {}).get("bypass_actors")
+        if not isinstance(actors, list):
+            # Shown to who may change it, and to nobody else.
+            guard.unseen.append(name)
+            continue
+        guard.bypassed += [str(actor.get("actor_type")) for actor in actors]
     if not guard.checks or not guard.pull:
         _add_protection(guard, gh, of_branch)
     return guard
@@ -221,6 +230,10 @@ def _code_owners(asked: Asked) -> Iterator[Line]:
         yield warn("github", "code-owners", text, "Commit .github/CODEOWNERS.")
         return
     wrong = taken(told, "errors", list)
+    if not wrong and not _names_owners(asked.gh):
+        text = "CODEOWNERS names nobody: nobody is asked"
+        yield warn("github", "code-owners", text, "Name @LOGIN or @ORGANIZATION/TEAM in it.")
+        return
     if not wrong:
         yield ok("github", "code-owners", "GitHub understands every line of CODEOWNERS")
         return
@@ -230,6 +243,16 @@ def _code_owners(asked: Asked) -> Iterator[Line]:
         "account has no teams: @LOGIN."
     )
     yield warn("github", "code-owners", wording.first_few(places), fix)
+
+
+def _names_owners(gh: GitHub) -> bool:
+    """Say whether a line of CODEOWNERS names somebody; true if it lies where we do not look."""
+    told = gh.find("contents/.github/CODEOWNERS")
+    if told is None or told.get("encoding") != "base64":
+        return True
+    text = base64.b64decode(str(taken(told, "content", str))).decode(errors="replace")
+    lines = [line.partition("#")[0].split() for line in text.splitlines()]
+    return any("@" in word for words in lines for word in words[1:])
 
 
 # --- environments, App, secrets ---------------------------------------------------------------
@@ -279,17 +302,27 @@ def _app(asked: Asked) -> Iterator[Line]:
 
 def _secrets(asked: Asked) -> Iterator[Line]:
     """Whether a login lies where every branch can read it."""
-    loose = sorted(_secrets_of(asked.gh, "actions/") & _OF_ENVIRONMENTS)
+    own = _secrets_of(asked.gh, "actions/") & _OF_ENVIRONMENTS
+    shared: frozenset[str] = frozenset()
+    if asked.basis.organization:
+        # Not to be seen is not well.
+        shared = _secrets_of(asked.gh, "actions/organization-") & _OF_ENVIRONMENTS
+    loose = sorted(own | shared)
     environments = list(published_in(asked.declared)) or ["production"]
     if loose:
-        text = f"every branch can read {wording.listed(loose)}: of the repository, no environment's"
+        text = f"every branch can read {wording.listed(loose)}: of the repository"
+        text += " or its organization, no environment's" if shared else ", no environment's"
         fix = "\n".join(
             [
                 f"gh secret set {name} --env {each}"
                 for name in loose
                 for each in ([BOT, *environments] if name == APP_KEY else environments)
             ]
-            + [f"gh secret delete {name}" for name in loose]
+            + [f"gh secret delete {name}" for name in sorted(own)]
+            + [
+                f"gh secret delete {name} --org {asked.gh.owner}  # or share it with others alone"
+                for name in sorted(shared)
+            ]
         )
         yield warn("github", "secrets", text, fix)
     else:

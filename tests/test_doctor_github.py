@@ -209,6 +209,10 @@ def test_a_default_branch_that_can_be_passed_by_is_said_with_every_hole(
                   "RepositoryRole"):  # fmt: skip
         assert words in text
 
+    ruleset["bypass_actors"] = None  # GitHub leaves it out for who may not change it
+    text = looked(declared)["default-branch"].text
+    assert "who is not bound by ruleset 1 cannot be seen" in text
+
     ruleset["enforcement"] = "evaluate"
     assert "whoever may write may push to it; gate is not required" in (
         looked(declared)["default-branch"].text
@@ -297,6 +301,22 @@ def test_a_login_is_missed_by_name_and_one_that_every_branch_can_read_is_said(
     assert "every branch can read FLEET_APP_KEY:" in found.text
     paste(api, found.fix)
     assert looked(declared)["secrets"].state == "ok"
+
+    # An organization shares its own with every branch, too.
+    api.settings.groups = [{"name": "cards", "restricted": True, "runners": []}]
+    found = looked(declared)["secrets"]
+    assert (found.state, "or its organization" in found.text) == ("warn", True)
+    assert "gh secret delete AWS_ACCESS_KEY_ID --org " in found.fix
+
+
+def test_code_owners_without_a_name_are_none(api: GitHubApi, declared: Declaration) -> None:
+    """GitHub finds no error in a file of comments, and asks nobody."""
+    guarded(api, declared)
+    assert looked(declared)["code-owners"].state == "ok"
+    text = "# Nobody yet.\n/pipelines/  # @mona\n"
+    api.git.commit(api.default_branch, {".github/CODEOWNERS": text}, author="mona")
+    found = looked(declared)["code-owners"]
+    assert (found.state, "names nobody" in found.text) == ("warn", True)
 
 
 def test_runners_are_held_against_the_labels_that_are_declared(
@@ -437,7 +457,7 @@ def test_the_level_is_that_of_the_page_and_claims_nothing_that_was_not_seen(
 ) -> None:
     """From a laptop to a public repository whose runner takes one job."""
     state, text, rest = level(declared)
-    assert (state, text[:6]) == ("ok", "0 of 3")
+    assert (state, text) == ("ok", "0 of 3: GitHub knows no runner desk now")
     assert rest[0].text == "needs a machine, fork-approval and workflow-token"
 
     # A machine in a public repository that has nothing set: not even level 1.
