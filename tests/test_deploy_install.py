@@ -55,7 +55,7 @@ echo "config.sh $(id -un) HOME=$HOME $*" >> calls
 tr '\0' ' ' < /proc/$PPID/cmdline >> calls
 [ "$1" = remove ] && exit 0
 [ "$ACTIONS_RUNNER_INPUT_TOKEN" = AAAA ] || exit 1
-echo '{"agentName": "desk"}' > .runner
+echo '{"agentName": "desk", "gitHubUrl": "https://github.com/octo/fleet"}' > .runner
 """,
     "bin/Runner.Listener": "#!/bin/bash\ntouch /root/ran-as-root\n",
     "bin/installdependencies.sh": """#!/bin/bash
@@ -277,6 +277,8 @@ def test_what_an_operator_wrote_is_kept_and_a_second_repository_is_added(machine
     assert (now["actors"], now["branches"]) == (["me"], ["live"])
     assert now["repositories"] == {"octo/fleet": 7, "octo/more": None}
     assert "known by its name alone" in told
+    assert "registers with octo/more, and no more with the one in" in told
+    assert '+  "repository": "octo/more"' in told
     assert (etc / "runner_hooks.py").read_bytes() == (DEPLOYED / "runner_hooks.py").read_bytes()
     assert "-# of a version before" in told
     assert json.loads((etc / "jit.json").read_text())["repository"] == "octo/more"
@@ -298,7 +300,13 @@ def test_level_1_registers_once_as_the_runners_user_and_shows_nobody_the_token(
     assert "systemctl enable --now gguf-fleet-runner" in machine.calls()
     assert "0 change(s) made" in machine.install(*LEVEL_1, *machine.runner, "--apply")
 
+    more = [*LEVEL_1[:3], "octo/more", *LEVEL_1[4:]]
+    refused = machine.do(SCRIPT, *more, *machine.runner, "--apply")
+    assert refused.returncode == 2
+    assert "is registered with another repository than octo/more" in refused.stderr
+
     (runner / "_work").mkdir()
+    machine.calls()
     machine.install(
         *LEVEL_1, *machine.offer("2.401.0", **{"run.sh": "#!/bin/bash\n# newer\n"}), "--apply"
     )
@@ -389,6 +397,27 @@ def test_a_removal_takes_back_what_was_made_and_models_only_when_asked(machine: 
     }  # fmt: skip
     assert "gguf" not in machine.do("cat", "/etc/passwd", "/etc/group", "/etc/cron.deny").stdout
     assert "0 change(s) made" in machine.install("--uninstall", "--purge", "--apply")
+
+
+def test_a_machine_without_a_card_and_with_a_disk_of_its_own_is_set_up_and_taken_down(
+    machine: Machine,
+) -> None:
+    """As README.md advises: the disk is mounted first. Who else cron refuses, it refuses still."""
+    (machine.root / "usr/local/sbin/nvidia-smi").unlink()
+    machine.write("etc/cron.deny", "mallory")
+    (machine.root / "srv/gguf-fleet").mkdir()
+    mounted = machine.do("mount", "-t", "tmpfs", "tmpfs", "/srv/gguf-fleet")
+    assert mounted.returncode == 0, mounted.stderr
+
+    told = machine.install(*LEVEL_2, *machine.runner, "--apply")
+
+    assert re.search(r"desk: \{memory_mib: [1-9]\d*, runs_on: \[self-hosted, gpu, desk\]\}", told)
+    assert (machine.root / "etc/cron.deny").read_text() == "mallory\ngguf-runner\n"
+    told = machine.install("--uninstall", "--purge", "--apply")
+    assert "is a disk of its own: umount it" in told
+    assert list((machine.root / "srv/gguf-fleet").iterdir()) == []
+    assert (machine.root / "etc/cron.deny").read_text() == "mallory\n"
+    assert "gguf" not in machine.do("cat", "/etc/passwd").stdout
 
 
 def test_what_grows_is_removed_after_its_time_and_nothing_through_a_link(machine: Machine) -> None:

@@ -97,23 +97,24 @@ run() {
 }
 
 # A file of root's: the old one or the new one at any moment, never a half. What differs is shown, but for
-# files that only root reads.
+# files with secrets in them.
 put() {
   local source="$1" target="$2" mode="$3" there
   [ ! -L "$target" ] || fail "$target is a link" "Remove it: what decides about jobs has to be root's, and no link."
+  [ ! -d "$target" ] || fail "$target is a folder" "Move it away: a file belongs there."
   if [ -e "$target" ]; then
     there="$(stat -c '%a %u %g' -- "$target")"
     if [ "$there" = "$mode 0 0" ] && cmp -s -- "$source" "$target"; then
       same "$target"
       return
     fi
-    if [ "$mode" != 600 ]; then
+    if [ "$mode" != 600 ] || [ "$target" = "$ETC/jit.json" ]; then
       diff -u --label "$target" --label "$target" -- "$target" "$source" | sed 's/^/     /' || true
     fi
   fi
   if change "write $target, mode $mode"; then
     install -m "$mode" -o root -g root -- "$source" "$target.fleet-new"
-    mv -f -- "$target.fleet-new" "$target"
+    mv -fT -- "$target.fleet-new" "$target"
   fi
 }
 
@@ -138,6 +139,11 @@ folder() {
   [ ! -L "$target" ] || fail "$target is a link" "Put the folder itself there, or mount the disk there."
   if [ -d "$target" ] && [ "$(stat -c '%a %U' -- "$target")" = "$mode $owner" ]; then
     same "$target"
+  elif [ "$owner" = "$ACCOUNT" ] && [ "$(dirname -- "$target")" != "$SRV" ]; then
+    # As who owns the folder above: a job could put a link there at the last moment.
+    [ ! -d "$target" ] || [ "$(stat -c %U -- "$target")" = "$owner" ] ||
+      fail "$target is $(stat -c %U -- "$target")'s" "chown -R -h $owner:$owner '$target', while no job runs"
+    run runuser -u "$ACCOUNT" -- install -d -m "$mode" -- "$target"
   else
     run install -d -m "$mode" -o "$owner" -g "$owner" -- "$target"
   fi
@@ -252,7 +258,9 @@ look() {
   else
     fail "programs are missing: ${missing[*]} (names of Debian's packages)" "Install them, then this again."
   fi
-  if command -v python3 >/dev/null && ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  command -v python3 >/dev/null ||
+    fail "without python3 no more can be looked at" "sudo apt-get install python3, or the same command with --apply."
+  if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     fail "Python 3.11 or newer is needed; this is $(python3 --version)" "Debian 12, Ubuntu 24.04 or newer."
   fi
   if nvidia-smi -L >/dev/null 2>&1; then
@@ -282,6 +290,8 @@ account() {
   if [ -f /etc/cron.deny ] && grep -qxF -- "$ACCOUNT" /etc/cron.deny; then
     same "/etc/cron.deny"
   elif change "add $ACCOUNT to /etc/cron.deny"; then
+    # Whose last line has no end denies nobody once another name is behind it.
+    if [ -s /etc/cron.deny ] && [ -n "$(tail -c 1 /etc/cron.deny)" ]; then printf '\n' >>/etc/cron.deny; fi
     printf '%s\n' "$ACCOUNT" >>/etc/cron.deny
   fi
 }
@@ -429,6 +439,13 @@ program() {
 registered() {
   step "The registration, once: Settings > Actions > Runners shows $host afterwards"
   if [ -e "$SRV/runner/.runner" ]; then
+    [ -f "$SRV/runner/.runner" ] && [ ! -L "$SRV/runner/.runner" ] ||
+      fail "$SRV/runner/.runner is no regular file" "A job did that: install.sh --uninstall --purge --apply"
+    if grep -q '"gitHubUrl"' -- "$SRV/runner/.runner" &&
+      ! grep -qi "\"gitHubUrl\": *\"https://github.com/${repository//./\\.}/*\"" -- "$SRV/runner/.runner"; then
+      fail "$SRV/runner is registered with another repository than $repository" \
+        "One stays registered with one: install.sh --uninstall --apply, then this again; or --level 2."
+    fi
     grep -q "\"agentName\": *\"$host\"" -- "$SRV/runner/.runner" ||
       fail "$SRV/runner is registered under another name than $host" "install.sh --uninstall --apply, then this again."
     same "$SRV/runner/.runner"
@@ -468,6 +485,9 @@ one_job_each() {
   fi
   rendered jit "$here/jit.json" "$ETC/jit.json" "$scratch/jit.json" "$repository" "$client_id" "$host" "${labels[@]}" ||
     fail "$ETC/jit.json cannot be read" "Correct it, or move it away: it is written anew then."
+  if [ -e "$ETC/jit.json" ] && ! grep -qiF "\"repository\": \"$repository\"" -- "$ETC/jit.json"; then
+    warn "from now on this machine registers with $repository, and no more with the one in $ETC/jit.json"
+  fi
   put "$scratch/jit.json" "$ETC/jit.json" 600
   if [ -n "$key" ]; then
     put "$key" "$ETC/app.pem" 600
@@ -559,6 +579,16 @@ PYTHON
   fi
 }
 
+# A disk that is mounted there stays mounted; it is emptied, and so is the folder on which it is.
+emptied() {
+  if mountpoint --quiet -- "$SRV"; then
+    run find "$SRV" -xdev -mindepth 1 -delete || warn "not everything below $SRV could be removed"
+    warn "$SRV is a disk of its own: umount it, and take it out of /etc/fstab"
+  else
+    run rm -rf --one-file-system -- "$SRV" || warn "a part of $SRV is still there: another disk is mounted below it"
+  fi
+}
+
 uninstall() {
   local unit
   if "$apply" && [ "$(id -u)" != 0 ]; then fail "changes are root's to make" "sudo $0 ..."; fi
@@ -592,7 +622,7 @@ uninstall() {
   if [ -e "$TMPFILES" ]; then run rm -f -- "$TMPFILES"; fi
   step "Caches, models, the user"
   if "$purge"; then
-    if [ -e "$SRV" ]; then run rm -rf --one-file-system -- "$SRV"; fi
+    if [ -e "$SRV" ]; then emptied; fi
     if getent passwd "$ACCOUNT" >/dev/null; then run userdel "$ACCOUNT"; fi
     if [ -f /etc/cron.deny ] && grep -qxF -- "$ACCOUNT" /etc/cron.deny; then
       run sed -i "/^$ACCOUNT\$/d" /etc/cron.deny
@@ -602,11 +632,16 @@ uninstall() {
   fi
 }
 
-# Of all cards together, as hosts: wants it; 24576 where there is none to ask.
-vram_mib() {
+# As hosts: wants it: all cards together, or three quarters of main memory where no card answers.
+memory_of_host() {
   local found
-  found="$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | awk '{sum += $1} END {print sum}')" || true
-  printf '%s' "${found:-24576}"
+  found="$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
+    awk '{sum += $1} END {print sum + 0}')" || true
+  if [ "${found:-0}" -gt 0 ]; then
+    printf 'vram_mib: %s' "$found"
+  else
+    awk '$1 == "MemTotal:" {printf "memory_mib: %d", int($2 / 1024 * 3 / 4 / 256) * 256}' /proc/meminfo
+  fi
 }
 
 finish() {
@@ -646,7 +681,7 @@ case "$what" in
     if "$apply"; then check || true; fi
     finish
     say "" "In params.yaml, by a pull request:" "" \
-      "hosts:" "  $host: {vram_mib: $(vram_mib), runs_on: [self-hosted$(printf ', %s' "${labels[@]}")]}" \
+      "hosts:" "  $host: {$(memory_of_host), runs_on: [self-hosted$(printf ', %s' "${labels[@]}")]}" \
       "" "Then: Actions > runner health > Run workflow."
     ;;
 esac
