@@ -43,6 +43,8 @@ _OWNERS_FILE: Final = "pipelines/owners.py"
 # User and password of an address, which git repeats in its errors.
 _LOGIN: Final = re.compile(r"//[^/@\s]*@")
 _LARGEST_TABLE: Final = 1000
+# What ast says of text that is no table; the last two of text that is nested without end.
+_UNREADABLE: Final = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 # All of a template's history, the first time.
 _FETCH_WITHIN_S: Final = 600.0
 
@@ -230,7 +232,7 @@ def _table(source: bytes) -> tuple[str, ...] | None:
     """Read `OPERATOR = (...)` without running anything; None if there is no such table."""
     try:
         body = ast.parse(source).body
-    except (SyntaxError, ValueError):
+    except _UNREADABLE:
         return None
     for each in body:
         target = each.target if isinstance(each, ast.AnnAssign) else None
@@ -238,7 +240,7 @@ def _table(source: bytes) -> tuple[str, ...] | None:
             continue
         try:
             value = ast.literal_eval(each.value)  # type: ignore[attr-defined]
-        except ValueError:
+        except _UNREADABLE:
             return None
         if isinstance(value, tuple) and len(value) <= _LARGEST_TABLE:
             return tuple(path for path in value if isinstance(path, str) and path.strip("/"))

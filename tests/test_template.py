@@ -491,6 +491,13 @@ def test_a_table_of_owners_is_read_and_never_run(origin: Template, tmp_path: Pat
     fork = fork_of(origin, "forked")
     fork.verb("tree")
     assert not canary.exists()
+    for number, text in enumerate(("(" * 5000, "{[]: 1}", "-" * 20_000 + "1", "\0")):
+        release = {"pipelines/owners.py": f"OPERATOR: tuple = {text}\n"}
+        origin.release(f"1.2.{number}", release)
+    # The operator's paths are then those that this version knows.
+    mine = fork.operators()
+    assert fork.update() == 0
+    assert fork.operators() == mine
 
 
 # --- killed -----------------------------------------------------------------------------------
