@@ -79,7 +79,8 @@ def main(  # noqa: PLR0913 - one for each option
         until: The last stage to run, one of `UNTIL`; all of them if None. There is no report then:
             a part of the chain is what the jobs of a pull request run, and they judge elsewhere.
         host: The measured host that this machine is; its own records are what the run goes on from.
-            None for the first one. For another one, only what measures may run.
+            None for the first one of each model, with a warning where that is more than one
+            machine. For another one, only what measures may run.
         force: Run the stages even if nothing changed.
         wait: Wait for another run in this checkout instead of refusing.
 
@@ -146,6 +147,24 @@ def _of_host(declared: Declaration, host: str | None) -> list[str]:
     return [] if len(found) == len(declared.models) else found
 
 
+def _of_several(declared: Declaration, models: Sequence[str]) -> str:
+    """Say that what this machine measures counts as that of several ones; empty if it does not."""
+    from pipelines import bundle  # noqa: PLC0415 - pydantic
+
+    first: dict[str, list[str]] = {}
+    for model in models:
+        found = bundle.primary_host(declared, model)
+        if declared.hosts[found].runs_on:
+            first.setdefault(found, []).append(model)
+    if len(first) < 2:  # noqa: PLR2004 - several
+        return ""
+    whose = "; ".join(f"{host}: {wording.first_few(names)}" for host, names in first.items())
+    return (
+        f"what is measured here counts as measured on {wording.listed(list(first))} ({whose}). "
+        "`--host NAME` measures what that machine serves, and nothing else."
+    )
+
+
 def _require_may_measure(
     declared: Declaration, models: Sequence[str], host: str | None, until: str | None
 ) -> None:
@@ -159,6 +178,8 @@ def _require_may_measure(
     from pipelines import bundle  # noqa: PLC0415 - pydantic
 
     if host is None:
+        if line := _of_several(declared, models):
+            console.warn(line)
         return
     bundle.require_declared(declared, (), host)
     for model in models:
