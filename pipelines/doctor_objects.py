@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +30,7 @@ _OBJECTS: Final = "files/md5"
 _OID: Final = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
 _KEY: Final = re.compile(r"\\\$\\\{[^}]+\\\}")
 _LARGEST_LISTING_BYTES: Final = 16 << 20
+_MOST_NAMED: Final = 5
 _AGAIN: Final = "fleet repro    # makes them again from the pinned sources"
 
 
@@ -194,7 +196,8 @@ def _objects(
             "repository",
             "objects",
             f"{len(laid)} {of} lie in work/ alone, not in the cache: {_paths(laid)}",
-            "dvc commit --force",
+            # Never with --force: it takes whatever lies there for what the stage made.
+            f"{_commit(laid)}    # answer n where it asks: there bytes differ\n{_AGAIN}",
         )
     if remote:
         names = wording.first_few(sorted({(there or {})[each.oid] for each in remote}))
@@ -219,6 +222,11 @@ def _objects(
             f"{_AGAIN}\ndvc push       # instead, in a checkout that has them; then here: dvc pull",
             code=StoreError.exit_code,
         )
+
+
+def _commit(laid: list[Wanted]) -> str:
+    paths = sorted({each.path for each in laid})
+    return " ".join(["dvc commit", *(map(shlex.quote, paths) if len(paths) <= _MOST_NAMED else ())])
 
 
 def _is_laid(each: Wanted, at: Layout) -> bool:

@@ -44,7 +44,10 @@ def declared(at: Layout) -> tuple[Declaration | None, list[Line]]:
     """
     if not at.params.exists():
         text = "there is no params.yaml: no fleet is declared"
-        return None, [warn("repository", "declaration", text, "fleet init")]
+        if not (at.root / "dvc.yaml").exists():
+            return None, [warn("repository", "declaration", text, "cd FLEET")]
+        fix = f"git checkout HEAD -- {at.params.name}    # the template's; then: fleet init"
+        return None, [fail("repository", "declaration", text, fix)]
     from pipelines import declaration  # noqa: PLC0415 - pydantic
 
     try:
@@ -245,10 +248,18 @@ def _dvc_config(at: Layout) -> Iterator[Line]:
             configparser.ConfigParser(interpolation=None).read(path, encoding="utf-8")
         except (configparser.Error, UnicodeDecodeError) as error:
             fix = f"git checkout HEAD -- {name}" if name == ".dvc/config" else f"Correct {name}."
-            yield fail("repository", "dvc-config", f"{name} cannot be read: {error}", fix)
+            text = f"{name} cannot be read: {_place(error)}"
+            yield fail("repository", "dvc-config", text, fix)
     if not (at.root / ".dvc/config").is_file():
         fix = "git checkout HEAD -- .dvc/config"
         yield warn("repository", "dvc-config", "there is no .dvc/config", fix)
+
+
+def _place(error: configparser.Error | UnicodeDecodeError) -> str:
+    """Say what is wrong where, and never what stands there: it may be the login of a remote."""
+    errors = getattr(error, "errors", None)
+    line = errors[0][0] if errors else getattr(error, "lineno", None)
+    return type(error).__name__ + (f" in line {line}" if line else "")
 
 
 def _killed(at: Layout, *, bare: bool) -> Iterator[Line]:
