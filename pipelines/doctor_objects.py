@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from pipelines import doctor_lines, dvc_state, wording
-from pipelines.doctor_lines import Line, fail, ok, warn
+from pipelines.doctor_lines import ANSWER_WITHIN_S, Line, fail, ok, warn
 from pipelines.errors import DigestError, StoreError
 
 if TYPE_CHECKING:
@@ -82,12 +82,7 @@ def lines(
         return [*found, *_objects(listed, absent, {}, at), _no_remote(at)]
     name, url = place
     if "://" not in url:
-        there = {each.oid for each in listed if _size(each.below(Path(url))) is not None}
-        return [
-            *found,
-            *_objects(listed, absent, dict.fromkeys(there, name), at),
-            *_folder(name, Path(url), listed, there, at),
-        ]
+        return [*found, *_in_folder(name, Path(url), listed, absent, at)]
     if offline:
         told = ok("repository", "remote", f"{name} is {_shown(url)}; not asked: --offline")
         return [*found, *_objects(listed, absent, None, at), told]
@@ -252,6 +247,31 @@ def _no_remote(at: Layout) -> Line:
         f"none is configured{where}; another machine cannot get what was made here",
         "dvc remote add --default store s3://BUCKET/PATH    # or a folder: /srv/dvc",
     )
+
+
+def _in_folder(
+    name: str, folder: Path, listed: list[Wanted], absent: list[Wanted], at: Layout
+) -> Iterator[Line]:
+    """Look into a remote that is a folder; on a disk of the network nobody may ever answer."""
+    seen: set[str] | None = None
+    told: list[Line] = []
+
+    def look() -> Iterator[Line]:
+        nonlocal seen
+        there = {each.oid for each in listed if _size(each.below(folder)) is not None}
+        told.extend(_folder(name, folder, listed, there, at))
+        seen = there
+        yield from ()
+
+    broken = doctor_lines.together("repository", {"remote": look}, within_s=ANSWER_WITHIN_S)
+    if seen is None:
+        yield from _objects(listed, absent, None, at)
+        text = f"{name} is {folder}: {broken[0].text}"
+        fix = f"ls '{folder}'    # hangs, too, where a disk of the network is gone: mount it again"
+        yield warn("repository", "remote", text, fix)
+        return
+    yield from _objects(listed, absent, dict.fromkeys(seen, name), at)
+    yield from told
 
 
 def _folder(

@@ -24,6 +24,7 @@ from pipelines import (
     __version__,
     doctor_lines,
     doctor_machine,
+    doctor_objects,
     doctor_repository,
     gpu,
     health_probe,
@@ -311,6 +312,31 @@ def f16(fleet: Path) -> Iterator[Path]:
     shutil.copy(path, kept)
     yield path
     kept.replace(path)
+
+
+def test_a_remote_on_a_disk_that_never_answers_is_a_warning_and_no_hang(
+    fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an NFS server that is gone, which no program survives that looks at it."""
+    store = tmp_path / "store"
+    _another_remote(str(store))(fleet)
+    gone = threading.Event()
+    size = doctor_objects._size
+
+    def hanging(path: Path) -> int | None:
+        if path.is_relative_to(store):
+            gone.wait(30)
+        return size(path)
+
+    monkeypatch.setattr(doctor_objects, "_size", hanging)
+    monkeypatch.setattr(doctor_objects, "ANSWER_WITHIN_S", 0.1)
+    try:
+        line = repository("lock")["remote"]
+    finally:
+        gone.set()
+    assert line.state == "warn"
+    assert "no answer within" in line.text
+    assert str(store) in line.fix
 
 
 def test_an_object_is_told_by_where_it_still_is(fleet: Path, f16: Path, tmp_path: Path) -> None:
