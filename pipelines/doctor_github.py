@@ -136,7 +136,7 @@ def _actions(asked: Asked) -> Iterator[Line]:
             wide.append("those of every verified creator may run")
     else:
         wide.append("any action of anybody may run")
-    if told.get("sha_pinning_required") is False:
+    if told.get("sha_pinning_required") is not True:  # an older server does not know it
         wide.append("a tag, which can be moved, is enough to name one")
     if wide:
         yield warn("github", "actions", wording.listed(wide), fix)
@@ -360,8 +360,8 @@ def _labels(asked: Asked) -> Iterator[Line]:
 def _alerts(asked: Asked) -> Iterator[Line]:
     """Whether GitHub tells of known holes and of secrets that are pushed."""
     told = asked.gh.get(f"/repos/{asked.gh.repository}").get("security_and_analysis")
-    off: list[str] = []
-    fixes: list[str] = []
+    on, fixes = ["Dependabot alerts"], list[str]()
+    off, unknown = list[str](), list[str]()
     if not asked.gh.exists("vulnerability-alerts"):
         off.append("Dependabot alerts")
         fixes.append(doctor_settings.command(doctor_settings.ALERTS))
@@ -370,14 +370,16 @@ def _alerts(asked: Asked) -> Iterator[Line]:
         ("secret_scanning_push_protection", "push protection"),
     ):
         shown = told.get(key) if isinstance(told, dict) else None
-        if isinstance(shown, dict) and shown.get("status") == "disabled":
-            off.append(words)
+        status = shown.get("status") if isinstance(shown, dict) else None
+        {"enabled": on, "disabled": off}.get(str(status), unknown).append(words)
     if off:
         fixes.append(f"{asked.basis.web}/settings/security_analysis")
         text = f"off, or not to be seen: {wording.listed(off)}"
         yield warn("github", "alerts", text, "\n".join(fixes))
     else:
-        yield ok("github", "alerts", "Dependabot alerts, secret scanning and push protection")
+        # Of a private repository only where it was bought; to be seen by an administrator.
+        more = f"; not to be seen: {wording.listed(unknown)}" if unknown else ""
+        yield ok("github", "alerts", f"{wording.listed(on)}{more}")
 
 
 def _attestations(asked: Asked) -> Iterator[Line]:

@@ -43,7 +43,7 @@ class Settings:
         protection: Of the default branch, the older kind; None without.
         people: Logins that may push.
         alerts: Whether Dependabot's are on.
-        scanning: Statuses of secret scanning and push protection.
+        scanning: Statuses of secret scanning and push protection; empty where they are not shown.
         pushed_at: When somebody pushed; the documented example's time if None.
         owners_wrong: Lines of CODEOWNERS that GitHub does not understand; None: there is no file.
     """
@@ -113,7 +113,9 @@ def of_repository(api: Any) -> dict[str, Any]:
         "security_and_analysis": {
             "secret_scanning": shown,
             "secret_scanning_push_protection": shown,
-        },
+        }
+        if settings.scanning
+        else None,
     }
 
 

@@ -178,6 +178,21 @@ def test_each_setting_that_was_weakened_is_said(api: GitHubApi, declared: Declar
         kept[key] = before
 
 
+def test_what_github_does_not_show_is_claimed_by_no_line(
+    api: GitHubApi, declared: Declaration
+) -> None:
+    """A private repository may have bought no scanning; an older server knows no pinning."""
+    guarded(api, declared)
+    assert "push protection" in looked(declared)["alerts"].text
+    api.settings.scanning = ""
+    (kept,) = [each for each in api.settings.permissions.values() if "sha_pinning_required" in each]
+    del kept["sha_pinning_required"]
+    found = looked(declared)
+    text = "Dependabot alerts; not to be seen: secret scanning and push protection"
+    assert found["alerts"].text == text
+    assert (found["actions"].state, "a tag, which" in found["actions"].text) == ("warn", True)
+
+
 def _rule(api: GitHubApi, kind: str) -> dict[str, Any]:
     (made,) = api.settings.rulesets.values()
     rule: dict[str, Any] = next(each for each in made["rules"] if each["type"] == kind)
