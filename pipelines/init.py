@@ -22,8 +22,10 @@ from pipelines import (
     declaration,
     init_answers,
     init_change,
+    init_host,
     init_proposal,
     init_repository,
+    init_source,
     init_state,
     wording,
 )
@@ -158,6 +160,8 @@ def _asked(at: Layout, answers: Answers) -> Answers:
     is_fresh = init_change.is_fresh(declared)
     if answers.source is None and not answers.keep_example:
         source = console.ask("Model, as hf:owner/repo or path:folder")
+        if source:
+            init_source.require_source(source)
         answers = replace(answers, source=source or None)
     if is_fresh and not answers.keep_example and init_state.is_example_host(declared.hosts):
         answers = _asked_host(answers)
@@ -175,14 +179,24 @@ def _asked_host(answers: Answers) -> Answers:
     """Ask for the host that serves, and for its memory."""
     if answers.host is None:
         name = console.ask("Host that serves it", init_repository.machine_name())
+        init_host.require_name(name)
         answers = replace(answers, host=name)
     if answers.vram_mib or answers.memory_mib:
         return answers
     kind, mib, of_what = init_repository.memory()
-    what = "cards" if kind == "vram_mib" else "main memory for models"
-    told = console.ask(f"MiB of its {what} (here: {of_what})", str(mib))
-    if not told.isdecimal() or not int(told):
-        raise ParamsError(f"{wording.quoted(told)} is no number of MiB.", hint="Such as 24576.")
     if kind == "vram_mib":
-        return replace(answers, vram_mib=int(told))
-    return replace(answers, memory_mib=int(told))
+        return replace(answers, vram_mib=_mib(f"MiB of its cards (here: {of_what})", mib, least=1))
+    if answers.host != init_repository.machine_name():
+        # What has no card here may have one there.
+        cards = _mib(f"MiB of all cards of {answers.host}; 0 if it has none", 0, least=0)
+        if cards:
+            return replace(answers, vram_mib=cards)
+    what = f"MiB of its main memory for models (here: {of_what})"
+    return replace(answers, memory_mib=_mib(what, mib, least=1))
+
+
+def _mib(question: str, usual: int, *, least: int) -> int:
+    told = console.ask(question, str(usual))
+    if not told.isdecimal() or int(told) < least:
+        raise ParamsError(f"{wording.quoted(told)} is no number of MiB.", hint="Such as 24576.")
+    return int(told)

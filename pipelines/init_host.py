@@ -46,9 +46,7 @@ def choose(declared: Declaration, answers: Answers, *, begins: bool) -> tuple[Ne
     if name in declared.hosts and not begins:
         _require_same_host(name, declared.hosts[name], answers)
         return None, _room(name, declared.hosts[name])
-    if not re.fullmatch(params.MODEL_KEY, name) or not init_text.is_word(name):
-        allowed = params.PATTERN_WORDS[params.MODEL_KEY]
-        raise ParamsError(f"--host {wording.quoted(name)} is not {allowed}.", hint="--host desk")
+    require_name(name)
     kind, mib = ("vram_mib", answers.vram_mib) if answers.vram_mib else ("memory_mib", said)
     if mib is None:
         if not answers.detects:
@@ -57,10 +55,28 @@ def choose(declared: Declaration, answers: Answers, *, begins: bool) -> tuple[Ne
                 hint="--vram MIB of its cards, or --memory MIB for models on a host without",
             )
         kind, mib, of_what = init_repository.memory()
-        console.info(f"{name}: {wording.mib(mib)}, {of_what}.")
+        if name == init_repository.machine_name():
+            console.info(f"{name}: {wording.mib(mib)}, {of_what}.")
+        else:
+            console.warn(
+                f"{name} is taken for this machine: {wording.mib(mib)}, {of_what}. Of another one "
+                "say --vram or --memory."
+            )
     labels = ("self-hosted", *(answers.runner_labels or ("gpu", name)))
     found = NewHost(name=name, kind=kind, memory_mib=mib, labels=tuple(dict.fromkeys(labels)))
     return found, _room(name, params.Host.model_validate({kind: mib}))
+
+
+def require_name(name: str) -> None:
+    """
+    Refuse a name that is no key of hosts:.
+
+    Raises:
+        ParamsError: It has other letters, or YAML reads it as a number or as nothing.
+    """
+    if not re.fullmatch(params.MODEL_KEY, name) or not init_text.is_word(name):
+        allowed = params.PATTERN_WORDS[params.MODEL_KEY]
+        raise ParamsError(f"--host {wording.quoted(name)} is not {allowed}.", hint="--host desk")
 
 
 def _require_same_host(name: str, spec: params.DeclaredHost, answers: Answers) -> None:

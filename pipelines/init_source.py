@@ -131,13 +131,23 @@ def look(
                 hint="Leave it out.",
             )
         return _directory(below(at.root, place), at, declared, ignore_code=ignore_code)
-    if not re.fullmatch(params.SOURCE, source):
-        raise ParamsError(
-            f"{wording.quoted(source)} is no source of a model.",
-            hint=f"Say {_meant(source)}, or path:models/my-model for a directory of this "
-            "repository.",
-        )
+    require_source(source)
     return _repository(place, revision or "main", declared, ignore_code=ignore_code)
+
+
+def require_source(source: str) -> None:
+    """
+    Refuse what is neither a repository of the Hub nor a directory, whether that exists or not.
+
+    Raises:
+        ParamsError: It is no source; says which was meant.
+    """
+    if re.fullmatch(params.SOURCE, source) or re.match(r"path:.", source):
+        return
+    raise ParamsError(
+        f"{wording.quoted(source)} is no source of a model.",
+        hint=f"Say {_meant(source)}, or path:models/my-model for a directory of this repository.",
+    )
 
 
 def _meant(source: str) -> str:

@@ -754,6 +754,29 @@ def test_at_a_terminal_every_answer_is_asked_for_and_shown_before_it_is_written(
     subprocess.run(["git", *AUTHOR, "status", "--short"], check=True, capture_output=True)
 
 
+def test_a_host_elsewhere_has_its_own_memory_and_a_slip_ends_the_questions(
+    at: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A notebook without a card says nothing of the box in the cellar."""
+    monkeypatch.setattr(gpu, "cards", tuple)
+    monkeypatch.setattr("platform.node", lambda: "notebook.lan")
+    monkeypatch.setattr(console, "can_ask", lambda: True)
+
+    def answering(*lines: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        return typed("--owner", "@me"), capsys.readouterr().err
+
+    assert answering("Qwen/Qwen3-8B")[0] == 2
+    code, told = answering("path:models/My.Model", "My Desk")
+    assert code == 2
+    assert "MiB" not in told
+    code, told = answering("path:models/My.Model", "desk", "24576", "", "", "yes")
+    assert code == 0
+    assert "MiB of all cards of desk" in told
+    declared = declaration.check(at)
+    assert (declared.hosts["desk"].vram_mib, declared.hosts["desk"].memory_mib) == (24_576, None)
+
+
 def test_a_workflow_passes_every_input_and_takes_nothing_from_its_machine(at: Layout) -> None:
     """A blank is no answer; a host without a number is nobody's guess."""
     assert init_state.is_untouched(at.params.read_bytes(), Path(".github/CODEOWNERS").read_bytes())
