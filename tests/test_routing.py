@@ -181,7 +181,9 @@ def test_a_machine_is_refused_a_model_that_is_not_served_there(at: Layout) -> No
         repro._require_may_measure(told, [MODEL], BIG, None)
 
 
-def test_a_run_that_says_no_host_is_told_whose_numbers_it_makes(at: Layout) -> None:
+def test_a_run_that_says_no_host_is_told_whose_numbers_it_makes(
+    at: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One machine would measure for two, and nobody could see it in the records."""
     edit(at.params, LABELS, host("memory_mib: 65536"))
     assert repro._of_several(declared(at), [MODEL, OTHER]) == ""
@@ -190,6 +192,9 @@ def test_a_run_that_says_no_host_is_told_whose_numbers_it_makes(at: Layout) -> N
     assert f"counts as measured on {FIRST} and {BIG} ({FIRST}: {MODEL}; {BIG}: {OTHER})" in said
     assert "--host NAME" in said
     assert repro._of_several(declared(at), [OTHER]) == ""
+
+    repro._require_may_measure(declared(at), [MODEL, OTHER], None, None)
+    assert "counts as measured on" in capsys.readouterr().err
 
 
 @pytest.fixture
