@@ -521,8 +521,8 @@ def _unmeasured(
         if one.verdict == "PROMOTE" and (one.model, one.host) in left_out - judged.keys():
             yield Failure(
                 f"{one.model} on {one.host}: not measured, as too small for the weights; by the "
-                f"numbers of another host it would serve. Name it in `models.{one.model}.hosts`: "
-                "then it is measured."
+                f"numbers of another host it would serve. Name it in `models.{one.model}.hosts`, "
+                "beside the others that serve: then it is measured."
             )
 
 

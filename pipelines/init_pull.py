@@ -93,7 +93,10 @@ def _done(at: Layout, proposal: Proposal) -> Opened:
     gh = GitHub.from_environment()
     main_branch = mainline.read_branch(gh, mainline.default_branch(gh))
     if main_branch is None:
-        raise GitHubError("the default branch is not there: the repository is empty.")
+        raise GitHubError(
+            "the default branch is not there: the repository is empty.",
+            hint="Push the first commit, and run it again.",
+        )
     _require_read(proposal, main_branch)
     if not asked_for and _was_closed(gh):
         return Opened(sentence=f"The pull request from {BRANCH} was closed: it is not wanted.")

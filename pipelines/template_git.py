@@ -146,7 +146,8 @@ class Objects:
         if both := sorted(above & entries.keys()):
             raise ToolError(
                 f"git cannot store {console.clean(both[0])}: it is a file on one side, and a "
-                "folder on the other one."
+                "folder on the other one.",
+                hint="Give yours another name (git mv), commit, and run the same command again.",
             )
         lines = (f"{entry.mode} {entry.blob}\t{path}\0" for path, entry in entries.items())
         with tempfile.TemporaryDirectory(prefix="fleet-index-") as folder:
@@ -298,7 +299,10 @@ def _read_conflicts(told: str) -> Merged:
     paths_found = dict.fromkeys(line.partition("\t")[2] for line in stages)
     conflicts = {**dict.fromkeys(paths_found, "content"), **kinds}
     if not conflicts or not re.fullmatch("[0-9a-f]{40,64}", tree):
-        raise ToolError("git merge-tree says that files conflict, and not which.")
+        raise ToolError(
+            "git merge-tree says that files conflict, and not which.",
+            hint="Merge by hand: docs/template.md, `With git alone`.",
+        )
     found = tuple(Conflict(path, conflicts[path]) for path in sorted(conflicts))
     return Merged(tree, found, tuple(stages))
 

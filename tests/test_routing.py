@@ -304,7 +304,7 @@ def test_a_host_that_was_left_out_serves_nothing_by_the_numbers_of_another_one(
 
     assert [one.verdict for one in found.models] == ["PROMOTE", "PROMOTE"], found
     assert found.conclusion == ("failure" if is_left_out else "success"), found.failures
-    assert (f"Name it in `models.{MODEL}.hosts`" in found.sentence) is is_left_out
+    assert (f"Name it in `models.{MODEL}.hosts`, beside" in found.sentence) is is_left_out
 
 
 @pytest.mark.parametrize(
