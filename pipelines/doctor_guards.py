@@ -137,10 +137,14 @@ def _default_branch(asked: Asked) -> Iterator[Line]:
     ci_is_off = "ci" not in guard.checks and _is_off(gh, "ci.yml")
     flaws = guard.flaws(alone=basis.alone, ci_is_off=ci_is_off)
     if flaws:
-        fix = doctor_settings.command(doctor_settings.ruleset(alone=basis.alone))
+        fixes = []
+        if len(flaws) > bool(guard.unseen):
+            fixes.append(doctor_settings.command(doctor_settings.ruleset(alone=basis.alone)))
+        if guard.unseen:
+            fixes.append(f"Let who may change it look there: {basis.web}/settings/rules")
         more = "" if basis.people else " (alone: docs/security.md, Alone)"
         text = f"{basis.branch}: {'; '.join(flaws)}{more}"
-        yield warn("github", "default-branch", text, fix)
+        yield warn("github", "default-branch", text, "\n".join(fixes))
         return
     names = wording.listed(sorted(guard.checks))
     who = "nobody to review" if basis.alone else wording.counted(guard.reviews, "approval")

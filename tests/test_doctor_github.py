@@ -225,8 +225,9 @@ def test_a_default_branch_that_can_be_passed_by_is_said_with_every_hole(
         assert words in text
 
     ruleset["bypass_actors"] = None  # GitHub leaves it out for who may not change it
-    text = looked(declared)["default-branch"].text
-    assert "who is not bound by ruleset 1 cannot be seen" in text
+    found = looked(declared)["default-branch"]
+    assert "who is not bound by ruleset 1 cannot be seen" in found.text
+    assert f"{api.repository}/settings/rules" in found.fix
 
     ruleset["enforcement"] = "evaluate"
     assert "whoever may write may push to it; gate is not required" in (
