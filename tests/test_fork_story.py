@@ -111,7 +111,7 @@ def released(root: Path) -> str:
     """Run the chain until it ends in a release: what disturbs this machine makes it INVALID."""
     said = ""
     for _ in range(ATTEMPTS):
-        said = typed(root, "repro")
+        said += typed(root, "repro")
         if RELEASED.search(said):
             return said
     pytest.fail(f"the machine was never quiet: {said[-4000:]}")
