@@ -228,8 +228,7 @@ def test_the_doctor_finds_nothing_that_fails_at_the_beginning_and_at_the_end(lif
 def test_a_new_model_is_measured_and_released_and_so_is_its_bump(life: Life) -> None:
     """The first release, and after other weights another one, by one changed line."""
     first, second = (
-        set(re.findall(rf"{MODEL}: released (\w+) \(stable\) in local", life.said[when]))
-        for when in ("repro", "repro of the bump")
+        set(RELEASED.findall(life.said[when])) for when in ("repro", "repro of the bump")
     )
     assert len(first) == 1
     assert len(second) == 1
