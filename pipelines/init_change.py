@@ -28,7 +28,7 @@ from pipelines.init_proposal import PARAMS, Proposal
 from pipelines.init_source import COMPLETION_MODELFILE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from pipelines.init_answers import Answers
     from pipelines.init_host import NewHost
@@ -65,33 +65,24 @@ def proposed(at: Layout, answers: Answers) -> Proposal:
     new_hosts = begins and init_state.is_example_host(declared.hosts)
     host, room = init_host.choose(declared, answers, begins=new_hosts)
     wanted = init_model.choose(at, declared, answers, room, begins=begins)
-    text = before.decode()
+    exchanged = _BEGUN if new_hosts else _BEGUN - {"hosts"} if begins else frozenset()
+    sections: dict[str, str | None] = {}
+    entries: list[Entry] = []
     if begins and wanted is not None:
-        own = host if new_hosts else None
-        text = init_text.begun(text, _sections(at, declared, wanted, own))
-        added = host if not new_hosts else None
-        entries = [*((added.entry(),) if added else ()), *_registry(declared, answers, text)]
-    else:
-        entries = [
-            *(wanted.entries if wanted else ()),
-            *((host.entry(),) if host else ()),
-            *_registry(declared, answers, text),
-        ]
-    if entries:
-        text = init_text.grown(text, entries)
-    data = _with_period(text.encode(), answers)
+        sections = _sections(at, declared, wanted, host if new_hosts else None)
+    elif wanted is not None:
+        entries += wanted.entries
+    if host is not None and not new_hosts:
+        entries.append(host.entry())
+    data = _text(before.decode(), sections, entries, declared, answers)
     files: dict[str, bytes | None] = {PARAMS: data} if data != before else {}
-    if (
-        wanted is not None
-        and wanted.needs_modelfile
-        and not (at.root / COMPLETION_MODELFILE).exists()
-    ):
+    has_modelfile = (at.root / COMPLETION_MODELFILE).exists()
+    if wanted is not None and wanted.needs_modelfile and not has_modelfile:
         files[COMPLETION_MODELFILE] = init_model.COMPLETION.encode()
-    owned, note = init_repository.codeowners(at, owners(at, answers))
+    owned, note = _owned(at, answers)
     files |= owned | init_repository.dvc_config(at, answers.remote)
     if begins:
         files |= init_repository.example_records(at, tuple(declared.models))
-    exchanged = _BEGUN if begins and new_hosts else _BEGUN - {"hosts"} if begins else frozenset()
     _require_kept(declared, _valid(at, data, files), exchanged)
     notes = [*(wanted.notes if wanted else ()), *([note] if note else []), *_network_notes(answers)]
     return Proposal(
@@ -137,7 +128,36 @@ def owners(at: Layout, answers: Answers) -> tuple[str, ...]:
     return init_repository.owners_of(at)
 
 
+def _owned(at: Layout, answers: Answers) -> tuple[dict[str, bytes | None], str]:
+    """Return CODEOWNERS, if it changes, and what is to be said of it."""
+    named = owners(at, answers)
+    files, note = init_repository.codeowners(at, named)
+    if files and not answers.owners:
+        note = (
+            f"{named[0]}, of the git remote `origin`, becomes the owner in "
+            f"{init_repository.CODEOWNERS}. GitHub takes no organisation for one: if that is one, "
+            f"say --owner {named[0]}/TEAM."
+        )
+    return files, note
+
+
 # --- params.yaml ------------------------------------------------------------------------------
+
+
+def _text(
+    text: str,
+    sections: Mapping[str, str | None],
+    entries: Sequence[Entry],
+    declared: Declaration,
+    answers: Answers,
+) -> bytes:
+    """Write params.yaml: sections of the example exchanged, entries put behind the last ones."""
+    if sections:
+        text = init_text.begun(text, sections)
+    added = [*entries, *_registry(declared, answers, text)]
+    if added:
+        text = init_text.grown(text, added)
+    return _with_period(text.encode(), answers)
 
 
 def _sections(

@@ -754,6 +754,21 @@ def test_at_a_terminal_every_answer_is_asked_for_and_shown_before_it_is_written(
     subprocess.run(["git", *AUTHOR, "status", "--short"], check=True, capture_output=True)
 
 
+@pytest.mark.usefixtures("at")
+def test_an_owner_that_nobody_named_is_said_since_an_organisation_is_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """GitHub passes over a line of CODEOWNERS that names an organisation, and asks nobody."""
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(
+        ["git", "remote", "add", "origin", "git@github.com:acme/our-models.git"], check=True
+    )
+    assert typed("path:models/My.Model", *DESK[:4], "--yes") == 0
+    told = capsys.readouterr().err
+    assert "--owner @acme/TEAM" in told
+    assert "@acme" in Path(".github/CODEOWNERS").read_text()
+
+
 def test_a_host_elsewhere_has_its_own_memory_and_a_slip_ends_the_questions(
     at: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
