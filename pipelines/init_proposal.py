@@ -118,7 +118,7 @@ def write(at: Layout, proposal: Proposal) -> None:
 
     Raises:
         MachineError: A file was changed since it was read, `fleet repro` works here, or the disk
-            refuses. Nothing was written.
+            refuses. params.yaml is as it was, and the same command goes on.
     """
     with _alone(at):
         for path, then in proposal.read.items():
@@ -132,16 +132,22 @@ def write(at: Layout, proposal: Proposal) -> None:
         parts: list[tuple[Path, Path]] = []
         try:
             parts.extend(_staged(at.root / path, made[path]) for path in sorted(made, key=_order))
+            others = [pair for pair in parts if pair[1] != at.root / PARAMS]
+            for part, target in others:
+                with disk.explained(target):
+                    atomic.put_in_place(part, target)
+            for path in sorted(proposal.files.keys() - made.keys()):
+                with disk.explained(at.root / path):
+                    atomic.remove(at.root / path)
+                _remove_empty(at.root / path, at.root)
+            for part, target in parts[len(others) :]:
+                with disk.explained(target):
+                    atomic.put_in_place(part, target)
         except BaseException:
             for part, _ in parts:
                 with suppress(OSError):
                     atomic.remove(part)
             raise
-        for path in sorted(proposal.files.keys() - made.keys()):
-            atomic.remove(at.root / path)
-            _remove_empty(at.root / path, at.root)
-        for part, target in parts:
-            atomic.put_in_place(part, target)
 
 
 def _order(path: str) -> tuple[bool, str]:
@@ -151,7 +157,11 @@ def _order(path: str) -> tuple[bool, str]:
 
 def _staged(target: Path, data: bytes) -> tuple[Path, Path]:
     """Write the new bytes beside a file."""
-    target = target.resolve() if target.is_symlink() else target
+    if target.is_symlink():
+        raise MachineError(
+            f"{target} is a link; what it names may be no file of this repository.",
+            hint="Put the file itself there, and run the same command again.",
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     part = atomic.part_name(target)
     try:

@@ -691,6 +691,43 @@ def test_a_file_that_cannot_be_written_keeps_all_of_them(
     assert tree(Path()) == before
 
 
+@pytest.mark.parametrize("path", [".github/CODEOWNERS", "params.yaml"])
+def test_a_name_that_the_system_does_not_give_leaves_the_declaration_and_a_way_on(
+    at: Layout, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that nobody may replace is an error in words; the records go after the first names."""
+    before = tree(Path())
+    replace = Path.replace
+
+    def refused(self: Path, target: Path) -> Path:
+        if target == at.root / path:
+            raise PermissionError(1, "Operation not permitted", str(target))
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refused)
+        with pytest.raises(MachineError, match="not permitted"):
+            init_proposal.write(at, init.proposed(at, answers_of_my_model()))
+    after = tree(Path())
+    assert after["params.yaml"] == before["params.yaml"]
+    assert not [name for name in after if name.endswith(".part")]
+    assert (after == before) == (path != "params.yaml")
+    init_proposal.write(at, init.proposed(at, answers_of_my_model()))
+    assert list(declaration.check(at).models) == ["my-model"]
+
+
+def test_a_link_is_not_written_through(at: Layout, tmp_path: Path) -> None:
+    """What it names may be somebody else's, outside of the repository."""
+    owners = Path(".github/CODEOWNERS")
+    outside = tmp_path / "outside"
+    owners.rename(outside)
+    owners.symlink_to(outside)
+    before, text = tree(Path()), outside.read_bytes()
+    with pytest.raises(MachineError, match="is a link"):
+        init_proposal.write(at, init.proposed(at, answers_of_my_model()))
+    assert (tree(Path()), outside.read_bytes()) == (before, text)
+
+
 # --- who is asked -----------------------------------------------------------------------------
 
 
