@@ -25,14 +25,14 @@ SCRIPT = "/opt/fleet/deploy/runner/install.sh"
 VERSION = "2.400.0"
 KEY = "-----BEGIN RSA PRIVATE KEY-----\nsecret\n-----END RSA PRIVATE KEY-----\n"
 LEVEL_2 = ("--repository", "octo/fleet", "--repository-id", "7", "--host", "desk",
-           "--client-id", "Iv23test", "--key", "/root/app.pem")  # fmt: skip
+           "--client-id", "Iv23test", "--key", "/mnt/app.pem")  # fmt: skip
 LEVEL_1 = ("--level", "1", "--repository", "octo/fleet", "--repository-id", "7", "--host", "desk",
-           "--token-file", "/root/token")  # fmt: skip
+           "--token-file", "/mnt/token")  # fmt: skip
 # Everything of the system is real but these: systemd does not run here, there is no card, and no
 # package is to be installed. Each writes down what it was asked.
 SYSTEMCTL = r"""#!/bin/bash
-echo "systemctl $*" >> /root/calls
-at=/root/units; mkdir -p $at
+echo "systemctl $*" >> /mnt/calls
+at=/mnt/units; mkdir -p $at
 name="${*: -1}"
 case "$1 $2" in
   "enable --now") touch "$at/$name" ;;
@@ -46,7 +46,7 @@ case "$1" in
   --query-gpu=memory.total) printf '24576\\n24576\\n' ;;
 esac
 """
-APT_GET = '#!/bin/bash\necho "apt-get $*" >> /root/calls\n'
+APT_GET = '#!/bin/bash\necho "apt-get $*" >> /mnt/calls\n'
 # GitHub's program as far as it is installed: it cannot be downloaded here.
 RUNNER = {
     "run.sh": "#!/bin/bash\n",
@@ -57,9 +57,9 @@ tr '\0' ' ' < /proc/$PPID/cmdline >> calls
 [ "$ACTIONS_RUNNER_INPUT_TOKEN" = AAAA ] || exit 1
 echo '{"agentName": "desk", "gitHubUrl": "https://github.com/octo/fleet"}' > .runner
 """,
-    "bin/Runner.Listener": "#!/bin/bash\ntouch /root/ran-as-root\n",
+    "bin/Runner.Listener": "#!/bin/bash\ntouch /mnt/ran-as-root\n",
     "bin/installdependencies.sh": """#!/bin/bash
-echo "dependencies $(id -un) $(stat -c %U .)" >> /root/calls
+echo "dependencies $(id -un) $(stat -c %U .)" >> /mnt/calls
 """,
 }
 # Ends the script that started it, at the worst moment: between download and final name.
@@ -116,9 +116,9 @@ class Machine:
             program = self.root / "usr/local/sbin" / name
             program.write_text(text)
             program.chmod(0o755)
-        self.write("root/calls", "")
-        self.write("root/app.pem", KEY)
-        self.write("root/token", "AAAA\n")
+        self.write("mnt/calls", "")
+        self.write("mnt/app.pem", KEY)
+        self.write("mnt/token", "AAAA\n")
         self.runner = self.offer()
 
     def end(self) -> None:
@@ -133,7 +133,7 @@ class Machine:
     def offer(self, version: str = VERSION, **files: str) -> tuple[str, ...]:
         """Put an archive onto the machine; return the options that name it."""
         data = archive(**files)
-        name = f"root/runner-{version}.tar.gz"
+        name = f"mnt/runner-{version}.tar.gz"
         (self.root / name).write_bytes(data)
         return ("--archive", f"/{name}", "--runner-version", version,
                 "--runner-sha256", hashlib.sha256(data).hexdigest())  # fmt: skip
@@ -169,8 +169,8 @@ class Machine:
 
     def calls(self) -> list[str]:
         """What the stand-ins were asked since the last time, but for questions."""
-        calls = (self.root / "root/calls").read_text().splitlines()
-        self.write("root/calls", "")
+        calls = (self.root / "mnt/calls").read_text().splitlines()
+        self.write("mnt/calls", "")
         return [call for call in calls if " is-" not in call]
 
 
@@ -245,7 +245,7 @@ def test_level_2_ends_with_what_the_units_and_the_hooks_want_and_is_done_once(
         wrong = [line for line in said if "gguf-fleet" in line and "nvidia-smi" not in line]
         assert wrong == []
     # What GitHub's program left is never run by root.
-    assert not (machine.root / "root/ran-as-root").exists()
+    assert not (machine.root / "mnt/ran-as-root").exists()
 
     before = machine.seen()
     told = machine.install(*LEVEL_2, *machine.runner, "--apply")
@@ -325,7 +325,7 @@ def test_level_1_registers_once_as_the_runners_user_and_shows_nobody_the_token(
         "systemctl daemon-reload",
         "systemctl enable --now gguf-fleet-runner-jit",
     ]
-    assert not (machine.root / "root/ran-as-root").exists()
+    assert not (machine.root / "mnt/ran-as-root").exists()
 
 
 def test_a_wrong_archive_or_a_kill_leaves_no_runner_and_the_same_command_goes_on(
@@ -379,7 +379,7 @@ def test_a_removal_takes_back_what_was_made_and_models_only_when_asked(machine: 
     machine.install(*LEVEL_1, *machine.runner, "--apply")
     (machine.root / "srv/gguf-fleet/dvc/cache/model").write_text("GGUF")
 
-    told = machine.install("--uninstall", "--token-file", "/root/token", "--apply")
+    told = machine.install("--uninstall", "--token-file", "/mnt/token", "--apply")
 
     assert "--purge removes them" in told
     assert (machine.root / "srv/gguf-fleet/dvc/cache/model").exists()
