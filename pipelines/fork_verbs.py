@@ -55,6 +55,11 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
         help="default: speed",
     )
     model.add_argument(
+        "--license",
+        metavar="SPDX|mine",
+        help="that you read and accept, where its files state none; mine: the weights are yours",
+    )
+    model.add_argument(
         "--ignore-code",
         action="store_true",
         help="take it although it names Python code of its own, which is never fetched",
@@ -99,7 +104,8 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="@LOGIN",
-        help="code owner, repeatable; default: the owner of the git remote `origin`",
+        help="code owner, repeatable; alone it changes nothing else; default: the owner of the git "
+        "remote `origin`",
     )
     rest.add_argument(
         "--check-every", type=_count, metavar="HOURS", help="look at upstream; default: 24"
@@ -145,9 +151,12 @@ def _doctor(at: Layout, args: argparse.Namespace) -> int:
 def _template_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "use",
+        nargs="?",
+        default="status",
         choices=("status", "update", "migrate", "tree"),
-        help="say what is newer; merge it; rewrite renamed keys of params.yaml; or make the "
-        "commits that hold only the template's paths, for a merge by git alone",
+        help="say what is newer, which is the default; merge it; rewrite renamed keys of "
+        "params.yaml; or make the commits that hold only the template's paths, for a merge by git "
+        "alone",
     )
     verb.add_argument("--to", metavar="TAG", help="version; default: the newest")
     verb.add_argument(

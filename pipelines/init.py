@@ -21,12 +21,9 @@ from pipelines import (
     console,
     declaration,
     init_answers,
+    init_asked,
     init_change,
-    init_host,
     init_proposal,
-    init_repository,
-    init_source,
-    init_state,
     wording,
 )
 from pipelines.errors import ParamsError
@@ -63,9 +60,9 @@ def main(at: Layout, args: argparse.Namespace) -> int:
         return init_pull.main(at, proposal, as_json=args.json, dry_run=args.dry_run)
     asks = console.can_ask() and not (args.yes or args.dry_run or args.json)
     if asks:
-        answers = _asked(at, answers)
+        answers = init_asked.answers(at, answers)
     _require_said(at, answers)
-    proposal = proposed(at, answers)
+    proposal = init_asked.kept(at, answers) if asks else proposed(at, answers)
     if args.json:
         is_written = args.yes and not args.dry_run and proposal.is_changed
         if is_written:
@@ -110,13 +107,18 @@ def _show(proposal: Proposal) -> None:
 def _with_quants(at: Layout, answers: Answers, proposal: Proposal) -> Proposal:
     """Ask which quants it shall be, now that their sizes are seen."""
     usual = ",".join(proposal.quants)
-    told = console.ask("Quants", usual)
-    if told == usual:
-        return proposal
-    types = tuple(dict.fromkeys(told.replace(",", " ").split()))
-    proposal = proposed(at, replace(answers, quants=types))
-    _show(proposal)
-    return proposal
+    found = proposal
+
+    def take(told: str) -> None:
+        nonlocal found
+        if told != usual:
+            types = tuple(dict.fromkeys(told.replace(",", " ").split()))
+            found = proposed(at, replace(answers, quants=types))
+
+    init_asked.until("Quants", usual, take)
+    if found is not proposal:
+        _show(found)
+    return found
 
 
 def _json(at: Layout, proposal: Proposal, *, is_written: bool) -> str:
@@ -140,63 +142,11 @@ def _json(at: Layout, proposal: Proposal, *, is_written: bool) -> str:
 def _require_said(at: Layout, answers: Answers) -> None:
     """Refuse what only a person can say, where nobody is asked."""
     is_fresh = init_change.is_fresh(declaration.load(at.params))
+    if answers.names_owners_only:
+        return
     if answers.source is None and is_fresh and not answers.keep_example:
         raise ParamsError(
             "which model shall it be?",
             hint="fleet init hf:owner/repo, or fleet init path:models/my-model; --keep-example "
             "begins with the one that is here",
         )
-    if init_repository.needs_owner(at) and not init_change.owners(at, answers):
-        raise ParamsError(
-            f"{init_repository.CODEOWNERS} names nobody, and the git remote `origin` is none of "
-            "GitHub that would tell.",
-            hint="Say who agrees to changes: --owner @login",
-        )
-
-
-def _asked(at: Layout, answers: Answers) -> Answers:
-    """Ask what was not said; an empty line takes what stands in brackets."""
-    declared = declaration.load(at.params)
-    is_fresh = init_change.is_fresh(declared)
-    if answers.source is None and not answers.keep_example:
-        source = console.ask("Model, as hf:owner/repo or path:folder")
-        if source:
-            init_source.require_source(source)
-        answers = replace(answers, source=source or None)
-    if is_fresh and not answers.keep_example and init_state.is_example_host(declared.hosts):
-        answers = _asked_host(answers)
-    if not answers.owners and init_repository.needs_owner(at):
-        known = " ".join(init_change.owners(at, answers))
-        owner = console.ask("Who agrees to changes, as @login or @organisation/team", known)
-        answers = replace(answers, owners=tuple(owner.replace(",", " ").split()))
-    if is_fresh and answers.registry is None:
-        url = console.ask("Where releases go besides this machine, as s3://bucket/prefix; or empty")
-        answers = replace(answers, registry=url or None)
-    return answers
-
-
-def _asked_host(answers: Answers) -> Answers:
-    """Ask for the host that serves, and for its memory."""
-    if answers.host is None:
-        name = console.ask("Host that serves it", init_repository.machine_name())
-        init_host.require_name(name)
-        answers = replace(answers, host=name)
-    if answers.vram_mib or answers.memory_mib:
-        return answers
-    kind, mib, of_what = init_repository.memory()
-    if kind == "vram_mib":
-        return replace(answers, vram_mib=_mib(f"MiB of its cards (here: {of_what})", mib, least=1))
-    if answers.host != init_repository.machine_name():
-        # What has no card here may have one there.
-        cards = _mib(f"MiB of all cards of {answers.host}; 0 if it has none", 0, least=0)
-        if cards:
-            return replace(answers, vram_mib=cards)
-    what = f"MiB of its main memory for models (here: {of_what})"
-    return replace(answers, memory_mib=_mib(what, mib, least=1))
-
-
-def _mib(question: str, usual: int, *, least: int) -> int:
-    told = console.ask(question, str(usual))
-    if not told.isdecimal() or int(told) < least:
-        raise ParamsError(f"{wording.quoted(told)} is no number of MiB.", hint="Such as 24576.")
-    return int(told)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Answers:
         quants: Types as llama-quantize calls them.
         context_tokens: At which the model will be served.
         objective: What is made best.
+        license: That is accepted of a model whose files state none; `mine`: of one's own weights.
         ignore_code: Take a model without the code that it is said to need.
         host: Key in hosts:.
         vram_mib: Memory of its cards.
@@ -43,6 +44,7 @@ class Answers:
     quants: tuple[str, ...] = ()
     context_tokens: int | None = None
     objective: Objective | None = None
+    license: str | None = None
     ignore_code: bool = False
     host: str | None = None
     vram_mib: int | None = None
@@ -55,6 +57,11 @@ class Answers:
     check_every_hours: int | None = None
     keep_example: bool = False
     detects: bool = True
+
+    @property
+    def names_owners_only(self) -> bool:
+        """Whether somebody is to agree to changes, and all else stays."""
+        return bool(self.owners) and replace(self, owners=(), detects=True) == Answers()
 
 
 def of_args(args: argparse.Namespace) -> Answers:
@@ -74,6 +81,7 @@ def of_args(args: argparse.Namespace) -> Answers:
         quants=_words([args.quants or ""]),
         context_tokens=args.context,
         objective=args.objective or None,
+        license=text(args.license),
         ignore_code=args.ignore_code,
         host=text(args.host),
         vram_mib=args.vram,

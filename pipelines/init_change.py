@@ -18,6 +18,7 @@ from pipelines import (
     init_plan,
     init_repository,
     init_settings,
+    init_source,
     init_state,
     init_text,
     params,
@@ -55,12 +56,10 @@ def proposed(at: Layout, answers: Answers) -> Proposal:
     """
     before = at.params.read_bytes()
     declared = declaration.load(at.params)
-    begins = (
-        is_fresh(declared)
-        and answers.source is not None
-        and not answers.keep_example
-        and not init_model.is_declared(at, declared, answers)
-    )
+    # First of all: whoever mistyped the folder is told that, and nothing of his host.
+    if answers.source is not None and not init_model.is_declared(at, declared, answers):
+        init_source.require_source(answers.source, at)
+    begins = is_beginning(at, declared, answers)
     # Hosts that somebody declared before his first model are his.
     new_hosts = begins and init_state.is_example_host(declared.hosts)
     host, room = init_host.choose(declared, answers, begins=new_hosts)
@@ -121,6 +120,16 @@ def is_fresh(declared: Declaration) -> bool:
     return init_state.is_fresh({name: {"source": m.source} for name, m in declared.models.items()})
 
 
+def is_beginning(at: Layout, declared: Declaration, answers: Answers) -> bool:
+    """Tell whether the model that was named takes the place of the example."""
+    return (
+        is_fresh(declared)
+        and answers.source is not None
+        and not answers.keep_example
+        and not init_model.is_declared(at, declared, answers)
+    )
+
+
 def owners(at: Layout, answers: Answers) -> tuple[str, ...]:
     """Return who was named, else the owner of the repository, where CODEOWNERS names nobody yet."""
     if answers.owners or not init_repository.needs_owner(at):
@@ -132,6 +141,12 @@ def _owned(at: Layout, answers: Answers) -> tuple[dict[str, bytes | None], str]:
     """Return CODEOWNERS, if it changes, and what is to be said of it."""
     named = owners(at, answers)
     files, note = init_repository.codeowners(at, named)
+    if not named and init_repository.needs_owner(at):
+        note = (
+            f"{init_repository.CODEOWNERS} stays as it is, and names nobody: the git remote "
+            "`origin` is none of GitHub. Once it is known who agrees to changes: fleet init "
+            "--owner @login"
+        )
     if files and not answers.owners:
         note = (
             f"{named[0]}, of the git remote `origin`, becomes the owner in "
@@ -185,6 +200,20 @@ def _sections(
     return found
 
 
+def require_registry(url: str) -> None:
+    """
+    Refuse what is no address of a registry.
+
+    Raises:
+        ParamsError: It is none; never repeated, since it may hold a password.
+    """
+    if not re.fullmatch(params.REGISTRY, url):
+        raise ParamsError(
+            f"--registry is not {params.PATTERN_WORDS[params.REGISTRY]}.",
+            hint="Credentials come from the environment (docs/registry.md).",
+        )
+
+
 def _registry(declared: Declaration, answers: Answers, text: str) -> tuple[Entry, ...]:
     """Return the registry `production`, if one is named that is not declared."""
     if answers.registry is None:
@@ -201,12 +230,7 @@ def _registry(declared: Declaration, answers: Answers, text: str) -> tuple[Entry
                 hint="Edit that line of params.yaml, or add another registry there.",
             )
         return ()
-    if not re.fullmatch(params.REGISTRY, answers.registry):
-        # Never repeated: it may hold a password.
-        raise ParamsError(
-            f"--registry is not {params.PATTERN_WORDS[params.REGISTRY]}.",
-            hint="Credentials come from the environment (docs/registry.md).",
-        )
+    require_registry(answers.registry)
     more = {"environment": answers.environment or PRODUCTION}
     if answers.registry.startswith("mlflow:"):
         more["blobs"] = params.LOCAL_REGISTRY

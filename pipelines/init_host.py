@@ -76,7 +76,10 @@ def require_name(name: str) -> None:
     """
     if not re.fullmatch(params.MODEL_KEY, name) or not init_text.is_word(name):
         allowed = params.PATTERN_WORDS[params.MODEL_KEY]
-        raise ParamsError(f"--host {wording.quoted(name)} is not {allowed}.", hint="--host desk")
+        raise ParamsError(
+            f"--host {wording.quoted(name)} is not {allowed}.",
+            hint=f"--host {init_text.key_of(name, or_else='host')}",
+        )
 
 
 def _require_same_host(name: str, spec: params.DeclaredHost, answers: Answers) -> None:

@@ -222,16 +222,17 @@ def _context(
 
 def _asked_context(context: int, subject: Subject) -> int:
     trained = subject.trained_tokens
+    # Before the step: its nearest multiple would be refused next.
+    if trained is not None and context > trained:
+        raise ParamsError(
+            f"--context {context}: {subject.source} was trained with {trained:,} tokens.",
+            hint=f"--context {trained - trained % CONTEXT_STEP}, or less",
+        )
     if context < CONTEXT_STEP or context % CONTEXT_STEP:
         nearest = max(context // CONTEXT_STEP, 1) * CONTEXT_STEP
         raise ParamsError(
             f"--context {context}: llama.cpp serves multiples of {CONTEXT_STEP} tokens.",
             hint=f"--context {nearest}",
-        )
-    if trained is not None and context > trained:
-        raise ParamsError(
-            f"--context {context}: {subject.source} was trained with {trained:,} tokens.",
-            hint=f"--context {trained - trained % CONTEXT_STEP}",
         )
     return context
 

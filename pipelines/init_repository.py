@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from pipelines import doctor_lines, gpu, machine, params, wording
+from pipelines import doctor_lines, gpu, init_text, machine, wording
 from pipelines.errors import ParamsError
 from pipelines.init_state import PLACEHOLDER
 
@@ -182,8 +182,7 @@ def _remote_url(at: Layout, remote: str) -> str:
 def machine_name() -> str:
     """Return this machine's name as a key of hosts:; `local` where none can be made of it."""
     short = platform.node().partition(".")[0].lower()
-    name = re.sub(r"[^a-z0-9_-]+", "-", short).strip("-_")[:63]
-    return name if re.fullmatch(params.MODEL_KEY, name) and re.search("[a-z]", name) else "local"
+    return init_text.key_of(short) if re.search("[a-z]", short) else "local"
 
 
 def memory() -> tuple[str, int, str]:
@@ -194,7 +193,8 @@ def memory() -> tuple[str, int, str]:
         return "vram_mib", sum(card.vram_mib for card in cards), names
     usable = machine.usable_memory_bytes() / MIB
     mib = int(usable * (1 - _SYSTEM_SHARE)) // 256 * 256
-    return "memory_mib", max(mib, 256), f"three quarters of its {wording.mib(usable)}"
+    of_what = f"three quarters of its {wording.mib(usable)} of main memory"
+    return "memory_mib", max(mib, 256), of_what
 
 
 # --- the example ------------------------------------------------------------------------------

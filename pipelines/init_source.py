@@ -105,8 +105,14 @@ class _Files:
     tensors: Sequence[Tensor]
 
 
-def look(
-    source: str, revision: str | None, at: Layout, declared: Declaration, *, ignore_code: bool
+def look(  # noqa: PLR0913 - each is one independent fact, named at the call
+    source: str,
+    revision: str | None,
+    at: Layout,
+    declared: Declaration,
+    *,
+    ignore_code: bool,
+    digests: bool = True,
 ) -> Subject:
     """
     Look at a model.
@@ -117,6 +123,8 @@ def look(
         at: The checkout, for a `path:`.
         declared: What is declared now; its toolchain says what can be converted.
         ignore_code: Take the model without the code that it is said to need.
+        digests: Compute the revision of a directory, which takes seconds for each GiB; without it
+            the revision is empty, and all else is looked at.
 
     Raises:
         ParamsError: It is no source, or `revision` does not go with it.
@@ -130,19 +138,29 @@ def look(
                 "`--revision` is for the Hub: that of a directory is the digest of its files.",
                 hint="Leave it out.",
             )
-        return _directory(below(at.root, place), at, declared, ignore_code=ignore_code)
-    require_source(source)
+        name = below(at.root, place)
+        return _directory(name, at, declared, ignore_code=ignore_code, digests=digests)
+    require_source(source, at)
     return _repository(place, revision or "main", declared, ignore_code=ignore_code)
 
 
-def require_source(source: str) -> None:
+def require_source(source: str, at: Layout) -> None:
     """
-    Refuse what is neither a repository of the Hub nor a directory, whether that exists or not.
+    Refuse what is neither a repository of the Hub nor a directory with weights.
+
+    Nobody is asked whether the repository exists.
 
     Raises:
         ParamsError: It is no source; says which was meant.
+        UpstreamError: The directory is none, or holds no weights in safetensors.
     """
-    if re.fullmatch(params.SOURCE, source) or re.match(r"path:.", source):
+    if re.match(r"path:.", source):
+        folder = at.root / below(at.root, source.removeprefix("path:"))
+        listing = fetch.LocalDirectory(folder).files()
+        _require_safetensors(source, [path.name for path in folder.iterdir()])
+        fetch.weights(listing, folder)
+        return
+    if re.fullmatch(params.SOURCE, source):
         return
     raise ParamsError(
         f"{wording.quoted(source)} is no source of a model.",
@@ -181,7 +199,9 @@ def below(root: Path, typed: str) -> str:
 # --- a directory ------------------------------------------------------------------------------
 
 
-def _directory(name: str, at: Layout, declared: Declaration, *, ignore_code: bool) -> Subject:
+def _directory(
+    name: str, at: Layout, declared: Declaration, *, ignore_code: bool, digests: bool
+) -> Subject:
     folder = at.root / name
     listing = fetch.LocalDirectory(folder).files()
     _require_safetensors(f"path:{name}", [path.name for path in folder.iterdir()])
@@ -192,7 +212,7 @@ def _directory(name: str, at: Layout, declared: Declaration, *, ignore_code: boo
     )
     files = _Files(listing=listing, directory=folder, tensors=checkpoint.tensors)
     size_bytes = sum(file.size_bytes for file in shards)
-    if size_bytes >= dvc_state.WORTH_BYTES:
+    if digests and size_bytes >= dvc_state.WORTH_BYTES:
         console.step(f"digest of path:{name}, {wording.mib(size_bytes / 2**20)}")
     large = [file.name for file in shards if file.size_bytes > _GITHUB_MAX_BYTES]
     notes = (
@@ -201,7 +221,7 @@ def _directory(name: str, at: Layout, declared: Declaration, *, ignore_code: boo
     ) if large else ""  # fmt: skip
     return _subject(
         f"path:{name}",
-        fetch.content_digest(folder),
+        fetch.content_digest(folder) if digests else "",
         files,
         declared,
         ignore_code=ignore_code,
@@ -333,11 +353,6 @@ def _subject(  # noqa: PLR0913 - each is one independent fact, named at the call
         _require_pooling(architecture, files.listing)
     has_template = bool(verify_template.upstream_templates(files.directory).get("default"))
     found = [*notes, *doubts]
-    if license_ is None:
-        found.append(
-            "Upstream states no licence: nothing is released until you read its terms and write "
-            "`license:` into its entry of params.yaml."
-        )
     if trained is None:
         found.append("config.json does not say which context it was trained with.")
     if not has_template and not is_encoder:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pipelines.init_source import Subject
 
 _KEY: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*):(?:\s|$)")
+# What `--license` says of weights of one's own, and how params.yaml and the Hub call that.
+MINE: Final = "mine"
+OTHER: Final = "other"
 # Sections that need no line of their own unless something is said, and what they stand before.
 _BEFORE: Final = {"calibrate": "benchmark", "check_upstream": "hosts"}
 
@@ -38,7 +41,9 @@ class Entry:
 # --- entries ----------------------------------------------------------------------------------
 
 
-def model(name: str, subject: Subject, plan: Plan, *, objective: str, **more: str) -> Entry:
+def model(
+    name: str, subject: Subject, plan: Plan, *, objective: str, license_: str | None, **more: str
+) -> Entry:
     """
     Declare a model.
 
@@ -47,6 +52,7 @@ def model(name: str, subject: Subject, plan: Plan, *, objective: str, **more: st
         subject: What was found of it.
         plan: Its context and quants.
         objective: What is made best.
+        license_: That was accepted where upstream states none; `mine`: the weights are one's own.
         more: Further keys with their values as YAML, such as `modelfile`.
     """
     shape = subject.shape
@@ -72,6 +78,15 @@ def model(name: str, subject: Subject, plan: Plan, *, objective: str, **more: st
     lines.append(f"  context_tokens: {plan.context_tokens}")
     if plan.uses_matrix:
         lines.append("  calibration: calibration")
+    if license_ == MINE:
+        lines += [
+            "  # These weights are our own, so that no licence of others is to be read; `other` is",
+            "  # the Hub's word for one that is not in its list.",
+            f"  license: {OTHER}",
+        ]
+    elif license_ is not None:
+        lines.append("  # The files of the model state none. This is what was read and accepted.")
+        lines.append(f"  license: {_quoted(license_)}")
     lines += [f"  {key}: {value}" for key, value in more.items()]
     lines.append(f"  objective: {objective}")
     return Entry(section="models", lines=tuple(lines))
@@ -310,6 +325,20 @@ def is_word(value: str) -> bool:
     if not re.fullmatch(r"[A-Za-z0-9_/][A-Za-z0-9._/-]*", value):
         return False
     return bool(_root(value).tag == "tag:yaml.org,2002:str")
+
+
+def key_of(text: str, *, or_else: str = "local") -> str:
+    """
+    Make a key of a name: `my-desk` of `My Desk`.
+
+    Args:
+        text: As it was typed, or as a machine or a folder is called.
+        or_else: What it is where nothing is left, and what stands before a number.
+    """
+    found = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-_")
+    if found and not is_word(found):
+        found = f"{or_else}-{found}"
+    return found[:63].rstrip("-_") or or_else
 
 
 def _plain(text: str) -> str:

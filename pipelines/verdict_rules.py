@@ -33,7 +33,7 @@ LAYERS: Final = get_args(Layer)
 # From good to bad; equal is no worse than better.
 OUTCOMES: Final[tuple[Outcome, ...]] = ("better", "equal", "undecided", "worse")
 # By which the Hub says that it does not say.
-_UNKNOWN_LICENSES: Final = frozenset({"", "other", "unknown"})
+UNKNOWN_LICENSES: Final = frozenset({"", "other", "unknown"})
 # Texts that a licence may consist of; the name alone decides, as upstream spells it.
 _LICENSE_WORDS: Final = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 
@@ -358,14 +358,14 @@ class Rules:
         """Return the licence of a release: as upstream states it, or as it is declared."""
         fetched = self.evidence.fetched
         stated = (fetched.license or "") if isinstance(fetched, FetchRecord) else ""
-        known = stated.lower() not in _UNKNOWN_LICENSES
+        known = stated.lower() not in UNKNOWN_LICENSES
         return stated if known else (self.declared.license or "other")
 
     def _license(self, fetched: FetchRecord) -> Iterator[Reason]:
         """Yield why nobody has accepted the licence."""
         declared, stated = self.declared.license, fetched.license or ""
         key = f"models.{self.model}.license"
-        known = stated.lower() not in _UNKNOWN_LICENSES
+        known = stated.lower() not in UNKNOWN_LICENSES
         remedy = f"Read it and declare what you accept as {key}"
         if not known and declared is None:
             value = (f"licence {stated or 'none'}", f"one that {key} accepts", "fetch.json")

@@ -28,6 +28,7 @@ from pipelines import (
     init_change,
     init_plan,
     init_proposal,
+    init_repository,
     init_settings,
     init_source,
     init_state,
@@ -301,6 +302,7 @@ def test_what_does_not_fit_is_refused_unless_somebody_says_so() -> None:
         (Answers(quants=("MXFP4_MOE",)), "has no experts"),
         (Answers(context_tokens=1000), "multiples of 256"),
         (Answers(context_tokens=65_536), "was trained with 32,768"),
+        (Answers(context_tokens=99_999), "was trained with 32,768"),
     ],
 )
 def test_an_answer_that_the_chain_would_refuse_is_refused_now(answers: Answers, said: str) -> None:
@@ -735,12 +737,12 @@ def test_a_link_is_not_written_through(at: Layout, tmp_path: Path) -> None:
 def test_without_a_terminal_what_is_missing_is_named_and_nothing_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The model, the owner, and the word that it may be written; a dry run needs no such word."""
+    """The model, and the word that it may be written; a dry run needs no such word."""
     before = tree(Path())
 
     for argv, said in (
-        (("--owner", "@me"), "which model shall it be?"),
-        (("path:models/My.Model", *DESK[:4]), "--owner @login"),
+        (DESK, "which model shall it be?"),
+        (("--owner", "@me"), "Add --yes"),
         (("path:models/My.Model", *DESK), "Add --yes"),
     ):
         assert typed(*argv) == 2
@@ -806,7 +808,7 @@ def test_an_owner_that_nobody_named_is_said_since_an_organisation_is_none(
     assert "@acme" in Path(".github/CODEOWNERS").read_text()
 
 
-def test_a_host_elsewhere_has_its_own_memory_and_a_slip_ends_the_questions(
+def test_a_host_elsewhere_has_its_own_memory_and_a_slip_is_asked_for_again(
     at: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A notebook without a card says nothing of the box in the cellar."""
@@ -816,17 +818,148 @@ def test_a_host_elsewhere_has_its_own_memory_and_a_slip_ends_the_questions(
 
     def answering(*lines: str) -> tuple[int, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        return typed("--owner", "@me"), capsys.readouterr().err
+        return typed(), capsys.readouterr().err
 
-    assert answering("Qwen/Qwen3-8B")[0] == 2
-    code, told = answering("path:models/My.Model", "My Desk")
-    assert code == 2
-    assert "MiB" not in told
-    code, told = answering("path:models/My.Model", "desk", "24576", "", "", "yes")
-    assert code == 0
-    assert "MiB of all cards of desk" in told
+    (tiny(Path("models/2024")) / "README.md").unlink()
+    Path("models/none").mkdir()
+    code, told = answering(
+        "Qwen/Qwen3-8B", "path:models/mine", "path:models/none", "path:models/2024",
+        "0x1f", "ours", "my license!", "mine", "My Desk", "my-desk", "24 GB", "24576",
+        "me@mail.invalid", "@me", "s3://KEY:SECRET@bucket", "", "Q4_K_N", "Q8_0", "yes",
+    )  # fmt: skip
+    assert code == 0, told
+    for cause in (
+        "hf:Qwen/Qwen3-8B",
+        "models/mine is no directory",
+        "safetensors",
+        "--name model-2024",
+        "--name model-0x1f",
+        "--license mine",
+        "--host my-desk",
+        "is no number of MiB",
+        "is no account on GitHub",
+        "--registry is not",
+        "Q4_K_",
+    ):
+        assert cause in told
+    assert "MiB of all cards of my-desk" in told
     declared = declaration.check(at)
-    assert (declared.hosts["desk"].vram_mib, declared.hosts["desk"].memory_mib) == (24_576, None)
+    assert list(declared.quants) == ["ours-Q8_0"]
+    assert declared.models["ours"].license == "other"
+    host = declared.hosts["my-desk"]
+    assert (host.vram_mib, host.memory_mib) == (24_576, None)
+
+
+def test_answers_that_do_not_go_together_are_given_back_as_a_command(
+    at: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What fits nowhere is seen when all is known; nobody types the rest again."""
+    monkeypatch.setattr(gpu, "cards", tuple)
+    monkeypatch.setattr(console, "can_ask", lambda: True)
+    Path("models/My.Model/README.md").unlink()
+    told = "path:models/My.Model\nmine\ndesk\n0\n1025\n\n\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(told))
+    before = tree(at.root)
+
+    assert typed("--context", "99999") == 2
+
+    said = capsys.readouterr().err
+    assert "was trained with 256 tokens" in said
+    assert "fleet init path:models/My.Model --context 99999 --license mine --host desk" in said
+    assert tree(at.root) == before
+
+
+def test_a_clone_without_github_begins_and_names_its_owners_later(
+    at: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody is guessed: CODEOWNERS stays, and one line says what to type once it is known."""
+    codeowners = Path(".github/CODEOWNERS")
+    before = codeowners.read_bytes()
+
+    assert typed("path:models/My.Model", *DESK[:4], "--yes") == 0
+
+    assert capsys.readouterr().err.count("fleet init --owner @login") == 1
+    assert codeowners.read_bytes() == before
+    held = tree(at.root)
+    assert typed("--owner", "@me", "--yes") == 0
+    changed = {path for path, data in tree(at.root).items() if held.get(path) != data}
+    assert changed == {".github/CODEOWNERS"}
+    assert re.search(r"(?m)^/pipelines/ +@me$", codeowners.read_text())
+
+
+def test_owners_alone_are_named_in_a_repository_in_which_nobody_has_begun(
+    at: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No question about a model, and the example stays."""
+    monkeypatch.setattr(console, "can_ask", lambda: True)
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n"))
+    held = tree(at.root)
+
+    assert typed("--owner", "@acme/fleet") == 0
+
+    assert "Model" not in capsys.readouterr().err
+    changed = {path for path, data in tree(at.root).items() if held.get(path) != data}
+    assert changed == {".github/CODEOWNERS"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (("path:models/MyModel", "--host", "My Desk"), 3, "models/MyModel is no directory"),
+        (("path:models/none", "--host", "My Desk"), 3, "safetensors"),
+        (("path:models/My.Model", "--host", "my desk"), 2, "--host my-desk"),
+        (("path:models/My.Model", *DESK[:4], "--name", "My Model"), 2, "--name my-model"),
+        (("path:models/My.Model", *DESK[:4], "--license", "my own"), 2, "--license mine"),
+        (("--license", "mine", "--keep-example"), 2, "none is named"),
+    ],
+)
+def test_a_slip_is_answered_with_its_own_cause_and_the_source_comes_first(
+    at: Layout, argv: tuple[str, ...], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody who mistyped a folder is asked for owners."""
+    (at.root / "models/none").mkdir()
+    assert typed(*argv, "--yes") == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_licence_is_declared_once_and_its_lack_is_said_with_the_line_to_add(
+    at: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of one's own states none, and without one no release is ever made of it."""
+    at.params.write_text(OWN % ("a" * 64, fetch.content_digest(Path("models/My.Model"))))
+    second = tiny(Path("models/second"), seed=2)
+    (second / "README.md").unlink()
+    added = ("--quants", "Q8_0", "--yes")
+
+    assert typed("path:models/second", *added) == 0
+    told = capsys.readouterr().err
+    assert "config.json (`license`) and LICENSE" in told
+    assert "add `license: other` below `second:`" in told
+
+    for name, license_, written in (("a", "mine", "other"), ("b", "apache-2.0", "apache-2.0")):
+        argv = ("path:models/second", "--name", name, "--license", license_, *added)
+        assert typed(*argv) == 0
+        assert "states no licence" not in capsys.readouterr().err
+        assert re.search(rf"(?m)^ +#.*\n +license: {written}$", at.params.read_text())
+        assert declaration.check(at).models[name].license == written
+        assert typed(*argv) == 0
+        assert "Nothing changes" in capsys.readouterr().err
+
+    third = tiny(Path("models/third"), seed=3)
+    (third / "README.md").unlink()
+    (third / "LICENSE").write_text("MIT License\n")
+    assert typed("path:models/third", *added, "--license", "apache-2.0") == 2
+    assert "state mit" in capsys.readouterr().err
+    assert typed("path:models/third", *added) == 0
+    assert "states no licence" not in capsys.readouterr().err
+
+
+def test_main_memory_is_called_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three quarters of what, asked somebody who has 24 GiB of several things."""
+    monkeypatch.setattr(gpu, "cards", tuple)
+    kind, _, of_what = init_repository.memory()
+    assert kind == "memory_mib"
+    assert of_what.endswith("MiB of main memory")
 
 
 def test_a_workflow_passes_every_input_and_takes_nothing_from_its_machine(at: Layout) -> None:
