@@ -20,13 +20,13 @@ setup: need-python  ## Set up .venv with everything (2-5 minutes the first time,
 setup-base: need-python  ## Set up .venv without torch: enough to choose, track and report
 	@$(PYTHON) -m pipelines.bootstrap base
 
-toolchain: setup  ## Build the pinned llama.cpp and Ollama (about 7 minutes on 2 cores the first time)
+toolchain: setup  ## Build the pinned llama.cpp and Ollama (9 to 17 minutes on 2 cores the first time: llama.cpp 7 to 14, Ollama 2 to 3)
 	@$(RUN) python -m pipelines toolchain
 
-repro: setup  ## Run the chain on every declared model: convert, quantize, measure, choose, serve, report
+repro: setup  ## Run the chain on every declared model: convert, quantize, measure, choose, serve, report (the first time 13 to 25 minutes on 2 cores, with the toolchain)
 	@$(RUN) exec python -m pipelines repro $(ARGS)
 
-test: toolchain  ## Run all tests (about 30 minutes on 2 cores); ARGS="-k choose" picks some
+test: toolchain  ## Run all tests (about 40 minutes on 2 cores); ARGS="-k choose" picks some
 	@$(RUN) python -m pytest -n logical --maxprocesses 8 $(ARGS)
 
 test-engines: toolchain  ## Compare two real llama.cpp builds, the pinned one and the one before (builds that first, 7 minutes)

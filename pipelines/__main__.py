@@ -12,6 +12,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 _FAULTS_OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO})
+# What argparse says of a word that is none of the known ones; the quotes depend on the Python.
+_CHOICE = re.compile(
+    r"(?P<head>invalid choice: '(?P<word>[^']*)') \(choose from (?P<known>.*)\)", re.DOTALL
+)
 # Set by `fleet repro` for everything below it: a stage must not outlive the run that wanted it.
 REPRO_ENV = "GGUF_FLEET_REPRO"
 
@@ -73,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         proc.die_with_parent()
     args = parser().parse_args(argv)
+    if argv is None and not os.environ.get(REPRO_ENV):
+        _warn_of_other_code()
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
@@ -91,6 +98,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _explain(_disk_error(error))
         return MachineError.exit_code
+
+
+def _warn_of_other_code() -> None:
+    """Say it where the code of another checkout runs: its numbers would be taken for ours."""
+    from pipelines import doctor_code  # noqa: PLC0415 - as every verb's
+
+    here = Path()
+    if doctor_code.is_other(here):
+        steps = (each.partition("#")[0].strip() for each in doctor_code.way_back(here).splitlines())
+        console.warn(
+            f"{doctor_code.OTHER}, {doctor_code.RUNNING.parent}. Here: {' && '.join(steps)}"
+        )
 
 
 def _disk_error(error: OSError) -> MachineError:
@@ -123,9 +142,24 @@ def _explain(error: FleetError) -> None:
 # --- the command line -------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that guesses which word was meant; its verbs' parsers are of this kind, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the line, and exit 2."""
+        from pipelines.wording import did_you_mean  # noqa: PLC0415 - only for a mistake
+
+        def guess(found: re.Match[str]) -> str:
+            known = [each.strip("'") for each in found["known"].split(", ")]
+            meant = did_you_mean(found["word"], known)
+            return f"{found['head']}{meant} ({found['known']})" if meant else found[0]
+
+        super().error(_CHOICE.sub(guess, message))
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line, as `fleet --help` shows it."""
-    whole = argparse.ArgumentParser(
+    whole: argparse.ArgumentParser = _Parser(
         prog="fleet",
         description="Keep a fleet of quantized GGUF models current, measured and reversible.",
         epilog="Exit codes: 0 done, 2 declaration, 3 upstream, 4 tool, 5 gate, 6 digest, "

@@ -166,7 +166,12 @@ def _short(short: list[Wanted], cache: Path) -> Iterator[Line]:
 
 
 def _objects(
-    listed: list[Wanted], absent: list[Wanted], there: Mapping[str, str] | None, at: Layout
+    listed: list[Wanted],
+    absent: list[Wanted],
+    there: Mapping[str, str] | None,
+    at: Layout,
+    *,
+    is_own: bool = False,
 ) -> Iterator[Line]:
     """
     Say what is missing.
@@ -176,6 +181,7 @@ def _objects(
         absent: What is not in the cache.
         there: Remote by each object in one; None if nobody could ask it.
         at: The checkout.
+        is_own: The remote is a folder of this checkout, which no clone has ever seen anything of.
     """
     if not listed:
         return
@@ -208,6 +214,15 @@ def _objects(
             "objects",
             f"{len(lost)} {of} are not here, and the remote could not be asked: {_paths(lost)}",
             f"dvc pull --allow-missing\n{_AGAIN}",
+        )
+    elif is_own and len(lost) == len(listed):
+        # A fresh clone: nothing was lost, for nothing was ever where a clone could get it.
+        yield warn(
+            "repository",
+            "objects",
+            f"none of {wording.counted(len(listed), 'object')} of dvc.lock was ever pushed to a "
+            "remote that a clone could reach",
+            _AGAIN,
         )
     elif lost:
         yield fail(
@@ -270,15 +285,20 @@ def _in_folder(
         fix = f"ls '{folder}'    # hangs, too, where a disk of the network is gone: mount it again"
         yield warn("repository", "remote", text, fix)
         return
-    yield from _objects(listed, absent, dict.fromkeys(seen, name), at)
+    own = _is_inside(folder, at)
+    yield from _objects(listed, absent, dict.fromkeys(seen, name), at, is_own=own)
     yield from told
+
+
+def _is_inside(folder: Path, at: Layout) -> bool:
+    return folder.resolve().is_relative_to(at.root.resolve())
 
 
 def _folder(
     name: str, folder: Path, listed: list[Wanted], there: set[str], at: Layout
 ) -> Iterator[Line]:
     """Say of a remote that is a folder whether it is there, and who can reach it."""
-    inside = folder.resolve().is_relative_to(at.root.resolve())
+    inside = _is_inside(folder, at)
     missing = [each for each in listed if each.oid not in there]
     held = _count(listed, len(listed) - len(missing))
     if inside and doctor_lines.github_repository(at.root):

@@ -14,7 +14,16 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
-from pipelines import __version__, console, doctor_lines, owners, proc, toolchain, wording
+from pipelines import (
+    __version__,
+    console,
+    doctor_code,
+    doctor_lines,
+    owners,
+    proc,
+    toolchain,
+    wording,
+)
 from pipelines.doctor_lines import Line, fail, ok, warn
 from pipelines.errors import DigestError, FleetError, ParamsError
 
@@ -46,8 +55,7 @@ def declared(at: Layout) -> tuple[Declaration | None, list[Line]]:
         text = "there is no params.yaml: no fleet is declared"
         if not (at.root / "dvc.yaml").exists():
             return None, [warn("repository", "declaration", text, "cd FLEET")]
-        fix = f"git checkout HEAD -- {at.params.name}    # the template's; then: fleet init"
-        return None, [fail("repository", "declaration", text, fix)]
+        return None, [fail("repository", "declaration", text, _put_back(at))]
     from pipelines import declaration  # noqa: PLC0415 - pydantic
 
     try:
@@ -60,6 +68,24 @@ def declared(at: Layout) -> tuple[Declaration | None, list[Line]]:
     except FleetError as error:
         return None, [doctor_lines.of_error("repository", "declaration", error)]
     return found, list(_declaration(found))
+
+
+def _put_back(at: Layout) -> str:
+    """Return what brings params.yaml back; `fleet init` itself begins with the one that is here."""
+    name = at.params.name
+    try:
+        # The one before it, if the last commit that is about it took it away.
+        last = _ask(at, "rev-list", "--max-count=1", "HEAD", "--", name).strip()
+        for commit in ("HEAD", f"{last}~1") if last else ():
+            if _ask(at, "ls-tree", "--name-only", commit, "--", name).strip():
+                short = commit.replace(last, last[:12])
+                return f"git checkout {short} -- {name}    # puts back what git has"
+    except FleetError:
+        pass  # no git, no commit, or a history that ends there
+    sample = "tests/sample/params.yaml"
+    if (at.root / sample).is_file():
+        return f"cp {sample} {name}    # git has none; this is the template's example"
+    return f"cp TEMPLATE/{name} .    # git has none: take it from a clone of the template"
 
 
 def _loaded(at: Layout) -> Declaration | None:
@@ -102,6 +128,7 @@ def looks(at: Layout, found: Declaration | None, *, bare: bool, offline: bool) -
     """
     plain: dict[str, Look] = {
         "template": lambda: _template(at, bare=bare),
+        "code": lambda: doctor_code.lines(at.root),
         "git": lambda: _git(at, found),
         "dvc-config": lambda: _dvc_config(at),
         "killed": lambda: _killed(at, bare=bare),
@@ -157,7 +184,8 @@ def _git(at: Layout, found: Declaration | None) -> Iterator[Line]:
         ).split("\0")
     )
     for each in told:
-        if each:
+        # A declaration that is gone has a line of its own; nobody is told to commit that.
+        if each and (each[3:] != at.params.name or at.params.exists()):
             changed.append((each[:2], each[3:]))
         if each[:1] in {"R", "C"}:
             next(told, None)  # where it came from
@@ -373,8 +401,8 @@ def _generated(at: Layout) -> Iterator[Line]:
     """Hold the schema and the generated pages against the code."""
     from pipelines import schema  # noqa: PLC0415 - pydantic
 
-    if not (at.root / "dvc.yaml").exists():
-        return
+    if not (at.root / "dvc.yaml").exists() or doctor_code.differs(at.root):
+        return  # What another checkout would generate says nothing of this one.
     if stale := schema.in_sync(at.root):
         text = f"{wording.first_few(stale)} is not what this code generates"
         yield fail("repository", "generated", text, "fleet schema --write")
@@ -409,7 +437,7 @@ def _workflows(at: Layout) -> Iterator[Line]:
             more = f" (and {len(mine) - 1} more)" if len(mine) > 1 else ""
             yield fail("repository", name, f"{mine[0]}{more}", "make check")
         elif name == "owners" and (nobody := rules_repository.unowned(repository)):
-            yield warn("repository", name, nobody, "fleet init --owner @YOUR-LOGIN")
+            yield warn("repository", name, nobody, "fleet init --owner @YOUR-LOGIN --yes")
         else:
             yield ok("repository", name, well)
 
@@ -421,7 +449,9 @@ def _toolchain(found: Declaration | None) -> Iterator[Line]:
     tools = toolchain.there(toolchain.spec_of(found))
     if tools is None:
         text = f"llama.cpp of llama-cpp-python {found.toolchain.llama_cpp_python} is not built here"
-        yield warn("repository", "toolchain", text, "fleet toolchain    # about 7 minutes")
+        yield warn(
+            "repository", "toolchain", text, "fleet toolchain    # 9 to 17 minutes on 2 cores"
+        )
         return
     try:
         tools.verify()

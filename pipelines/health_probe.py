@@ -344,7 +344,9 @@ def engine(declared: Declaration, at: Layout) -> list[Finding]:
             status,
             "no Ollama" + (", and no Go to build it with" if status == "sick" else " yet"),
             f"Ollama {version}",
-            "Install Ollama on that machine, or Go; without either a release is HOLD at best.",
+            "Install Ollama on that machine, or Go; without either a release is HOLD at best."
+            if status == "sick"
+            else "fleet toolchain    # gets or builds it, too",
         )
     ]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -153,6 +154,11 @@ class Found(NamedTuple):
         ]
 
 
+def _place(origin: str | None) -> str:
+    """Return where the template was looked for, as it is typed, without a login in it."""
+    return shlex.quote(console.clean(template_releases.without_login(origin))) if origin else REMOTE
+
+
 def _look(objects: Objects, args: argparse.Namespace) -> Found:
     """
     Bring the template's releases, and merge the wanted one as objects alone.
@@ -166,7 +172,7 @@ def _look(objects: Objects, args: argparse.Namespace) -> Found:
     if not known:
         raise ParamsError(
             "the template there has no release, which is a tag vX.Y.Z.",
-            hint=f"git ls-remote --tags {REMOTE}",
+            hint=f"git ls-remote --tags {_place(args.origin)}",
         )
     target = template_releases.release_of(known, args.to) if args.to else known[-1]
     head = objects.head

@@ -112,6 +112,11 @@ def origin_of(objects: Objects, origin: str | None) -> str:
     return REMOTE
 
 
+def without_login(text: str) -> str:
+    """Return a text in which no address has a login."""
+    return _LOGIN.sub("//", text)
+
+
 def fetch(objects: Objects, origin: str | None) -> list[str]:
     """
     Bring the template's tags and what they hold, and nothing else.
@@ -143,11 +148,12 @@ def fetch(objects: Objects, origin: str | None) -> list[str]:
         )
     except ToolError as error:
         raise UpstreamError(
-            _LOGIN.sub(
-                "//", f"the template cannot be read from {console.clean(place)}: {error.message}"
+            without_login(
+                f"the template cannot be read from {console.clean(place)}: {error.message}"
             ),
-            hint=f"Is it the right place? git remote set-url {REMOTE} URL, or --from URL|PATH, "
-            "which may be a clone on this machine.",
+            hint="Is it the right place? "
+            + ("" if origin else f"git remote set-url {REMOTE} URL, or ")
+            + "--from URL|PATH, which may be a clone on this machine.",
         ) from error
     after = _tags(objects, FETCHED)
     return [

@@ -157,7 +157,7 @@ def test_a_fork_before_its_first_run_fails_nothing(
     page = capfd.readouterr().out
     for name, fix in {
         "lock": "fleet repro",
-        "toolchain": "fleet toolchain",
+        "toolchain": "fleet toolchain    # 9 to 17 minutes",
         "owners": "fleet init",
     }.items():
         said = page[page.index(f"\n  warn  {name} ") :].splitlines()
@@ -169,7 +169,136 @@ def test_a_fork_before_its_first_run_fails_nothing(
     assert "machine\n" not in told
 
 
+def test_a_fresh_clone_has_lost_nothing_that_was_never_pushed(fleet: Path, tmp_path: Path) -> None:
+    """Nothing anywhere, and no remote that clones reach: a run makes it. Else it is lost."""
+    cache, aside = fleet / ".dvc/cache", fleet / ".dvc/tmp/aside"
+    aside.parent.mkdir(exist_ok=True)
+    cache.rename(aside)
+    try:
+        line = repository("lock")["objects"]
+        assert (line.state, line.exit_code) == ("warn", 0), line
+        assert line.fix.startswith("fleet repro ")
+        (tmp_path / "store").mkdir()
+        _another_remote(str(tmp_path / "store"))(fleet)
+        line = repository("lock")["objects"]
+        assert (line.state, line.exit_code) == ("fail", 8), line
+        (fleet / ".dvc/config.local").unlink()
+        (kept,) = (path for path in sorted(aside.rglob("*.dir"))[:1])
+        there = fleet / ".dvc/remote/files/md5" / kept.parent.name / kept.name
+        there.parent.mkdir(parents=True)
+        shutil.copy(kept, there)
+        line = repository("lock")["objects"]
+        assert (line.state, line.exit_code) == ("fail", 8), line
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+        aside.rename(cache)
+
+
+@pytest.mark.usefixtures("fleet")
+def test_an_engine_that_can_be_built_is_one_command_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Go is here: nobody has to install anything. Neither is: somebody has to."""
+    monkeypatch.setenv("GGUF_FLEET_CACHE", str(tmp_path / "empty"))
+    exists = Path.exists
+    with monkeypatch.context() as only:
+        only.setattr(Path, "exists", lambda path: "/go/bin/" not in str(path) and exists(path))
+        only.setenv("PATH", str(tmp_path))
+        neither = of_machine("engine")["engine"]
+        (tmp_path / "go").write_text("#!/bin/sh\n")
+        (tmp_path / "go").chmod(0o755)
+        with_go = of_machine("engine")["engine"]
+    assert (neither.state, neither.fix.startswith("Install Ollama")) == ("fail", True), neither
+    assert (with_go.state, with_go.fix.startswith("fleet toolchain")) == ("warn", True), with_go
+
+
+# --- whose code runs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("venv", "fix"),
+    [
+        ("none", "make setup\n. .venv/bin/activate"),
+        ("own", ". .venv/bin/activate"),
+        ("link", "rm "),
+    ],
+)
+def test_the_code_of_another_checkout_is_a_failure_and_judges_no_page(
+    fleet: Path, tmp_path: Path, venv: str, fix: str
+) -> None:
+    """A console script of another environment, typed here, would measure by its own rules."""
+    assert repository("code")["code"].state == "warn"  # the same bytes, elsewhere
+    (fleet / "pipelines/layout.py").write_text('"""Another version."""\n')
+    _edit("params.schema.json", '"title": "params.yaml"', '"title": "fleet"')(fleet)
+    place = tmp_path if venv == "link" else fleet / ".venv"
+    if venv != "none":
+        (place / "bin").mkdir(parents=True)
+        (place / "bin/activate").touch()
+    if venv == "link":
+        (fleet / ".venv").symlink_to(place)
+    try:
+        line = repository("code")["code"]
+    finally:
+        (fleet / ".venv").unlink() if venv == "link" else None
+    assert (line.state, line.exit_code) == ("fail", 2)
+    assert line.text.startswith("the code that runs is that of ANOTHER checkout")
+    assert str(ROOT) in line.text
+    assert line.fix.startswith(fix)
+    assert repository("generated") == {}
+
+
+def test_every_verb_warns_where_another_checkouts_code_runs(fleet: Path) -> None:
+    """As a console script does it: it does not begin to look in the working directory."""
+    script = "import sys; from pipelines.__main__ import main; sys.exit(main())"
+    for place, warns in ((ROOT, False), (fleet, True)):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", script, "digest", f"examples/{MODEL}"],
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("ANOTHER checkout" in done.stderr) == warns, done.stderr
+
+
 # --- the repository ---------------------------------------------------------------------------
+
+
+def test_the_way_back_to_a_declaration_is_one_that_works(fleet: Path) -> None:
+    """In the last commit, in the one before, in none: each line is pasted, and brings it back."""
+    head = _said(fleet, "rev-parse", "HEAD")
+    try:
+        for step in ("removed", "committed", "never"):
+            if step == "committed":
+                subprocess.run([*_GIT, "commit", "-qam", "gone"], cwd=fleet, check=True)
+            if step == "never":
+                (fleet / "tests/sample").mkdir(parents=True)
+                shutil.copy(fleet / "params.yaml", fleet / "tests/sample/params.yaml")
+                (fleet / ".git").rename(fleet / "gone")
+            (fleet / "params.yaml").unlink(missing_ok=True)
+            line = repository("declaration")["declaration"]
+            assert line.state == "fail"
+            assert "fleet init" not in line.fix
+            assert (
+                "committed" not in repository("git")
+                or step == "never"
+                or ("params.yaml" not in repository("git")["committed"].fix)
+            )
+            subprocess.run(["sh", "-c", line.fix], cwd=fleet, check=True, capture_output=True)
+            assert repository("declaration")["declaration"].state != "fail"
+            if step == "removed":
+                (fleet / "params.yaml").unlink()
+    finally:
+        if (fleet / "gone").exists():
+            (fleet / "gone").rename(fleet / ".git")
+        subprocess.run([*_GIT, "reset", "-q", "--hard", head], cwd=fleet, check=True)
+
+
+def _said(root: Path, *words: str) -> str:
+    done = subprocess.run([*_GIT, *words], cwd=root, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def _edit(path: str, old: str, new: str) -> Callable[[Path], None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipelines import atomic
-from pipelines.__main__ import STAGES, main
+from pipelines.__main__ import STAGES, main, parser
 
 if TYPE_CHECKING:
     import subprocess
@@ -116,7 +116,28 @@ def test_an_unknown_verb_is_a_usage_error(capsys: pytest.CaptureFixture[str]) ->
         main(["quantise"])
 
     assert exit_.value.code == 2
-    assert "quantize" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert 'did you mean "quantize"?' in said
+    assert "benchmark" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["docter"], "doctor"), (["template", "statsu"], "status"), (["zebra"], None)],
+)
+def test_a_slip_of_the_finger_is_guessed(
+    capsys: pytest.CaptureFixture[str], words: list[str], meant: str | None
+) -> None:
+    """A verb, and what a verb does; a word like none of them is not guessed at."""
+    with pytest.raises(SystemExit):
+        main(words)
+    said = capsys.readouterr().err
+    assert f'did you mean "{meant}"?' in said if meant else "did you mean" not in said
+
+
+def test_template_alone_is_its_status() -> None:
+    """Who types no more wants to know, and changes nothing."""
+    assert parser().parse_args(["template"]).use == "status"
 
 
 def test_a_reader_that_stops_reading_is_no_failure(checkout: Path) -> None:

@@ -406,8 +406,9 @@ def test_a_template_that_is_not_there_is_an_error_with_the_line_to_type(
         fork.verb("status", origin=str(origin.path), to="9.0.0")
     empty: Repository = Repository.start(tmp_path / "empty", "main")
     empty.commit({"a": "a"})
-    with pytest.raises(ParamsError, match="has no release"):
+    with pytest.raises(ParamsError, match="has no release") as raised:
         fork.verb("status", origin=str(empty.path))
+    assert raised.value.hint == f"git ls-remote --tags {empty.path}"
 
 
 # --- tags -------------------------------------------------------------------------------------
