@@ -54,8 +54,8 @@ _TYPED: Final[dict[tuple[str, str], tuple[str, ...]]] = {
         "check-upstream",
     ),
     ("test_plan", "test_an_edit_that_is_not_committed_is_planned_and_said"): ("plan --base",),
-    ("test_init", "test_a_fleet_begins_without_a_network_and_no_trace_of_the_example_is_left"): (
-        "init --host --memory --registry --yes",
+    ("test_init", "test_a_clone_without_github_begins_and_names_its_owners_later"): (
+        "init --host --license --memory --registry --yes",
     ),
     ("test_what_if", "test_a_smaller_host_gets_another_answer_and_nothing_is_written"): (
         "choose --what-if",

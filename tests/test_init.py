@@ -875,11 +875,16 @@ def test_a_clone_without_github_begins_and_names_its_owners_later(
     """Nobody is guessed: CODEOWNERS stays, and one line says what to type once it is known."""
     codeowners = Path(".github/CODEOWNERS")
     before = codeowners.read_bytes()
+    Path("models/My.Model/README.md").unlink()
+    rest = ("--license", "mine", "--registry", "file:production", "--yes")
 
-    assert typed("path:models/My.Model", *DESK[:4], "--yes") == 0
+    assert typed("path:models/My.Model", *DESK[:4], *rest) == 0
 
     assert capsys.readouterr().err.count("fleet init --owner @login") == 1
     assert codeowners.read_bytes() == before
+    declared = declaration.check(at)
+    assert declared.models["my-model"].license == "other"
+    assert declared.registries["production"].url == "file:production"
     held = tree(at.root)
     assert typed("--owner", "@me", "--yes") == 0
     changed = {path for path, data in tree(at.root).items() if held.get(path) != data}
