@@ -29,7 +29,7 @@ repro: setup  ## Run the chain on every declared model: convert, quantize, measu
 test: toolchain  ## Run all tests (about 40 minutes on 2 cores); ARGS="-k choose" picks some
 	@$(RUN) python -m pytest -n logical --maxprocesses 8 $(ARGS)
 
-test-engines: toolchain  ## Compare two real llama.cpp builds, the pinned one and the one before (builds that first, 7 minutes)
+test-engines: toolchain  ## Compare two real llama.cpp builds, the pinned one and the one before (builds that first, 7 to 14 minutes)
 	@$(RUN) FLEET_TEST_ENGINES=1 python -m pytest tests/test_compare_engine.py $(ARGS)
 
 check: setup  ## Lint, types, workflows and actions, schema and docs in sync (about 20 seconds, the first time a minute)
