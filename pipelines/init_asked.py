@@ -74,6 +74,8 @@ def answers(at: Layout, said: Answers) -> Answers:
     if said.host is not None and said.host not in declared.hosts:
         init_host.require_name(said.host)
     init_repository.codeowners(at, said.owners)
+    # Before `command` may repeat it.
+    init_repository.dvc_config(at, said.remote)
     if said.registry is not None:
         init_change.require_registry(said.registry)
     found, subject = _model(at, declared, said)

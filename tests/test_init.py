@@ -869,6 +869,21 @@ def test_answers_that_do_not_go_together_are_given_back_as_a_command(
     assert tree(at.root) == before
 
 
+@pytest.mark.parametrize("option", ["--remote", "--registry"])
+@pytest.mark.usefixtures("at")
+def test_a_password_in_an_option_is_refused_before_a_question_and_never_repeated(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No command that gives the answers back may hold it."""
+    monkeypatch.setattr(console, "can_ask", lambda: True)
+
+    assert typed(option, "s3://KEY:SECRET@bucket/models") == 2
+
+    told = capsys.readouterr().err
+    assert "Credentials come from the environment" in told
+    assert "SECRET" not in told
+
+
 def test_a_clone_without_github_begins_and_names_its_owners_later(
     at: Layout, capsys: pytest.CaptureFixture[str]
 ) -> None:
