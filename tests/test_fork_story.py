@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.toolchain, pytest.mark.alone, pytest.mark.timeout(1800)]
 
-MODEL: Final = "my-llama"
-SOURCE: Final = f"models/{MODEL}"
+MODEL: Final = "story-llama"
+SOURCE: Final = f"of-the-story/{MODEL}"
 NEXT: Final = "99.0.0"
 OF_TRAINING: Final = (".py", ".toml")
 RELEASED: Final = re.compile(rf"{MODEL}: released (\w+) \(stable\) in local")
