@@ -209,7 +209,7 @@ def _example(key: str, value: str) -> str:
     known = {
         "FLEET_PROFILE": "base", "FLEET_TOOLCHAIN": "false", "FLEET_PLAN_RESULT": "success",
         "FLEET_MEASURED": "skipped", "FLEET_USE": "probe", "FLEET_PUSH": "--no-push",
-        "FLEET_GITHUB": "look",
+        "FLEET_GITHUB": "look", "FLEET_VRAM": "24576", "FLEET_MEMORY": "",
     }  # fmt: skip
     assert value.startswith("${{ inputs.")
     return known.get(key, "a $(touch hacked) `id`; --help \n::error::x")

@@ -403,10 +403,13 @@ def test_hooks_count_only_if_no_job_can_change_them(
         installed.chmod(0o755)
         for name in ("job-started.sh", "job-completed.sh", "runner_hooks.py"):
             shutil.copy(fleet / "deploy/runner" / name, installed)
+            # What `install` sets; a checkout may have been made with another umask.
+            (installed / name).chmod(0o755)
         monkeypatch.setenv("ACTIONS_RUNNER_HOOK_JOB_STARTED", str(installed / "job-started.sh"))
         monkeypatch.setenv("ACTIONS_RUNNER_HOOK_JOB_COMPLETED", str(tmp_path / "gone.sh"))
         assert "runner.json: No such file" in found_by()["hook-job-started"].value
         (installed / "runner.json").write_text("{}")
+        (installed / "runner.json").chmod(0o644)
         found = found_by()
         assert found["hook-job-started"].status == "ok"
         assert found["hook-job-completed"].status == "sick"
