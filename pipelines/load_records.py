@@ -7,14 +7,12 @@ never estimated from text or chunks: a chunk is not a token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from pydantic import model_serializer
+from pydantic import Field
 
+from pipelines import absent
 from pipelines.records import Finite, MachineId, Part, Record, Validity
-
-if TYPE_CHECKING:
-    from pydantic import SerializerFunctionWrapHandler
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 # Everything that can be wrong with one request; `ok` is the only success. Source of the failures
@@ -71,15 +69,7 @@ class Served(Part):
     # just been hashed, so it comes from the page cache and not from the disk.
     cold_load_ms: Finite
     # As declared: first layers whose experts stay in main memory; None, and not written, if none.
-    cpu_moe_layers: int | str | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is not: records written before there was the field stay as they are."""
-        fields: dict[str, Any] = handler(self)
-        if self.cpu_moe_layers is None:
-            del fields["cpu_moe_layers"]
-        return fields
+    cpu_moe_layers: int | str | None = Field(None, exclude_if=absent.is_none)
 
 
 class Spread(Part):
@@ -286,15 +276,7 @@ class WinnerTest(Part):
     # Of the machine while it was under load; None if it never was. Its reasons are in `invalid`.
     validity: Validity | None = None
     # Of an encoder, in the place of golden prompts, greedy answers and regressions.
-    embeddings: EmbeddingCheck | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what only encoders have."""
-        fields: dict[str, Any] = handler(self)
-        if self.embeddings is None:
-            del fields["embeddings"]
-        return fields
+    embeddings: EmbeddingCheck | None = Field(None, exclude_if=absent.is_none)
 
 
 class LoadTestRecord(Record):

@@ -12,6 +12,7 @@ stage reads and what makes it run again cannot drift apart.
 from __future__ import annotations
 
 import math
+import operator
 import re
 import warnings
 from datetime import date
@@ -22,10 +23,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     StringConstraints,
-    model_serializer,
 )
+
+from pipelines import absent
 
 # A dot would break DVC's parameter paths, an upper-case letter Ollama's and the registries' names.
 MODEL_KEY = r"^[a-z0-9][a-z0-9_-]{0,62}$"
@@ -548,6 +549,7 @@ class Serving(Closed):
     )
     cpu_moe_layers: CpuMoeLayers | None = Field(
         None,
+        exclude_if=absent.is_none,
         description="First layers whose experts stay in main memory while all else of them is on "
         "the GPU (--n-cpu-moe): so a mixture of experts that is larger than a card runs on it. "
         "Measured and served alike; needs `engine: llama-server`. An error for a model without "
@@ -555,14 +557,6 @@ class Serving(Closed):
     )
     kv_type: ServedKvType = Field("f16", description="Type of the key-value cache.")
     flash_attention: bool = Field(default=True, description="Flash attention.")
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is not: a new field lets no model be tested again."""
-        fields: dict[str, Any] = handler(self)
-        if self.cpu_moe_layers is None:
-            del fields["cpu_moe_layers"]
-        return fields
 
 
 class LoadTest(Closed):
@@ -898,15 +892,7 @@ class FetchSlice(Closed):
     model: str
     source: str
     revision: str
-    ignore_code: bool = False
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is not: a new field lets no model be fetched again."""
-        fields: dict[str, Any] = handler(self)
-        if not self.ignore_code:
-            del fields["ignore_code"]
-        return fields
+    ignore_code: bool = Field(default=False, exclude_if=operator.not_)
 
 
 class ConvertSlice(Closed):
@@ -963,15 +949,7 @@ class BenchmarkSlice(Closed):
     context_tokens: int
     corpus: Corpus
     benchmark: Benchmark
-    cpu_moe_layers: CpuMoeLayers | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is not: a new field lets no quant be measured again."""
-        fields: dict[str, Any] = handler(self)
-        if self.cpu_moe_layers is None:
-            del fields["cpu_moe_layers"]
-        return fields
+    cpu_moe_layers: CpuMoeLayers | None = Field(None, exclude_if=absent.is_none)
 
 
 class EvaluateSlice(Closed):

@@ -21,7 +21,7 @@ from pydantic import (
     model_serializer,
 )
 
-from pipelines import atomic, console, migrations
+from pipelines import absent, atomic, console, migrations
 from pipelines.errors import FleetError
 
 if TYPE_CHECKING:
@@ -71,15 +71,7 @@ class FetchRecord(Record):
     dtypes: dict[str, int]
     size_bytes: int
     files: tuple[FileDigest, ...]
-    gated: Literal["auto", "manual"] | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is not: records written before there was the field stay as they are."""
-        fields: dict[str, Any] = handler(self)
-        if self.gated is None:
-            del fields["gated"]
-        return fields
+    gated: Literal["auto", "manual"] | None = Field(None, exclude_if=absent.is_none)
 
 
 class ConvertRecord(Record):
@@ -185,15 +177,7 @@ class QuantizeRecord(Record):
     rules: tuple[RuleHits, ...]
     fallbacks: tuple[Fallback, ...]
     gguf: FileDigest
-    values: QuantValues | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is not: records written before there was the field stay as they are."""
-        fields: dict[str, Any] = handler(self)
-        if self.values is None:
-            del fields["values"]
-        return fields
+    values: QuantValues | None = Field(None, exclude_if=absent.is_none)
 
 
 class Speed(Part):
@@ -343,20 +327,12 @@ class BenchmarkRecord(Record):
     validity: Validity
     threads: int
     # As declared: first layers whose experts stayed in main memory; None, and not written, if none.
-    cpu_moe_layers: int | Literal["all"] | None = None
+    cpu_moe_layers: int | Literal["all"] | None = Field(None, exclude_if=absent.is_none)
     speed: tuple[Speed, ...]
     quality: AnyQuality
     memory: Memory
     measured_at: str
     wall_s: Finite
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is not: records written before there was the field stay as they are."""
-        fields: dict[str, Any] = handler(self)
-        if self.cpu_moe_layers is None:
-            del fields["cpu_moe_layers"]
-        return fields
 
 
 class Candidate(Part):
@@ -378,19 +354,11 @@ class Candidate(Part):
     kld_p999_nats: Finite | None = None
     same_top: Finite | None = None
     ppl_ratio: Finite | None = None
-    cosine_mean: Finite | None = None
+    cosine_mean: Finite | None = Field(None, exclude_if=absent.is_none)
     bits_per_weight: Finite | None = None
     verdict: Literal["CHOSEN", "PASS", "REJECT", "INVALID"]
     on_frontier: bool
     sentence: str
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what only encoders have: choices that were written before stay as they are."""
-        fields: dict[str, Any] = handler(self)
-        if self.cosine_mean is None:
-            del fields["cosine_mean"]
-        return fields
 
 
 class HostChoice(Part):
