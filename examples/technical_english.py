@@ -1,8 +1,7 @@
 """
-Make technical-english.jsonl: multiple choices about the English of software documentation.
+Print technical-english.jsonl: multiple choices about the English of software documentation.
 
-    python corpora/evals/technical_english.py            write the file beside this one
-    python corpora/evals/technical_english.py --check    exit code 1 if it is not what this makes
+    python examples/technical_english.py > corpora/evals/technical-english.jsonl
 
 Each item is a beginning and four endings of which one is English. No sentence is taken from
 anywhere. The kinds of task are such as the embedded model can do at all; no single item was chosen
@@ -10,20 +9,18 @@ by what a model answers, which would make every quant look harmed.
 Equal on every machine: one seed, and nothing of Python's own hashing.
 """
 
-# ruff: noqa: INP001, T201 - a script that talks to a terminal, no package
+# ruff: noqa: INP001 - a script, no package
 
 from __future__ import annotations
 
 import json
 import random
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SET = Path(__file__).with_name("technical-english.jsonl")
 SEED = 20_261_121
 
 # Beginning, right ending, wrong endings.
@@ -184,17 +181,5 @@ def made() -> str:
     return "".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """Write the file, or compare it."""
-    text = made()
-    if argv == ["--check"]:
-        is_same = SET.is_file() and SET.read_text(encoding="utf-8") == text
-        print(f"{SET.name} is {'what' if is_same else 'not what'} this script makes")
-        return 0 if is_same else 1
-    SET.write_text(text, encoding="utf-8")
-    print(f"{SET.name}: {text.count(chr(10))} items")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.stdout.write(made())
